@@ -1,0 +1,190 @@
+"""Value and gradient of the SAE loss in closed form, in blocks of rows that stay in cache.
+
+Autograd would keep [B, L] tensors of the whole batch alive and walk them several times. Here a
+batch is cut into *lanes* of a fixed number of rows and a lane into *blocks*; a block's [R, L]
+activations live in two buffers that are used over and over. With e = x̂ - x and n the row's
+normaliser:
+
+    dx̂    = 2 e / (n B D)                       [B, D]
+    dW_dec = fᵀ dx̂                               [L, D]
+    dh     = (dx̂ W_decᵀ + l1_coefficient / B) · (f > 0)   [B, L]
+    dW_enc = (x - b_dec)ᵀ dh                      [D, L]
+    db_enc = Σ_B dh        db_dec = Σ_B dx̂ - (Σ_B dh) W_encᵀ
+
+A lane is a sum of its own, and the lanes of a batch are added in their order. So the result does
+not depend on how many threads computed the lanes or which came first: the same bits on one core
+and on sixteen.  B rows, R rows of a block, D = d_in, L = d_sae.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeray.sae.losses import EPSILON, mse_normaliser
+from saeray.sae.standard import StandardSAE
+
+# Part of what a run is a function of: changing either changes results in their last bits.
+LANE_ROWS = 1024
+BLOCK_BYTES = 1 << 20  # of one [R, L] buffer: two of them and a share of the weights fit an L2
+
+Lane = tuple[int, int]  # rows from, to
+RunLanes = Callable[[Callable[[Lane], Any], Iterable[Lane]], Iterator[Any]]  # `map`, or a pool's
+
+
+def lanes_of(n_rows: int, device: torch.device) -> list[Lane]:
+    """The fixed cuts of a batch. A GPU takes the whole batch at once."""
+    step = LANE_ROWS if device.type == "cpu" else n_rows
+    return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
+
+
+def block_rows(d_sae: int, itemsize: int, device: torch.device) -> int:
+    """Rows whose hidden activations fill BLOCK_BYTES: a power of two from 64 to LANE_ROWS."""
+    if device.type != "cpu":
+        return 1 << 30
+    rows = max(1, BLOCK_BYTES // (d_sae * itemsize))
+    return min(LANE_ROWS, max(64, 1 << (rows.bit_length() - 1)))
+
+
+class Gradients:
+    """A sum over rows of the gradient of one SAE, and what is counted on the way."""
+
+    def __init__(self, sae: StandardSAE) -> None:
+        self.W_enc = torch.empty_like(sae.W_enc)
+        self.W_dec = torch.empty_like(sae.W_dec)
+        self.b_enc = torch.empty_like(sae.b_enc)  # Σ dh
+        self.b_dec = torch.empty_like(sae.b_dec)  # Σ dx̂; the encoder's share is added at the end
+        self.fired = torch.empty(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        self.l1 = torch.empty((), dtype=sae.W_enc.dtype, device=sae.W_enc.device)  # Σ f
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1)
+
+    def zero_(self) -> None:
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def add_(self, other: Gradients) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.add_(theirs)
+
+
+class Workspace:
+    """The buffers one thread needs for a block: two [R, L], two [R, D] and one [R, L] of bool."""
+
+    def __init__(self, sae: StandardSAE, n_rows: int) -> None:
+        like = {"dtype": sae.W_enc.dtype, "device": sae.W_enc.device}
+        rows = min(n_rows, block_rows(sae.d_sae, sae.W_enc.element_size(), sae.W_enc.device))
+        self.rows = rows
+        self.f = torch.empty(rows, sae.d_sae, **like)
+        self.dh = torch.empty(rows, sae.d_sae, **like)
+        self.x_centred = torch.empty(rows, sae.d_in, **like)
+        self.dx_hat = torch.empty(rows, sae.d_in, **like)
+        self.active = torch.empty(rows, sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
+
+
+class Batch(NamedTuple):
+    """What all SAEs of a pack share of one batch."""
+
+    x: Tensor  # [B, D] in the SAE's dtype
+    normaliser: Tensor  # [B, 1] of the squared error
+    scale: Tensor  # [B, 1] 2 / (normaliser B D): dx̂ = scale * (x̂ - x)
+
+    @classmethod
+    def of(cls, x: Tensor, normalization: str) -> Batch:
+        normaliser = mse_normaliser(x, normalization)
+        return cls(x, normaliser, (2.0 / x.numel()) / normaliser)
+
+
+def lane_gradients(
+    sae: StandardSAE,
+    batch: Batch,
+    lane: Lane,
+    *,
+    l1_coefficient: float,
+    errors: Tensor,
+    out: Gradients,
+    space: Workspace,
+    want_l1: bool,
+) -> None:
+    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D]."""
+    n_rows = len(batch.x)
+    out.b_enc.zero_(), out.b_dec.zero_(), out.fired.zero_(), out.l1.zero_()
+    W_dec_T = sae.W_dec.t()
+    for a in range(*lane, space.rows):
+        b = min(a + space.rows, lane[1])
+        n = b - a
+        f, dh, active = space.f[:n], space.dh[:n], space.active[:n]
+        x_centred, dx_hat = space.x_centred[:n], space.dx_hat[:n]
+        error = errors[a:b]
+
+        torch.sub(batch.x[a:b], sae.b_dec, out=x_centred)
+        torch.addmm(sae.b_enc, x_centred, sae.W_enc, out=f)
+        f.clamp_min_(0)
+        torch.addmm(sae.b_dec, f, sae.W_dec, out=error)
+        error.sub_(batch.x[a:b])
+        torch.mul(error, batch.scale[a:b], out=dx_hat)
+
+        torch.mm(dx_hat, W_dec_T, out=dh)
+        dh.add_(l1_coefficient / n_rows)
+        torch.ops.aten.threshold_backward.grad_input(dh, f, 0, grad_input=dh)
+        beta = 0.0 if a == lane[0] else 1.0  # beta 0 overwrites whatever the buffer held
+        torch.addmm(out.W_dec, f.t(), dx_hat, beta=beta, out=out.W_dec)
+        torch.addmm(out.W_enc, x_centred.t(), dh, beta=beta, out=out.W_enc)
+        out.b_enc.add_(dh.sum(dim=0))
+        out.b_dec.add_(dx_hat.sum(dim=0))
+        out.fired.add_(torch.gt(f, 0, out=active).sum(dim=0))
+        if want_l1:
+            out.l1.add_(f.sum())
+
+
+def ghost_gradients(
+    sae: StandardSAE,
+    batch: Batch,
+    errors: Tensor,
+    dead: Tensor,
+    normalization: str,
+    grad: Gradients,
+    run_lanes: RunLanes,
+) -> Tensor:
+    """Adds the ghost term's gradient for the dead features (indices, [n]); returns its value.
+
+    With r = x - x̂, E = exp(h[:, dead]), s the row's scale to half of ‖r‖ and c the elementwise
+    rescaling to the squared error (both constants), g = s E W_dec[dead]:
+
+        dg = 2 c (g - r) / (n_r B D) · s       dW_dec[dead] = Eᵀ dg
+        dh = (dg W_dec[dead]ᵀ) · E             dW_enc[:, dead] = (x - b_dec)ᵀ dh, and so on
+    """
+    W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
+    normaliser = mse_normaliser(errors, normalization)  # of r = -errors: the same norm
+    per_element = 1.0 / errors.numel()
+
+    def lane_ghost(lane: Lane) -> tuple[Tensor, ...]:
+        rows = slice(*lane)
+        residual, x_centred = -errors[rows], batch.x[rows] - sae.b_dec
+        E = torch.addmm(b_enc, x_centred, W_enc).exp_()  # [rows, dead]
+        g = E @ W_dec
+        scale = torch.linalg.vector_norm(residual, dim=1, keepdim=True) / (
+            EPSILON + 2 * torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        )
+        difference = g.mul_(scale).sub_(residual)
+        gm = difference.square() / normaliser[rows]
+        c = residual.square().div_(batch.normaliser[rows]).div_(gm + EPSILON)
+        value = torch.mul(c, gm).sum() * per_element
+        dg = difference.mul_(c).mul_((2 * per_element) * scale / normaliser[rows])
+        dW_dec = E.t() @ dg
+        dh = torch.mm(dg, W_dec.t()).mul_(E)
+        return x_centred.t() @ dh, dW_dec, dh.sum(dim=0), value
+
+    total: tuple[Tensor, ...] | None = None
+    for part in run_lanes(lane_ghost, lanes_of(len(errors), errors.device)):
+        total = part if total is None else tuple(t.add_(p) for t, p in zip(total, part, strict=True))
+    assert total is not None
+    dW_enc, dW_dec, db_enc, value = total
+    grad.W_enc.index_add_(1, dead, dW_enc)
+    grad.W_dec.index_add_(0, dead, dW_dec)
+    grad.b_enc.index_add_(0, dead, db_enc)
+    return value

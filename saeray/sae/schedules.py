@@ -1,0 +1,48 @@
+"""Learning-rate schedules: pure functions of the step, so resuming one is just a number."""
+
+from __future__ import annotations
+
+import math
+
+
+def lr_multiplier(
+    name: str,
+    step: int,
+    *,
+    total_steps: int,
+    warm_up_steps: int = 0,
+    lr_end: float = 0.0,
+    num_cycles: int = 1,
+) -> float:
+    """What `lr` is multiplied by at optimizer step `step` (counted from 0).
+
+    constant: 1. constantwithwarmup: min(1, (step + 1) / warm_up_steps). linearwarmupdecay: the same
+    warm-up, then linearly to 0 at total_steps. cosineannealing: half a cosine from 1 to `lr_end`
+    over all steps. cosineannealingwarmup: warm-up first, the cosine over what is left.
+    cosineannealingwarmrestarts: `num_cycles` half cosines one after the other.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    warm = min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
+    warming = step < warm_up_steps
+    left = max(1, total_steps - warm_up_steps)
+    if name == "constant":
+        return 1.0
+    if name == "constantwithwarmup":
+        return warm
+    if name == "linearwarmupdecay":
+        return warm if warming else max(0.0, (total_steps - step) / left)
+    if name == "cosineannealing":
+        return half_cosine(step / max(1, total_steps), lr_end)
+    if name == "cosineannealingwarmup":
+        return warm if warming else half_cosine((step - warm_up_steps) / left, lr_end)
+    if name == "cosineannealingwarmrestarts":
+        cycle = max(1, total_steps // num_cycles)
+        return half_cosine((step % cycle) / cycle, lr_end)
+    raise ValueError(f"lr_scheduler_name {name!r} is unknown")
+
+
+def half_cosine(progress: float, end: float) -> float:
+    """1 at progress 0, `end` at progress 1."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

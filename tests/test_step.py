@@ -1,0 +1,208 @@
+"""The training step against an independent float64 reference: autograd and textbook Adam."""
+
+import math
+
+import pytest
+import torch
+
+from saeray.sae.gradients import LANE_ROWS
+from saeray.sae.losses import sae_losses
+from saeray.sae.standard import StandardSAE, initial_sae
+from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, TrainingOptions
+
+D, L, B = 6, 17, 40
+
+
+def reference_losses(x, p, l1_coefficient, normalization, dead):
+    """The formulas written out again, one row and one feature at a time where it is clearer."""
+    mean = x.mean(0)
+    f = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+    x_hat = f @ p["W_dec"] + p["b_dec"]
+    rows = []
+    for i in range(len(x)):
+        n = math.sqrt(float(((x[i] - mean) ** 2).sum())) + 1e-6
+        rows.append((x_hat[i] - x[i]) ** 2 / (n if normalization == "centred_norm" else 1.0))
+    mse_e = torch.stack(rows)
+    l1 = f.abs().sum() / len(x)
+    ghost = torch.zeros((), dtype=x.dtype)
+    if dead.any():
+        r = (x - x_hat).detach()
+        h = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+        g = torch.exp(h[:, dead]) @ p["W_dec"][dead]
+        g = g * (r.norm(dim=1) / (1e-6 + 2 * g.norm(dim=1))).detach()[:, None]
+        n = (r - r.mean(0)).norm(dim=1, keepdim=True) + 1e-6
+        gm = (g - r) ** 2 / (n if normalization == "centred_norm" else 1.0)
+        ghost = ((mse_e / (gm + 1e-6)).detach() * gm).mean()
+    return mse_e.mean(), l1, ghost, mse_e.mean() + l1_coefficient * l1 + ghost
+
+
+class ReferenceAdam:
+    """Adam as its paper has it, moment by moment."""
+
+    def __init__(self, beta1=0.9, beta2=0.999):
+        self.beta1, self.beta2, self.t, self.m, self.v = beta1, beta2, 0, {}, {}
+
+    def update(self, p, grads, lr):
+        self.t += 1
+        for k, g in grads.items():
+            self.m[k] = self.beta1 * self.m.get(k, 0) + (1 - self.beta1) * g
+            self.v[k] = self.beta2 * self.v.get(k, 0) + (1 - self.beta2) * g * g
+            m = self.m[k] / (1 - self.beta1**self.t)
+            v = self.v[k] / (1 - self.beta2**self.t)
+            p[k] = p[k] - lr * m / (v.sqrt() + 1e-8)
+
+
+def reference_step(p, adam, x, lr, l1, normalization, dead):
+    p = dict(p)
+    p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    leaves = {k: v.clone().requires_grad_() for k, v in p.items()}
+    losses = reference_losses(x, leaves, l1, normalization, dead)
+    losses[3].backward()
+    grads = {k: v.grad for k, v in leaves.items()}
+    unit = p["W_dec"]
+    grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * unit).sum(1, keepdim=True) * unit
+    adam.update(p, grads, lr)
+    return p, losses
+
+
+def options(**changes):
+    values = dict(
+        lr=1e-2, l1_coefficient=3e-2, total_steps=100, lr_scheduler_name="constant",
+        dead_feature_window=1000,
+    )  # fmt: skip
+    return TrainingOptions(**(values | changes))
+
+
+def new_trainer(seed=0, dtype=torch.float64, d_sae=L, **changes):
+    b_dec = torch.linspace(-0.2, 0.3, D, dtype=dtype)
+    return SAETrainer(initial_sae(D, d_sae, seed=seed, b_dec=b_dec, dtype=dtype), options(**changes))
+
+
+@pytest.mark.parametrize("normalization", ["centred_norm", "none"])
+@pytest.mark.parametrize("ghosts", [False, True])
+def test_steps_agree_with_the_float64_reference(normalization, ghosts):
+    t = new_trainer(mse_normalization=normalization, use_ghost_grads=ghosts)
+    dead = torch.zeros(L, dtype=torch.bool)
+    if ghosts:
+        # A silenced feature can't come back within three steps of lr 0.01.
+        dead[[2, 5, 11]] = True
+        t.sae.b_enc[dead] = -3.0
+        t.steps_since_fired[dead] = 1001
+    p = {k: getattr(t.sae, k).detach().clone() for k in PARAMETERS}
+    adam, step = ReferenceAdam(), PackStep()
+    for i in range(3):
+        x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        p, losses = reference_step(p, adam, x, 1e-2, 3e-2, normalization, dead)
+        (metrics,) = step.step([t], x, want_metrics=True)
+        got = (metrics.mse, metrics.l1, metrics.ghost, metrics.overall)
+        for name, mine, theirs in zip(("mse", "l1", "ghost", "overall"), got, losses, strict=True):
+            assert float(mine) == pytest.approx(float(theirs), rel=1e-12), name
+        if ghosts:  # its value is about the mse by construction
+            assert float(metrics.ghost) == pytest.approx(float(metrics.mse), rel=1e-2)
+    p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    for k in PARAMETERS:
+        torch.testing.assert_close(getattr(t.sae, k).detach(), p[k], rtol=1e-10, atol=1e-12)
+
+
+def test_losses_module_agrees_with_the_reference_too():
+    t = new_trainer()
+    x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    dead = torch.zeros(L, dtype=torch.bool)
+    dead[3] = True
+    p = {k: getattr(t.sae, k) for k in PARAMETERS}
+    mine = sae_losses(x, **p, l1_coefficient=0.1, dead=dead)
+    theirs = reference_losses(x, p, 0.1, "centred_norm", dead)
+    for a, b in zip(mine, theirs, strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-12)
+
+
+def test_one_number_by_hand():
+    # d_in = d_sae = 1, x = [1, 3], W_enc = 2, W_dec = 1, b = 0: f = [2, 6], error = [1, 3].
+    # mse_normalization none: mse = (1 + 9) / 2 = 5; l1 = (2 + 6) / 2 = 4.
+    # centred: x - 2 = [-1, 1], norms 1, so the same up to the 1e-6.
+    one = torch.ones(1, 1, dtype=torch.float64)
+    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    plain = sae_losses(x, 2 * one, one, zero, zero, l1_coefficient=0.5, normalization="none")
+    assert (float(plain.mse), float(plain.l1), float(plain.overall)) == (5.0, 4.0, 7.0)
+    centred = sae_losses(x, 2 * one, one, zero, zero, l1_coefficient=0.5)
+    assert float(centred.mse) == pytest.approx(5.0 / (1 + 1e-6))
+
+
+def test_two_learning_rates_differ_after_one_step_by_what_adam_predicts():
+    # Adam's first step moves every weight by lr * g / (|g| + 1e-8): b_dec by lr up or down.
+    x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    start = new_trainer().sae.b_dec.clone()
+    for lr in (1e-3, 4e-3):
+        t = new_trainer(lr=lr)
+        PackStep().step([t], x)
+        moved = (t.sae.b_dec - start).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-4, atol=0)
+
+
+def bits(t):
+    return b"".join(getattr(t.sae, k).detach().numpy().tobytes() for k in PARAMETERS)
+
+
+@pytest.mark.parametrize("ghosts", [False, True])
+def test_threads_and_packing_do_not_change_a_bit(ghosts):
+    rows = 2 * LANE_ROWS + 300  # three lanes, the last one short
+    def run(threads, seeds):
+        trainers = [
+            new_trainer(s, torch.float32, 64, use_ghost_grads=ghosts, dead_feature_window=1)
+            for s in seeds
+        ]
+        step = PackStep(threads)
+        for i in range(6):
+            x = torch.randn(rows, D, generator=torch.Generator().manual_seed(i))
+            for t in trainers:  # something must be dead, or no ghost is exercised
+                t.steps_since_fired[:5] = 10 * ghosts
+            step.step(trainers, x)
+        return {s: bits(t) for s, t in zip(seeds, trainers, strict=True)}
+
+    together = run(1, [0, 1, 2])
+    assert run(2, [0, 1, 2]) == together
+    assert run(3, [2, 1, 0]) == together
+    assert {s: run(2, [s])[s] for s in (0, 1, 2)} == together
+    assert together[0] != together[1]
+
+
+def test_state_restores_exactly():
+    batches = [torch.randn(B, D, generator=torch.Generator().manual_seed(i)) for i in range(9)]
+    changes = dict(feature_sampling_window=4, use_ghost_grads=True, dead_feature_window=2)
+    whole = new_trainer(dtype=torch.float32, **changes)
+    for x in batches:
+        PackStep().step([whole], x)
+    first = new_trainer(dtype=torch.float32, **changes)
+    for x in batches[:5]:
+        PackStep().step([first], x)
+    tensors, numbers = first.state()
+    weights = {k: getattr(first.sae, k).detach().clone() for k in PARAMETERS}
+    resumed = SAETrainer.resumed(StandardSAE(**weights), first.options, tensors, numbers)
+    for x in batches[5:]:
+        PackStep().step([resumed], x)
+    assert bits(resumed) == bits(whole)
+    assert torch.equal(resumed.firing_frequency, whole.firing_frequency)
+    assert resumed.step == whole.step == 9
+
+
+def test_firing_statistics_start_anew_every_window():
+    t = new_trainer(feature_sampling_window=2)
+    for i in range(3):
+        x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        before = (t.sae.encode(x) > 0).sum(0)
+        PackStep().step([t], x)
+    # Steps 0 and 1 filled a window; step 2 began the next one, with its own batch only.
+    assert t.tokens_in_window == B
+    assert torch.equal(t.fired_in_window, before)
+    assert t.last_frequency.max() > 0
+
+
+def test_dead_features_are_those_silent_longer_than_the_window():
+    t = new_trainer(dead_feature_window=2)
+    t.sae.b_enc[4] = -100.0
+    for i in range(3):
+        assert not t.dead[4], f"after {i} steps"
+        PackStep().step([t], torch.randn(B, D, dtype=torch.float64))
+    assert t.dead[4]  # silent for 3 > 2 steps
+    assert int(t.dead.sum()) == t.feature_metrics()["sparsity/dead_features"]
