@@ -151,6 +151,10 @@ def main() -> None:
 
     tokenizer = train_tokenizer(train)
     tokenizer.save_pretrained(HERE)
+    # The class name that transformers 4 knows too.
+    settings = json.loads((HERE / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (HERE / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     train_ids, held_out_ids = tokenise(tokenizer, train), tokenise(tokenizer, held_out)
     print(f"{len(train)} documents, {len(train_ids):,} tokens; held out {len(held_out_ids):,}")
 

@@ -1,0 +1,91 @@
+"""What the parts of a sweep say to each other: plain data, no Ray, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# The states an SAE goes through. The last three are ends.
+WAITING, TRAINING, EVALUATING = "waiting", "training", "evaluating"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+ENDS = (DONE, STOPPED, FAILED)
+
+
+class Report(NamedTuple):
+    """One SAE at one optimizer step, from its pack."""
+
+    name: str
+    step: int
+    n_training_tokens: int
+    metrics: dict[str, Any]  # by wandb key
+    snapshot: Any = None  # [ObjectRef of the weights] where an evaluation is wanted
+    state: str = TRAINING  # or an end
+    error: str | None = None  # of a failed one
+    path: str | None = None  # of a finished one: its folder
+
+
+class Result(NamedTuple):
+    """What a trial hands to Tune: the newest metrics of its SAE, and whether they are the last."""
+
+    number: int  # counts up; a trial asks for what is newer than what it has
+    n_training_tokens: int
+    step: int
+    metrics: dict[str, Any]
+    state: str
+    error: str | None
+    path: str | None
+    checkpoint: str | None  # newest checkpoint's folder
+
+
+class Gauges(NamedTuple):
+    """The activation buffer, as it stands."""
+
+    harvested_tokens: int  # LM tokens computed, evaluation not counted
+    slots: int  # blocks the buffer may hold
+    used: int  # blocks held or under way
+    ready: int
+    harvest_seconds: float  # summed over harvesters
+    elapsed_seconds: float  # since the first harvest
+    n_harvesters: int
+    readers: dict[str, int]  # reader -> window it is at
+    detached: list[str]
+
+
+class ReaderGauges(NamedTuple):
+    """One rank of a pack."""
+
+    waited_seconds: float  # for activations
+    busy_seconds: float  # training
+
+
+@dataclass
+class SAERow:
+    """One SAE in the live table."""
+
+    name: str
+    state: str
+    step: int
+    total_steps: int
+    n_training_tokens: int
+    metrics: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass
+class SweepStatus:
+    """A whole sweep at one moment: what the live view draws."""
+
+    rows: list[SAERow]
+    phase: str  # what is being waited for, in words
+    harvested_tokens: int = 0
+    trained_tokens: int = 0  # SAE-tokens
+    stream_tokens: int = 0  # what one SAE trains on, over the streams
+    gauges: list[Gauges] = field(default_factory=list)
+    readers: dict[str, ReaderGauges] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None  # the whole sweep can't go on
+    epochs: int = 1
+    skipped_rows: int = 0
+    evaluation_tokens: int = 0
+    packs: list[list[str]] = field(default_factory=list)
+    training_since: float | None = None  # time.time() of the first optimizer step's report

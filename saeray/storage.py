@@ -1,0 +1,99 @@
+"""A folder on local disk, NFS, s3:// or gs://, through pyarrow.fs (or fsspec, for other schemes).
+
+Everything is published whole: on a local file system a file or folder is written beside its place
+and renamed into it; on an object store, where a put is atomic, the file named last is the marker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from pyarrow import fs
+
+from saeray.errors import bad_value
+
+
+class Folder:
+    """One folder; `/` gives those below it."""
+
+    def __init__(self, filesystem: fs.FileSystem, path: str, uri: str) -> None:
+        self.filesystem = filesystem
+        self.path = path
+        self.uri = uri
+
+    @classmethod
+    def at(cls, uri: str | os.PathLike[str]) -> Folder:
+        """Opens a path or URI; nothing is created yet.
+
+        Raises:
+            ConfigError: a scheme that neither pyarrow nor fsspec knows, or no access to it.
+        """
+        text = os.fspath(uri)
+        if "://" not in text:
+            path = str(Path(text).expanduser().absolute())
+            return cls(fs.LocalFileSystem(), path, path)
+        try:
+            filesystem, path = fs.FileSystem.from_uri(text)
+        except (ValueError, OSError) as error:
+            try:
+                from fsspec.core import url_to_fs
+
+                handler, path = url_to_fs(text)
+                filesystem = fs.PyFileSystem(fs.FSSpecHandler(handler))
+            except (ValueError, ImportError, OSError):
+                raise bad_value(
+                    "storage_path", text, f"neither pyarrow.fs nor fsspec opens it ({error})."
+                ) from None
+        return cls(filesystem, path, text.rstrip("/"))
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(
+            self.filesystem, str(PurePosixPath(self.path) / name), f"{self.uri.rstrip('/')}/{name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """Names of what lies directly in it; none when it does not exist."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(str(PurePosixPath(self.path) / name)) as stream:
+            return stream.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """One file, there whole or not at all."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        target = str(PurePosixPath(self.path) / name)
+        written = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else target
+        with self.filesystem.open_output_stream(written) as stream:
+            stream.write(data)
+        if written != target:
+            os.replace(written, target)
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """The folder with exactly these files; the last one marks it as complete."""
+        if not self.is_local:
+            for name, data in files.items():
+                self.write(name, data)
+            return
+        beside = Path(f"{self.path}.{uuid.uuid4().hex[:8]}.tmp")
+        beside.mkdir(parents=True)
+        for name, data in files.items():
+            (beside / name).write_bytes(data)
+        if Path(self.path).exists():
+            shutil.rmtree(self.path)
+        os.rename(beside, self.path)
