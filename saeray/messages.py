@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from saeray.shuffle import StreamOrder
+
 # The states an SAE goes through. The last three are ends.
 WAITING, TRAINING, EVALUATING = "waiting", "training", "evaluating"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -35,6 +37,21 @@ class Result(NamedTuple):
     error: str | None
     path: str | None
     checkpoint: str | None  # newest checkpoint's folder
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything a pack's workers are told."""
+
+    pack: str
+    configs: dict[str, dict[str, Any]]  # by SAE
+    folder: str  # of the sweep
+    hook_index: int  # of its hook point among the stream's
+    d_in: int
+    order: StreamOrder
+    buffer: Any  # actor handles
+    roster: Any
+    threads: int
 
 
 class Gauges(NamedTuple):
@@ -84,6 +101,7 @@ class SweepStatus:
     readers: dict[str, ReaderGauges] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None  # the whole sweep can't go on
+    bad_input: bool = False  # … because of what the user gave
     epochs: int = 1
     skipped_rows: int = 0
     evaluation_tokens: int = 0

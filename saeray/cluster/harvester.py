@@ -1,23 +1,22 @@
 """Harvester: a language model in an actor. Stateless, so any of them can do any block again.
 
-Blocks travel as numpy arrays, which Ray shares between processes without a copy; bfloat16, which
-numpy does not know, travels as its bits in int16.
+Whoever only creates the actor needs this module too, so torch and the model are imported where
+they are used: in the harvester's own process.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from saeray.config import LanguageModelSAERunnerConfig
-from saeray.evaluate import Evaluator
-from saeray.lm import LanguageModel, ModelFacts, check_d_in
-from saeray.sae.initial_bias import initial_b_dec
 from saeray.shuffle import permutation
+
+if TYPE_CHECKING:
+    from saeray.evaluate import Evaluator
+    from saeray.lm import LanguageModel, ModelFacts
 
 
 class Harvested(NamedTuple):
@@ -26,20 +25,6 @@ class Harvested(NamedTuple):
     block: int
     n_tokens: int
     seconds: float
-
-
-def to_array(x: Tensor) -> np.ndarray:
-    """A contiguous CPU array of the same bits."""
-    x = x.contiguous().cpu()
-    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_array`, without a copy: the tensor must not be written to."""
-    if not array.flags.writeable:  # Ray's arrays are read-only; torch would warn at each of them
-        array = np.ndarray(array.shape, array.dtype, memoryview(array).cast("B"))
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
 
 
 class Harvester:
@@ -52,10 +37,15 @@ class Harvester:
         self.evaluator: Evaluator | None = None
         # One thread each on the CPU: the sums inside a matrix product are then the same however
         # many harvesters or cores there are. More harvesters, not more threads.
-        torch.set_num_threads(1)
+        self.threads = 1
 
     def open(self) -> LanguageModel:
         if self.model is None:
+            import torch
+
+            from saeray.lm import LanguageModel
+
+            torch.set_num_threads(self.threads)
             self.model = LanguageModel(self.config, self.hook_points)
         return self.model
 
@@ -65,6 +55,8 @@ class Harvester:
         Raises:
             ConfigError: the model, a hook point or d_in is wrong.
         """
+        from saeray.lm import check_d_in
+
         facts = self.open().facts
         for config in configs:
             check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
@@ -75,6 +67,10 @@ class Harvester:
 
         tokens: int32 [store_batch_size, context_size].
         """
+        import torch
+
+        from saeray.cluster.blocks import to_array
+
         started = time.perf_counter()
         activations = self.open().activations(torch.from_numpy(tokens.copy()))
         arrays = [to_array(activations[h]) for h in self.hook_points]
@@ -84,6 +80,11 @@ class Harvester:
         self, method: str, n_rows: int, seed: int, *blocks: np.ndarray
     ) -> np.ndarray:
         """b_dec [D] float32 from a seeded sample of `n_rows` of the rows in blocks."""
+        import torch
+
+        from saeray.cluster.blocks import to_tensor
+        from saeray.sae.initial_bias import initial_b_dec
+
         dtype = getattr(torch, self.config.activation_dtype)
         rows = [to_tensor(b, dtype) for b in blocks]
         per_block = len(rows[0])
@@ -95,7 +96,10 @@ class Harvester:
         self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray
     ) -> dict[str, Any]:
         """Metrics of one SAE on the held-out windows, by wandb key."""
+        import torch
+
         from saeray.checkpoint import sae_from_weights
+        from saeray.evaluate import Evaluator
 
         model = self.open()
         if self.evaluator is None:

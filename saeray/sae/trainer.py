@@ -127,7 +127,7 @@ class SAETrainer:
 
     def finish_step(self, grad: Gradients, n_rows: int) -> None:
         """Counters, then Adam on the gradient of one whole batch."""
-        self.fired_in_window += grad.fired
+        self.fired_in_window += grad.fired.to(torch.int64)
         self.tokens_in_window += n_rows
         self.steps_since_fired += 1
         self.steps_since_fired.masked_fill_(grad.fired > 0, 0)

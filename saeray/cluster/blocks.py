@@ -1,0 +1,24 @@
+"""Activations as they travel: numpy arrays, which Ray shares between processes without a copy.
+
+bfloat16, which numpy does not know, travels as its bits in int16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_array(x: Tensor) -> np.ndarray:
+    """A contiguous CPU array of the same bits."""
+    x = x.contiguous().cpu()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_array`, without a copy: the tensor must not be written to."""
+    if not array.flags.writeable:  # Ray's arrays are read-only; torch would warn at each of them
+        array = np.ndarray(array.shape, array.dtype, memoryview(array).cast("B"))
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor

@@ -1,0 +1,257 @@
+"""The pack loop: what each Ray Train worker runs. One reader, one batch at a time, every SAE steps.
+
+A pack is a set of SAEs trained together: each batch is read and moved to the device once. SAEs of
+a pack share hook point and batch size and may differ in everything else. An SAE that fails or is
+withdrawn leaves; the others do not notice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from saeray.checkpoint import newest_checkpoint, save_checkpoint, save_final
+from saeray.cluster import waiting
+from saeray.cluster.blocks import to_array
+from saeray.cluster.reader import Place, Reader
+from saeray.config import LanguageModelSAERunnerConfig
+from saeray.lm import choose_device
+from saeray.messages import DONE, FAILED, STOPPED, PackPlan, Report
+from saeray.sae.standard import initial_sae
+from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
+from saeray.storage import Folder
+
+
+def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
+    """The part of a config that a training step depends on."""
+    return TrainingOptions(
+        lr=config.lr,
+        l1_coefficient=config.l1_coefficient,
+        total_steps=config.steps,
+        lr_scheduler_name=config.lr_scheduler_name,
+        lr_warm_up_steps=config.lr_warm_up_steps,
+        lr_end=config.lr_end,
+        num_cycles=config.num_cycles,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        mse_normalization=config.mse_normalization,
+        use_ghost_grads=config.use_ghost_grads,
+        feature_sampling_window=config.feature_sampling_window,
+        dead_feature_window=config.dead_feature_window,
+    )
+
+
+def checkpoint_steps(config: LanguageModelSAERunnerConfig) -> set[int]:
+    """Steps after which a checkpoint is due: at range(0, total, total // n)[1:] tokens."""
+    n, total = config.n_checkpoints, config.training_tokens
+    if n == 0:
+        return set()
+    tokens = range(0, total, max(1, total // n))[1:]
+    return {max(1, round(t / config.train_batch_size)) for t in tokens} - {config.steps}
+
+
+@dataclass
+class Member:
+    """One SAE of the pack."""
+
+    name: str
+    config: LanguageModelSAERunnerConfig
+    folder: Folder
+    trainer: SAETrainer
+    checkpoints: set[int]
+
+    @property
+    def n_training_tokens(self) -> int:
+        return self.trainer.step * self.config.train_batch_size
+
+    def wants_log(self, step: int) -> bool:
+        return step % self.config.wandb_log_frequency == 0 or self.wants_evaluation(step)
+
+    def wants_evaluation(self, step: int) -> bool:
+        every = self.config.resolved_eval_every
+        return bool(every) and step % every == 0 and step < self.config.steps
+
+
+def train_pack(settings: dict[str, Any]) -> None:
+    """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
+    Pack(settings["plan"]).train()
+
+
+class Pack:
+    """A pack in training."""
+
+    def __init__(self, plan: PackPlan) -> None:
+        self.plan = plan
+        self.configs = {
+            name: LanguageModelSAERunnerConfig.from_dict(c) for name, c in plan.configs.items()
+        }
+        self.shared = next(iter(self.configs.values()))  # for what is equal in all of them
+        self.device = choose_device(self.shared.device)
+        self.limit = self.shared.wait_limit_s
+        self.members = [self.enrol(name, config) for name, config in self.configs.items()]
+        self.step_all = PackStep(plan.threads if self.device.type == "cpu" else 1)
+        self.answer: Any = None  # the roster's, to the last reports
+
+    def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
+        """A new SAE, or one that goes on from its newest valid checkpoint."""
+        folder = Folder.at(self.plan.folder) / "trials" / name
+        found, damaged = newest_checkpoint(folder / "checkpoints")
+        for reason in damaged:
+            self.warn(f"{name}: checkpoint passed over: {reason}")
+        if found is not None:
+            trainer = found.trainer(options_of(config), self.device)
+        else:
+            sae = initial_sae(
+                self.plan.d_in,
+                config.d_sae(self.plan.d_in),
+                seed=config.seed,
+                b_dec=self.initial_b_dec(config),
+                dtype=getattr(torch, config.dtype),
+            )
+            trainer = SAETrainer(sae.to(self.device), options_of(config))
+        return Member(name, config, folder, trainer, checkpoint_steps(config))
+
+    def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
+        if config.b_dec_init_method == "zeros":
+            return torch.zeros(self.plan.d_in)
+        array = waiting.poll(
+            lambda: self.plan.buffer.initial_b_dec.remote(
+                config.resolved_hook_point,
+                config.b_dec_init_method,
+                config.b_dec_init_rows,
+                config.data_seed,
+            ),
+            self.limit,
+            "harvesters (rows for b_dec_init_method)",
+        )
+        return torch.from_numpy(array.copy())
+
+    def train(self) -> None:
+        active = list(self.members)
+        first = min(m.trainer.step for m in active)
+        last = max(m.config.steps for m in active)
+        place = Place(
+            name=self.plan.pack,
+            hook_index=self.plan.hook_index,
+            order=self.plan.order,
+            d_in=self.plan.d_in,
+            dtype=getattr(torch, self.shared.activation_dtype),
+            batch_rows=self.shared.train_batch_size,
+        )
+        reader = Reader(
+            self.plan.buffer,
+            place,
+            first_batch=first,
+            n_batches=last - first,
+            device=self.device,
+            wait_limit_s=self.limit,
+        )
+        try:
+            for step, x in enumerate(reader, start=first + 1):
+                # One that was resumed from a later checkpoint waits until the others are there.
+                due = [m for m in active if m.trainer.step == step - 1]
+                wants = any(m.wants_log(step) or step == m.config.steps for m in due)
+                metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
+
+                for m in due:
+                    if step in m.checkpoints:
+                        save_checkpoint(
+                            m.folder / "checkpoints" / str(m.n_training_tokens), m.config, m.trainer
+                        )
+                if wants:
+                    gone = self.report(due, metrics, step, reader)
+                    active = [m for m in active if m.name not in gone]
+                    if not active:
+                        break
+            self.take_answer()
+            waiting.poll(
+                lambda: self.plan.roster.evaluated.remote(self.plan.pack),
+                self.limit,
+                "harvesters (evaluation)",
+            )
+        finally:
+            reader.close()
+
+    # --- telling the roster -----------------------------------------------------------------
+
+    def report(
+        self, due: list[Member], metrics: list[StepMetrics | None], step: int, reader: Reader
+    ) -> set[str]:
+        """Sends what is due at this step; names the SAEs that leave the pack with it."""
+        reports, gone = [], set()
+        withdrawn = self.take_answer()
+        for m, of_step in zip(due, metrics, strict=True):
+            finished = step == m.config.steps
+            if not (finished or m.wants_log(step) or m.name in withdrawn):
+                continue
+            assert of_step is not None
+            report = self.report_of(m, of_step, step)
+            if report.state != FAILED:
+                if finished or m.name in withdrawn:
+                    report = self.publish(m, report, DONE if finished else STOPPED)
+                elif m.wants_evaluation(step):
+                    report = report._replace(snapshot=[self.snapshot(m)])
+            if report.state in (DONE, STOPPED, FAILED):
+                gone.add(m.name)
+            reports.append(report)
+        self.answer = self.plan.roster.report.remote(self.plan.pack, reports, reader.gauges())
+        return gone
+
+    def take_answer(self) -> set[str]:
+        """SAEs that their trials have withdrawn, as of the last report."""
+        if self.answer is None:
+            return set()
+        answer, self.answer = self.answer, None
+        return set(waiting.get(answer, self.limit, "roster"))
+
+    def report_of(self, m: Member, of_step: StepMetrics, step: int) -> Report:
+        quality = of_step.reconstruction
+        metrics = {
+            "losses/mse_loss": float(of_step.mse),
+            "losses/l1_loss": float(of_step.l1),
+            "losses/ghost_grad_loss": float(of_step.ghost),
+            "losses/overall_loss": float(of_step.overall),
+            "metrics/explained_variance": float(quality.explained_variance),
+            "metrics/explained_variance_std": float(quality.explained_variance_std),
+            "metrics/l0": float(of_step.l0),
+            "metrics/l2_norm": float(quality.l2_norm),
+            "metrics/l2_ratio": float(quality.l2_ratio),
+            "details/current_learning_rate": m.trainer.adam.param_groups[0]["lr"],
+            "details/n_training_tokens": m.n_training_tokens,
+            **m.trainer.feature_metrics(),
+        }
+        report = Report(m.name, step, m.n_training_tokens, metrics)
+        if math.isfinite(metrics["losses/overall_loss"]):
+            return report
+        settings = {k: getattr(m.config, k) for k in ("l1_coefficient", "lr", "dtype", "seed")}
+        return report._replace(
+            state=FAILED,
+            error=f"{m.name}: the loss is {metrics['losses/overall_loss']} at step {step} "
+            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr is the usual remedy.",
+        )
+
+    def publish(self, m: Member, report: Report, state: str) -> Report:
+        if state == STOPPED:  # a paused trial may come back to it
+            save_checkpoint(
+                m.folder / "checkpoints" / str(m.n_training_tokens), m.config, m.trainer
+            )
+        final = m.folder / "final"
+        save_final(final, m.config, m.trainer)
+        return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)
+
+    def snapshot(self, m: Member) -> Any:
+        """A reference to a copy of the weights, for the harvesters to evaluate.
+
+        The roster's hold on it keeps it alive, as long as this process, its owner, lives.
+        """
+        return ray.put({k: to_array(getattr(m.trainer.sae, k).detach()).copy() for k in PARAMETERS})
+
+    def warn(self, text: str) -> None:
+        self.plan.roster.warn.remote(text)
+
+

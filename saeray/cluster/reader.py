@@ -1,0 +1,173 @@
+"""Reader: the buffer as an iterator of batches on the trainer's device.
+
+A thread asks the buffer for one window after the other and gathers batches from the window's blocks
+in the stream's order. The blocks are read where they lie in shared memory; a batch is always a copy
+of its own, since writing to a block would silently change it for every other reader.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeray.cluster import waiting
+from saeray.cluster.blocks import to_tensor
+from saeray.messages import ReaderGauges
+from saeray.shuffle import StreamOrder
+
+AHEAD = 2  # batches gathered before they are asked for
+
+
+class Place(NamedTuple):
+    """What a reader reads."""
+
+    name: str
+    hook_index: int  # of its hook point among the stream's
+    order: StreamOrder
+    d_in: int
+    dtype: torch.dtype  # of the activations
+    batch_rows: int
+    rank: int = 0
+    n_ranks: int = 1
+
+
+class Reader:
+    """Iterates over batches [batch_rows / n_ranks, d_in] from a position on, to the stream's end.
+
+    The position is a number of batches, so resuming is starting at another number. The last rows of
+    the stream that do not fill a batch are left out.
+    """
+
+    def __init__(
+        self,
+        buffer: Any,
+        place: Place,
+        *,
+        first_batch: int,
+        n_batches: int,
+        device: torch.device,
+        wait_limit_s: float,
+    ) -> None:
+        self.buffer = buffer
+        self.place = place
+        self.first_batch = first_batch
+        self.n_batches = n_batches
+        self.device = device
+        self.wait_limit_s = wait_limit_s
+        self.queue: queue.Queue[Tensor | Exception | None] = queue.Queue(maxsize=AHEAD)
+        self.stopped = threading.Event()
+        self.waited = 0.0
+        self.started = time.perf_counter()
+        self.thread = threading.Thread(target=self.run, name="reader", daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            started = time.perf_counter()
+            item = self.queue.get()  # the thread limits its own waits and passes errors on
+            self.waited += time.perf_counter() - started
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item.to(self.device, non_blocking=True)
+
+    def gauges(self) -> ReaderGauges:
+        elapsed = time.perf_counter() - self.started
+        return ReaderGauges(self.waited, elapsed - self.waited)
+
+    def close(self) -> None:
+        """Tells the buffer that nothing is needed for this reader any more."""
+        self.stopped.set()
+        while not self.queue.empty():
+            self.queue.get_nowait()
+        self.thread.join(timeout=self.wait_limit_s)
+        waiting.get(
+            self.buffer.leave.remote(self.place.name), self.wait_limit_s, "activation buffer"
+        )
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            for batch in self.batches():
+                self.put(batch)
+                if self.stopped.is_set():
+                    return
+            self.put(None)
+        except Exception as error:
+            self.put(error)
+
+    def put(self, item: Tensor | Exception | None) -> None:
+        while not self.stopped.is_set():
+            try:
+                self.queue.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+
+    def batches(self) -> Iterator[Tensor]:
+        place, order = self.place, self.place.order
+        rows = place.batch_rows
+        position, end = self.first_batch * rows, (self.first_batch + self.n_batches) * rows
+        # Each rank takes its own slice of every batch.
+        lo, hi = rows * place.rank // place.n_ranks, rows * (place.rank + 1) // place.n_ranks
+        window = Window(self, order.window_of(position))
+        while position < end:
+            batch = self.new_batch(hi - lo)
+            a, stop = position + lo, position + hi  # rows of the stream
+            while a < stop:
+                while a >= window.stop:
+                    next_window = window.index + 1
+                    del window  # its blocks must be gone before the next ones are asked for
+                    window = Window(self, next_window)
+                b = min(stop, window.stop)
+                window.gather(a, b, out=batch[a - position - lo : b - position - lo])
+                a = b
+            yield batch
+            position += rows
+
+    def new_batch(self, rows: int) -> Tensor:
+        return torch.empty(
+            rows, self.place.d_in, dtype=self.place.dtype, pin_memory=self.device.type == "cuda"
+        )
+
+
+class Window:
+    """One window's blocks, mapped from shared memory, and the order to read them in."""
+
+    def __init__(self, reader: Reader, index: int) -> None:
+        place = reader.place
+        self.index = index
+        self.start = place.order.window_start(index)
+        self.stop = place.order.window_start(index + 1)
+        answer = waiting.poll(
+            lambda: reader.buffer.window.remote(place.name, index),
+            reader.wait_limit_s,
+            f"harvesters (window {index} of the activation stream)",
+        )
+        refs = [refs[place.hook_index] for refs in answer.refs]
+        arrays = waiting.get(refs, reader.wait_limit_s, "object store")
+        self.first_block = answer.blocks.start
+        self.blocks = [to_tensor(a, place.dtype) for a in arrays]
+        self.order = place.order.order(index)
+
+    def gather(self, a: int, b: int, out: Tensor) -> None:
+        """Rows a … b - 1 of the stream into out [b - a, d_in]."""
+        block = self.order.block[a - self.start : b - self.start]
+        row = self.order.row[a - self.start : b - self.start]
+        by_block = np.argsort(block, kind="stable")  # where each row goes, block after block
+        ends = np.searchsorted(block[by_block], np.arange(len(self.blocks) + 1) + self.first_block)
+        to = torch.from_numpy(by_block)
+        rows = torch.from_numpy(row[by_block].astype(np.int64))
+        for i, source in enumerate(self.blocks):
+            first, last = int(ends[i]), int(ends[i + 1])
+            if first < last:
+                out.index_copy_(0, to[first:last], source.index_select(0, rows[first:last]))

@@ -1,0 +1,515 @@
+"""Roster: the meeting point of Tune's trials and the packs. One async actor per sweep.
+
+A trial enlists with its config; once the expected trials are there (or no new one has come for a
+while) they are cut into packs and each pack is launched. Reports flow back per SAE; a trial that
+Tune stops withdraws, and its SAE leaves its pack. The roster also writes what a sweep leaves
+behind: metrics, wandb runs, results.
+
+An SAE's life:
+
+    waiting ──pack launched──► training ──last step──► evaluating ──► done
+                                  └── withdrawn ──► stopped      └── NaN, broken pack ──► failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import yaml
+
+from saeray import __version__
+from saeray.cluster.launch import NAMESPACE, Stream, actor, cluster_now, fit_pack, start_stream
+from saeray.config import LanguageModelSAERunnerConfig, stream_key
+from saeray.errors import ConfigError, SaerayError
+from saeray.grid import SAE, refuse_duplicates
+from saeray.messages import (
+    DONE,
+    ENDS,
+    EVALUATING,
+    FAILED,
+    STOPPED,
+    TRAINING,
+    WAITING,
+    Gauges,
+    PackPlan,
+    ReaderGauges,
+    Report,
+    Result,
+    SAERow,
+    SweepStatus,
+)
+from saeray.plan import Fitted, cut_packs, fit, wants_gpu
+from saeray.results import result_row, varying_fields, write_pareto, write_results
+from saeray.storage import Folder
+from saeray.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+GATHER_SECONDS = 8.0  # without a new trial: those that are there are all there are
+POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
+LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned
+
+
+def roster_name(sweep: str) -> str:
+    return f"roster:{sweep}"
+
+
+def find_or_create(sweep: str, folder: str) -> Any:
+    """The sweep's roster. It belongs to no one process and goes when the sweep is over."""
+    return actor(
+        Roster,
+        name=roster_name(sweep),
+        lifetime="detached",
+        get_if_exists=True,
+        max_concurrency=1000,
+    ).remote(sweep, folder)
+
+
+@dataclass
+class Entry:
+    """One SAE."""
+
+    name: str
+    config: LanguageModelSAERunnerConfig
+    state: str = WAITING
+    number: int = 0  # of the newest result
+    step: int = 0
+    n_training_tokens: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    path: str | None = None
+    attached: bool = False  # a trial is there for it
+    withdrawn: bool = False
+    pending: deque[tuple[Report, asyncio.Task[Any] | None]] = field(default_factory=deque)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDS
+
+
+@dataclass
+class PackState:
+    """A launched pack."""
+
+    name: str
+    stream: Stream
+    members: list[str]
+    reader: ReaderGauges | None = None
+    run: Any = None  # reference of its trainer's task
+
+
+class Roster:
+    """The actor."""
+
+    def __init__(self, sweep: str, folder: str) -> None:
+        self.sweep = sweep
+        self.folder = Folder.at(folder)
+        self.entries: dict[str, Entry] = {}
+        self.streams: dict[str, Stream] = {}
+        self.packs: dict[str, PackState] = {}
+        self.queue: deque[tuple[Stream, list[SAE], Fitted]] = deque()  # packs that wait for room
+        self.n_packs = 0
+        self.phase = "gathering trials"
+        self.error: Exception | None = None
+        self.warnings: list[str] = []
+        self.tracker = Tracker(sweep, self.folder)
+        self.tracking = ThreadPoolExecutor(1, "tracking")
+        self.evaluation_tokens = 0
+        self.training_since: float | None = None
+        self.last_seen = time.monotonic()
+        self.last_enlisted = time.monotonic()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.gathering: asyncio.Task[Any] | None = None
+        self.watching = False
+        self.closed = False
+        self.token_counts: Any = None
+
+    # --- trials and drivers -----------------------------------------------------------------
+
+    async def begin(self, configs: dict[str, dict[str, Any]]) -> None:
+        """All SAEs of a sweep at once: nothing needs to be gathered, packs start right away."""
+        self.seen()
+        for name, config in configs.items():
+            self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
+        self.do(self.launch([e for e in self.entries.values() if e.state == WAITING]))
+
+    async def enlist(self, name: str, config: dict[str, Any]) -> None:
+        """A trial reports for duty. Enlisting twice is harmless; a stopped SAE goes on."""
+        self.seen()
+        self.raise_error()
+        entry = self.entries.get(name)
+        if entry is None:
+            entry = self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
+            self.last_enlisted = time.monotonic()
+            if self.gathering is None or self.gathering.done():
+                self.gathering = self.do(self.gather())
+        elif entry.state == STOPPED:  # paused by Tune and taken up again
+            entry.state, entry.withdrawn = WAITING, False
+            self.do(self.launch([entry]))
+        elif entry.attached and entry.config.to_dict() != config:
+            raise ConfigError(f"duplicate trial {name}: another trial has enlisted under it.")
+        entry.attached = True
+
+    async def next_result(self, name: str, after: int) -> Result | None:
+        """The newest result of an SAE, once it is newer than `after`; None: not yet, ask again."""
+        self.seen()
+        entry = self.entries[name]
+        deadline = time.monotonic() + POLL_SECONDS
+        while entry.number <= after:
+            self.raise_error()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            try:
+                await asyncio.wait_for(entry.news.wait(), left)
+            except (TimeoutError, asyncio.TimeoutError):
+                return None
+        return self.result_of(entry)
+
+    async def withdraw(self, name: str) -> None:
+        """A trial was stopped: its SAE leaves its pack at the next log step."""
+        self.seen()
+        entry = self.entries.get(name)
+        if entry is not None:
+            entry.attached = False
+            entry.withdrawn = not entry.ended
+
+    async def status(self) -> SweepStatus:
+        """The sweep as it stands, for the live view."""
+        self.seen()
+        gauges: list[Gauges] = []
+        for stream in self.streams.values():
+            try:
+                gauges.append(await asyncio.wait_for(stream.buffer.gauges.remote(), POLL_SECONDS))
+                self.token_counts = await asyncio.wait_for(
+                    stream.token_server.counts.remote(), POLL_SECONDS
+                )
+            except (TimeoutError, asyncio.TimeoutError, ray.exceptions.RayError):
+                continue  # busy or gone; the next look will tell
+        counts = self.token_counts
+        return SweepStatus(
+            rows=[
+                SAERow(
+                    e.name, e.state, e.step, e.config.steps, e.n_training_tokens, e.metrics, e.error
+                )
+                for e in self.entries.values()
+            ],
+            phase=self.phase,
+            harvested_tokens=sum(g.harvested_tokens for g in gauges),
+            trained_tokens=sum(e.n_training_tokens for e in self.entries.values()),
+            stream_tokens=sum(s.config.stream_tokens or 0 for s in self.streams.values()),
+            gauges=gauges,
+            readers={p.name: p.reader for p in self.packs.values() if p.reader is not None},
+            warnings=self.warnings + self.tracker.warnings + (counts.warnings if counts else []),
+            error=None if self.error is None else str(self.error),
+            bad_input=isinstance(self.error, ConfigError),
+            epochs=counts.epochs if counts else 1,
+            skipped_rows=counts.skipped_rows if counts else 0,
+            evaluation_tokens=self.evaluation_tokens,
+            packs=[p.members for p in self.packs.values()],
+            training_since=self.training_since,
+        )
+
+    async def close(self) -> None:
+        """Ends everything the sweep has started, after the last lines are written."""
+        if self.closed:
+            return
+        self.closed = True
+        self.phase = "closing"
+        for pack in list(self.packs.values()):
+            self.cancel(pack)
+        await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
+        for stream in self.streams.values():
+            for a in stream.actors():
+                ray.kill(a)
+        self.streams.clear()
+
+    # --- packs ------------------------------------------------------------------------------
+
+    async def report(
+        self, pack: str, reports: list[Report], reader: ReaderGauges | None
+    ) -> list[str]:
+        """News of some of a pack's SAEs; answers with those that shall leave it."""
+        state = self.packs[pack]
+        state.reader = reader
+        self.phase = "training"
+        if self.training_since is None:
+            self.training_since = time.time()
+        for r in reports:
+            entry = self.entries[r.name]
+            if entry.ended:
+                continue
+            entry.step, entry.n_training_tokens = r.step, r.n_training_tokens
+            if r.state in (DONE, STOPPED):
+                entry.state = EVALUATING
+            task = None
+            if r.snapshot is not None:
+                task = self.do(self.evaluate(entry, state.stream, r.snapshot[0]))
+                task.add_done_callback(lambda _, entry=entry: self.settle(entry))
+            entry.pending.append((r, task))
+            self.settle(entry)
+        return [n for n in state.members if self.entries[n].withdrawn]
+
+    async def evaluated(self, pack: str) -> bool | None:
+        """Whether nothing of the pack waits for an evaluation any more; None: ask again."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while any(self.entries[n].pending for n in self.packs[pack].members):
+            if time.monotonic() > deadline:
+                return None
+            await asyncio.sleep(0.05)
+        return True
+
+    async def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    # --- gathering and launching ------------------------------------------------------------
+
+    async def gather(self) -> None:
+        """Waits until no trial has come for GATHER_SECONDS, then launches those that are there."""
+        while time.monotonic() - self.last_enlisted < GATHER_SECONDS:
+            await asyncio.sleep(0.2)
+        await self.launch([e for e in self.entries.values() if e.state == WAITING])
+
+    async def launch(self, entries: Sequence[Entry]) -> None:
+        """Starts the streams that are needed, cuts packs and launches what has room."""
+        try:
+            by_stream: dict[str, list[SAE]] = {}
+            for e in entries:
+                by_stream.setdefault(stream_key(e.config), []).append(SAE(e.name, e.config))
+            for key, saes in by_stream.items():
+                config = saes[0].config
+                cluster = cluster_now()
+                fitted = fit(config.resources, cluster, len(saes), wants_gpu(config, cluster))
+                stream = await self.stream_for(key, saes, fitted)
+                for members in cut_packs(saes, fitted.saes_per_trainer):
+                    self.queue.append((stream, members, fitted))
+            self.phase = "starting trainers"
+            self.launch_next()
+        except Exception as error:
+            self.give_up(error)
+
+    async def stream_for(self, key: str, saes: list[SAE], fitted: Fitted) -> Stream:
+        configs = [s.config for s in saes]
+        hooks = {c.resolved_hook_point for c in configs}
+        for stream in self.streams.values():
+            if stream.key == key and hooks <= set(stream.hook_points):
+                return stream
+        self.phase = "loading the language model and the text"
+        stream = await start_stream(key, configs, fitted)
+        self.streams[f"{key}-{len(self.streams)}"] = stream
+        self.write_sweep_yaml(saes, fitted)
+        return stream
+
+    def launch_next(self) -> None:
+        """Launches waiting packs while the cluster has room for them."""
+        cluster = cluster_now()
+        while self.queue:
+            stream, saes, fitted = self.queue[0]
+            room = fitted.packs_at_once(cluster)
+            if len(self.packs) - self.n_ended_packs() >= room:
+                return
+            self.queue.popleft()
+            self.n_packs += 1
+            name = f"pack-{self.n_packs:03d}"
+            pack = PackState(name, stream, [s.name for s in saes])
+            self.packs[name] = pack
+            for s in saes:
+                self.entries[s.name].state = TRAINING
+            self.do(self.run_pack(pack, saes, fitted))
+
+    def n_ended_packs(self) -> int:
+        return sum(all(self.entries[n].ended for n in p.members) for p in self.packs.values())
+
+    async def run_pack(self, pack: PackState, saes: list[SAE], fitted: Fitted) -> None:
+        """One pack from launch to end."""
+        stream = pack.stream
+        hook_point = saes[0].config.resolved_hook_point
+        plan = PackPlan(
+            pack=pack.name,
+            configs={s.name: s.config.to_dict() for s in saes},
+            folder=self.folder.uri,
+            hook_index=stream.hook_points.index(hook_point),
+            d_in=stream.widths[hook_point],
+            order=stream.plan.order,
+            buffer=stream.buffer,
+            roster=ray.get_actor(roster_name(self.sweep), NAMESPACE),
+            threads=fitted.threads,
+        )
+        use_gpu = fitted.trainer_gpus > 0
+        run = ray.remote(fit_pack).options(num_cpus=0, scheduling_strategy="DEFAULT")
+        problem = "its trainer ended early"
+        try:
+            await stream.buffer.expect.remote(pack.name, 0)
+            pack.run = run.remote(
+                plan, fitted, use_gpu, (self.folder / ".ray").uri, f"{self.sweep}-{pack.name}"
+            )
+            await pack.run
+        except Exception as error:
+            problem = f"its trainer failed: {error}"
+        for name in pack.members:
+            entry = self.entries[name]
+            while entry.pending and not self.closed:
+                await asyncio.sleep(0.05)
+            if not entry.ended:
+                self.end(entry, FAILED, f"{name}: {problem}")
+        if not self.closed:
+            await stream.buffer.leave.remote(pack.name)
+            self.launch_next()
+
+    def cancel(self, pack: PackState) -> None:
+        if pack.run is not None:
+            ray.cancel(pack.run, force=True)
+
+    def give_up(self, error: Exception) -> None:
+        """The whole sweep can't go on."""
+        cause = getattr(error, "cause", None)
+        self.error = cause if isinstance(cause, SaerayError) else error
+        self.phase = "failed"
+        for entry in self.entries.values():
+            if not entry.ended:
+                self.end(entry, FAILED, str(self.error))
+
+    # --- reports to results -----------------------------------------------------------------
+
+    async def evaluate(self, entry: Entry, stream: Stream, weights: Any) -> dict[str, Any]:
+        """Metrics of a snapshot on the held-out windows."""
+        harvester = stream.harvesters[stream.evaluations % len(stream.harvesters)]
+        stream.evaluations += 1
+        metrics = await harvester.evaluate.remote(
+            weights, entry.config.resolved_hook_point, stream.held_out
+        )
+        self.evaluation_tokens += metrics["eval/n_tokens"]
+        return metrics
+
+    def settle(self, entry: Entry) -> None:
+        """Passes on reports in their order, as far as their evaluations are there."""
+        while entry.pending:
+            report, evaluation = entry.pending[0]
+            metrics, error = dict(report.metrics), report.error
+            if evaluation is not None:
+                if not evaluation.done():
+                    return
+                failure = evaluation.exception()
+                if failure is None:
+                    metrics.update(evaluation.result())
+                else:
+                    self.warnings.append(f"{entry.name}: not evaluated: {failure}")
+            entry.pending.popleft()
+            self.log(entry, report.step, metrics)
+            entry.path = report.path
+            if report.state in ENDS:
+                self.end(entry, report.state, error)
+            else:
+                self.publish(entry)
+
+    def log(self, entry: Entry, step: int, metrics: dict[str, Any]) -> None:
+        entry.metrics = {**entry.metrics, **metrics}
+        self.track(self.tracker.log, entry.name, step, metrics)
+
+    def end(self, entry: Entry, state: str, error: str | None) -> None:
+        """An SAE's end: its row is written before its trial hears of it."""
+        entry.state, entry.error = state, error
+        self.track(self.tracker.finish, entry.name, state == FAILED)
+        try:
+            self.write_results()
+        except Exception as problem:
+            self.warnings.append(f"results could not be written: {problem}")
+        self.publish(entry)
+
+    def publish(self, entry: Entry) -> None:
+        entry.number += 1
+        entry.news.set()
+        entry.news = asyncio.Event()
+
+    def result_of(self, entry: Entry) -> Result:
+        return Result(
+            entry.number,
+            entry.n_training_tokens,
+            entry.step,
+            {k: v for k, v in entry.metrics.items() if isinstance(v, (int, float))},
+            entry.state,
+            entry.error,
+            entry.path,
+            (self.folder / "trials" / entry.name).uri,
+        )
+
+    def write_results(self) -> None:
+        entries = list(self.entries.values())
+        axes = varying_fields([e.config for e in entries])
+        rows = [
+            result_row(e.name, e.config, axes, e.state, e.path, e.metrics, e.error) for e in entries
+        ]
+        write_results(self.folder, rows)
+        if all(e.ended for e in entries):
+            write_pareto(self.folder, rows, self.sweep)
+
+    def write_sweep_yaml(self, saes: list[SAE], fitted: Fitted) -> None:
+        """The resolved configs and what they were run with."""
+        data = {
+            "name": self.sweep,
+            "saeray_version": __version__,
+            "ray_version": ray.__version__,
+            "resources": vars(fitted),
+            "saes": {e.name: e.config.to_dict() for e in self.entries.values()},
+        }
+        self.folder.write("sweep.yaml", yaml.safe_dump(data, sort_keys=False).encode())
+
+    # --- housekeeping -----------------------------------------------------------------------
+
+    def add(self, name: str, config: LanguageModelSAERunnerConfig) -> Entry:
+        known = [SAE(e.name, e.config) for e in self.entries.values()]
+        refuse_duplicates([*known, SAE(name, config)])
+        entry = self.entries[name] = Entry(name, config)
+        self.track(self.tracker.open, name, config)
+        if not self.watching:
+            self.watching = True
+            self.do(self.watch())
+        return entry
+
+    def track(self, call: Any, *args: Any) -> None:
+        """Runs a call of the tracker in its own thread, in order."""
+
+        def guarded() -> None:
+            try:
+                call(*args)
+            except Exception as error:
+                text = f"tracking: {type(error).__name__}: {error}"
+                if text not in self.warnings:
+                    self.warnings.append(text)
+
+        self.tracking.submit(guarded)
+
+    def do(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def seen(self) -> None:
+        self.last_seen = time.monotonic()
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error if isinstance(self.error, SaerayError) else SaerayError(str(self.error))
+
+    async def watch(self) -> None:
+        """Ends the sweep when it is over or its driver and trials are gone."""
+        while not self.closed:
+            await asyncio.sleep(2.0)
+            quiet = time.monotonic() - self.last_seen
+            over = all(e.ended and not e.attached for e in self.entries.values())
+            if quiet > LEASE_SECONDS or (over and quiet > 2 * GATHER_SECONDS):
+                await self.close()
+        # Detached, so nobody else would end it.
+        await asyncio.sleep(1.0)
+        ray.actor.exit_actor()

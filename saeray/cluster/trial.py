@@ -1,0 +1,122 @@
+"""SAETrial: what Ray Tune sees of an SAE. Thin: it waits for reports and imports no torch.
+
+    tune.run(
+        saeray.SAETrial,
+        config={..., "l1_coefficient": tune.grid_search([...]), "lr": tune.grid_search([...])},
+    )
+
+The trials of one experiment meet at its roster, which trains them in packs. A trial's Tune
+checkpoint is a pointer, a small JSON with the folder of its SAE; the SAE's real checkpoints lie
+there, so schedulers may pause and restore trials without copying weights.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from saeray.cluster import waiting
+from saeray.cluster.roster import find_or_create
+from saeray.config import LanguageModelSAERunnerConfig, resolve
+from saeray.errors import Late, SAEFailed
+from saeray.grid import derived_name
+from saeray.messages import DONE, FAILED, STOPPED
+
+INTERNAL = "_saeray"  # key in a trial's config for what saeray.sweep knows and a bare trial doesn't
+POINTER = "sae.json"
+
+
+class SAETrial(tune.Trainable):
+    """One SAE as a Tune trial. Its config is the flat fields of `LanguageModelSAERunnerConfig`.
+
+    Results have every metric by its wandb key, and `n_training_tokens` and `step` to be used as a
+    scheduler's `time_attr`; with `done` once the SAE is trained and evaluated.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Enlists at the experiment's roster.
+
+        Raises:
+            ConfigError: the config is not right.
+        """
+        config = dict(config)
+        known = config.pop(INTERNAL, {})
+        self.sae = resolve(LanguageModelSAERunnerConfig.from_dict(config))
+        self.name = derived_name(self.sae, known.get("axes"))
+        sweep, folder = known.get("sweep"), known.get("folder")
+        if sweep is None:
+            sweep, folder = self.own_folder()
+        self.roster = find_or_create(sweep, folder)
+        self.number = 0
+        self.state = ""
+        self.folder = ""
+        self.enlist()
+
+    def own_folder(self) -> tuple[str, str]:
+        """A bare tune.run: the sweep is the Tune experiment, unless the config names another."""
+        storage = self._storage
+        assert storage is not None
+        sweep = self.sae.name or storage.experiment_dir_name
+        root = self.sae.storage_path
+        if root is None:
+            kind = storage.storage_filesystem.type_name
+            path = storage.storage_fs_path
+            root = path if kind == "local" else f"{kind}://{path}"
+        return sweep, f"{root}/{sweep}"
+
+    def enlist(self) -> None:
+        waiting.get(
+            self.roster.enlist.remote(self.name, self.sae.to_dict()),
+            self.sae.wait_limit_s,
+            "roster",
+        )
+
+    def step(self) -> dict[str, Any]:
+        """Waits for the next report of the SAE.
+
+        Raises:
+            SAEFailed: the SAE can't be trained on; says at which step and why.
+        """
+        result = None
+        while result is None:
+            result = waiting.get(
+                self.roster.next_result.remote(self.name, self.number),
+                self.sae.wait_limit_s,
+                "roster",
+            )
+        self.number, self.state, self.folder = result.number, result.state, result.checkpoint
+        if result.state == FAILED:
+            raise SAEFailed(result.error)
+        return {
+            **result.metrics,
+            "n_training_tokens": result.n_training_tokens,
+            "step": result.step,
+            "path": result.path,
+            "done": result.state in (DONE, STOPPED),
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        pointer = {"name": self.name, "folder": self.folder}
+        (Path(checkpoint_dir) / POINTER).write_text(json.dumps(pointer))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to copy: the roster goes on from the SAE's own newest checkpoint."""
+        pointer = json.loads((Path(checkpoint) / POINTER).read_text())
+        self.folder = pointer["folder"]
+
+    def cleanup(self) -> None:
+        """Tune is done with this trial; an SAE that is still training leaves its pack."""
+        try:
+            waiting.get(self.roster.withdraw.remote(self.name), 10.0, "roster")
+        except (Late, ray.exceptions.RayError):
+            pass  # the roster is gone, and with it what there was to withdraw from
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """Next to nothing: Tune refuses zero."""
+        return tune.PlacementGroupFactory([{"CPU": 0.001}])
