@@ -22,7 +22,7 @@ from saeray.lm import LanguageModel
 from saeray.sae.metrics import density_histogram, log10_frequency, reconstruction
 from saeray.sae.standard import StandardSAE
 
-LOGITS_AT_ONCE = 1 << 26  # elements: 256 MB in float32
+LOGITS_AT_ONCE = 1 << 22  # elements: 16 MB in float32
 
 
 class Evaluator:
@@ -53,8 +53,8 @@ class Evaluator:
                 seen["active"] = f > 0
                 return x_hat.reshape(x.shape)
 
-            spliced = self.model.logits(tokens, {hook_point: splice})
-            plain = self.model.logits(tokens)
+            spliced = self.model.logits(tokens, {hook_point: splice})[:, :-1].log_softmax(dim=-1)
+            plain = self.model.logits(tokens)[:, :-1].log_softmax(dim=-1)
             total["ce"] += float(next_token_losses(spliced, tokens).double().sum())
             total["kl"] += float(kl_divergence(plain, spliced).double().sum())
             total["predicted"] += tokens[:, 1:].numel()
@@ -101,24 +101,22 @@ def ce_loss_score(clean: float, with_sae: float, ablated: float) -> float:
     return (ablated - with_sae) / (ablated - clean)
 
 
-def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [n, context, V], tokens [n, context] -> cross-entropy [n, context - 1], nats."""
-    target = tokens[:, 1:].to(logits.device, torch.int64)
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none"
-    ).reshape(target.shape)
+def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """log_p [n, context - 1, V], tokens [n, context] -> cross-entropy [n, context - 1], nats."""
+    target = tokens[:, 1:].to(log_p.device, torch.int64)
+    return -log_p.gather(2, target.unsqueeze(2)).squeeze(2)
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p ‖ q) [n, context - 1] of two models' next-token distributions, nats."""
-    log_p = p_logits[:, :-1].log_softmax(dim=-1)
-    log_q = q_logits[:, :-1].log_softmax(dim=-1)
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) [n, context - 1] of next-token log-probabilities [n, context - 1, V], nats."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def mean_loss(model: LanguageModel, parts: Iterable[Tensor], splice: Mapping[str, Any]) -> float:
+    """Mean next-token cross-entropy with `splice` in force, nats."""
     total, n = 0.0, 0
     for tokens in parts:
-        losses = next_token_losses(model.logits(tokens, splice), tokens)
+        log_p = model.logits(tokens, splice)[:, :-1].log_softmax(dim=-1)
+        losses = next_token_losses(log_p, tokens)
         total, n = total + float(losses.double().sum()), n + losses.numel()
     return total / n

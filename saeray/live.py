@@ -172,7 +172,9 @@ class LiveView:
                 said, phase = now, self.status.phase
                 elapsed = duration(now - self.started)
                 self.console.print(
-                    f"{elapsed:>6} {phase}: {summary(self.status, self.rates)}", highlight=False
+                    f"{elapsed:>6} {phase}: {summary(self.status, self.rates)}",
+                    highlight=False,
+                    soft_wrap=True,
                 )
 
     def refresh(self, live: Live) -> None:
@@ -181,6 +183,15 @@ class LiveView:
         except (Late, RuntimeError):
             return  # the roster is busy; the next look will tell
         live.update(draw(self.status, self.rates, time.monotonic() - self.started), refresh=True)
+
+    def wait_for_training(self) -> None:
+        """Until the first report is there, or it is clear that none will come."""
+        while self.status.training_since is None and self.status.error is None:
+            if self.status.rows and all(row.state in ENDS for row in self.status.rows):
+                return
+            if not self.thread.is_alive():
+                return
+            time.sleep(0.1)
 
     def wait_for_end(self, limit_s: float) -> None:
         """Until every SAE has reached an end (those Tune stopped are still being evaluated)."""

@@ -107,6 +107,7 @@ class LanguageModel:
         # The bridge rewires the module it is given, so it gets a twin that shares the weights.
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         twin = copy.deepcopy(self.model, memo=dict(shared))
+        fuse_gelu(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.bridge = TransformerBridge.boot_transformers(
@@ -261,6 +262,18 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Replaces Hugging Face's tanh GELU, eight elementwise passes, by PyTorch's single one.
+
+    A third of a GPT-2 MLP's time on a CPU goes into those passes. Equal up to rounding, which the
+    check of the fast path holds.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def attach(hook: _Hook, f: Callable[[Tensor], Tensor | None]) -> Any:

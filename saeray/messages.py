@@ -49,8 +49,7 @@ class PackPlan:
     hook_index: int  # of its hook point among the stream's
     d_in: int
     order: StreamOrder
-    buffer: Any  # actor handles
-    roster: Any
+    buffer: Any  # actor handle
     threads: int
 
 

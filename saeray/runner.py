@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,40 @@ class SweepResult:
     def ok(self) -> bool:
         """Whether every SAE finished."""
         return all(row["status"] != FAILED for row in self.rows)
+
+    def summary(self) -> str:
+        """A table of the SAEs, the account of tokens, and where everything is."""
+        from saeray.live import human
+
+        lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
+        for row in self.rows:
+            figures = [
+                "–" if row[key] is None else format(row[key], form)
+                for key, form in (
+                    ("l0", ".1f"),
+                    ("explained_variance", ".3f"),
+                    ("ce_loss_score", ".3f"),
+                    ("dead_features", ".0f"),
+                )
+            ]
+            widths = zip(figures, (8, 9, 9, 6), strict=True)
+            lines.append(
+                f"{row['trial']:<44} {row['status']:<8} " + " ".join(f"{f:>{w}}" for f, w in widths)
+            )
+            if row["error"]:
+                lines.append(f"    {row['error']}")
+        status = self.status
+        longest = max((r.n_training_tokens for r in status.rows), default=0)
+        if longest:
+            lines.append(
+                f"LM tokens harvested: {status.harvested_tokens:,}; one SAE trained on "
+                f"{longest:,} ({status.harvested_tokens / longest:.3f}x); all SAEs together on "
+                f"{status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} tokens, "
+                "held out."
+            )
+        lines += [f"! {warning}" for warning in status.warnings]
+        lines.append(f"results: {self.folder.uri}")
+        return "\n".join(lines)
 
     def load(self, trial: str) -> StandardSAE:
         """The trained SAE of a row's `trial`."""
@@ -139,6 +174,9 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables; the live view is ours
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # we write the metrics
     import ray
 
     if ray.is_initialized():
@@ -185,7 +223,7 @@ def run(
     roster = find_or_create(config.name, folder.uri)
     limit = config.wait_limit_s
     configs = {s.name: s.config.to_dict() for s in saes}
-    waiting.get(roster.begin.remote(configs), limit, "roster")
+    waiting.get(roster.begin.remote(configs, provenance()), limit, "roster")
     space: dict[str, Any] = config.to_dict()
     for axis in axes:
         space[axis] = tune.grid_search(space[axis])
@@ -193,6 +231,8 @@ def run(
     view = LiveView(lambda: waiting.get(roster.status.remote(), limit, "roster"), live)
     try:
         with view:
+            # Trials only wait for reports: on few cores their start would delay the trainers'.
+            view.wait_for_training()
             tune.run(
                 SAETrial,
                 name="tune",
@@ -213,6 +253,24 @@ def run(
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     return SweepResult(config.name, folder, read_rows(folder), status)
+
+
+def provenance() -> dict[str, str | None]:
+    """What the sweep was run with, for sweep.yaml."""
+    from importlib.metadata import version
+
+    def commit() -> str | None:
+        here = Path(__file__).resolve().parent
+        try:
+            done = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("saeray", "ray", "torch", "transformer_lens", "transformers", "datasets")
+    return {**{name: version(name) for name in packages}, "git_commit": commit()}
 
 
 def read_rows(folder: Folder) -> list[dict[str, Any]]:

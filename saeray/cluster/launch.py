@@ -99,7 +99,9 @@ async def start_stream(
     )
 
 
-def fit_pack(plan: Any, fitted: Fitted, use_gpu: bool, storage_path: str, name: str) -> None:
+def fit_pack(
+    roster: Any, pack: str, wait_limit_s: float, fitted: Fitted, storage_path: str, sweep: str
+) -> None:
     """Runs one pack's TorchTrainer to its end. A task of its own, outside Tune."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -109,16 +111,18 @@ def fit_pack(plan: Any, fitted: Fitted, use_gpu: bool, storage_path: str, name: 
     from saeray.cluster.pack import train_pack
 
     per_worker = {"CPU": fitted.trainer_cpus}
-    if use_gpu:
+    if fitted.trainer_gpus:
         per_worker["GPU"] = fitted.trainer_gpus
     TorchTrainer(
         train_pack,
-        train_loop_config={"plan": plan},
+        train_loop_config={"roster": roster, "pack": pack, "wait_limit_s": wait_limit_s},
         scaling_config=train.ScalingConfig(
-            num_workers=fitted.num_workers, use_gpu=use_gpu, resources_per_worker=per_worker
+            num_workers=fitted.num_workers,
+            use_gpu=fitted.trainer_gpus > 0,
+            resources_per_worker=per_worker,
         ),
         run_config=train.RunConfig(
-            name=name,
+            name=f"{sweep}-{pack}",
             storage_path=storage_path,
             failure_config=train.FailureConfig(max_failures=RESTARTS),
         ),

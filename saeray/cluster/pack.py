@@ -79,14 +79,21 @@ class Member:
 
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
-    Pack(settings["plan"]).train()
+    roster, pack = settings["roster"], settings["pack"]
+    plan = waiting.poll(
+        lambda: roster.plan.remote(pack),
+        settings["wait_limit_s"],
+        "harvesters (loading the language model)",
+    )
+    Pack(plan, roster).train()
 
 
 class Pack:
     """A pack in training."""
 
-    def __init__(self, plan: PackPlan) -> None:
+    def __init__(self, plan: PackPlan, roster: Any) -> None:
         self.plan = plan
+        self.roster = roster
         self.configs = {
             name: LanguageModelSAERunnerConfig.from_dict(c) for name, c in plan.configs.items()
         }
@@ -170,7 +177,7 @@ class Pack:
                         break
             self.take_answer()
             waiting.poll(
-                lambda: self.plan.roster.evaluated.remote(self.plan.pack),
+                lambda: self.roster.evaluated.remote(self.plan.pack),
                 self.limit,
                 "harvesters (evaluation)",
             )
@@ -199,7 +206,7 @@ class Pack:
             if report.state in (DONE, STOPPED, FAILED):
                 gone.add(m.name)
             reports.append(report)
-        self.answer = self.plan.roster.report.remote(self.plan.pack, reports, reader.gauges())
+        self.answer = self.roster.report.remote(self.plan.pack, reports, reader.gauges())
         return gone
 
     def take_answer(self) -> set[str]:
@@ -252,6 +259,6 @@ class Pack:
         return ray.put({k: to_array(getattr(m.trainer.sae, k).detach()).copy() for k in PARAMETERS})
 
     def warn(self, text: str) -> None:
-        self.plan.roster.warn.remote(text)
+        self.roster.warn.remote(text)
 
 

@@ -101,10 +101,11 @@ class PackState:
     """A launched pack."""
 
     name: str
-    stream: Stream
     members: list[str]
-    reader: ReaderGauges | None = None
     run: Any = None  # reference of its trainer's task
+    stream: Stream | None = None
+    plan: PackPlan | None = None  # once the stream is there
+    reader: ReaderGauges | None = None
 
 
 class Roster:
@@ -116,10 +117,10 @@ class Roster:
         self.entries: dict[str, Entry] = {}
         self.streams: dict[str, Stream] = {}
         self.packs: dict[str, PackState] = {}
-        self.queue: deque[tuple[Stream, list[SAE], Fitted]] = deque()  # packs that wait for room
-        self.n_packs = 0
+        # Packs that wait for room, each with the stream it will read.
+        self.queue: deque[tuple[asyncio.Task[Stream], list[SAE], Fitted]] = deque()
         self.phase = "gathering trials"
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.warnings: list[str] = []
         self.tracker = Tracker(sweep, self.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
@@ -132,12 +133,16 @@ class Roster:
         self.watching = False
         self.closed = False
         self.token_counts: Any = None
+        self.provenance: dict[str, Any] = {"saeray": __version__, "ray": ray.__version__}
 
     # --- trials and drivers -----------------------------------------------------------------
 
-    async def begin(self, configs: dict[str, dict[str, Any]]) -> None:
+    async def begin(
+        self, configs: dict[str, dict[str, Any]], provenance: dict[str, Any]
+    ) -> None:
         """All SAEs of a sweep at once: nothing needs to be gathered, packs start right away."""
         self.seen()
+        self.provenance = provenance
         for name, config in configs.items():
             self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
         self.do(self.launch([e for e in self.entries.values() if e.state == WAITING]))
@@ -235,6 +240,14 @@ class Roster:
 
     # --- packs ------------------------------------------------------------------------------
 
+    async def plan(self, pack: str) -> PackPlan | None:
+        """What a pack's workers shall do; None: its stream is not there yet, ask again."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while self.packs[pack].plan is None and time.monotonic() < deadline:
+            self.raise_error()
+            await asyncio.sleep(0.05)
+        return self.packs[pack].plan
+
     async def report(
         self, pack: str, reports: list[Report], reader: ReaderGauges | None
     ) -> list[str]:
@@ -253,6 +266,7 @@ class Roster:
                 entry.state = EVALUATING
             task = None
             if r.snapshot is not None:
+                assert state.stream is not None
                 task = self.do(self.evaluate(entry, state.stream, r.snapshot[0]))
                 task.add_done_callback(lambda _, entry=entry: self.settle(entry))
             entry.pending.append((r, task))
@@ -281,7 +295,11 @@ class Roster:
         await self.launch([e for e in self.entries.values() if e.state == WAITING])
 
     async def launch(self, entries: Sequence[Entry]) -> None:
-        """Starts the streams that are needed, cuts packs and launches what has room."""
+        """Cuts packs, launches what has room, and starts the streams they read.
+
+        Trainers take as long to come up as a language model, so both start at once; a trainer then
+        asks for its plan, which is made when the stream is there.
+        """
         try:
             by_stream: dict[str, list[SAE]] = {}
             for e in entries:
@@ -290,15 +308,22 @@ class Roster:
                 config = saes[0].config
                 cluster = cluster_now()
                 fitted = fit(config.resources, cluster, len(saes), wants_gpu(config, cluster))
-                stream = await self.stream_for(key, saes, fitted)
+                starting = self.do(self.stream_for(key, saes, fitted))
+                starting.add_done_callback(self.stream_started)
                 for members in cut_packs(saes, fitted.saes_per_trainer):
-                    self.queue.append((stream, members, fitted))
-            self.phase = "starting trainers"
+                    self.queue.append((starting, members, fitted))
             self.launch_next()
         except Exception as error:
             self.give_up(error)
 
+    def stream_started(self, starting: asyncio.Task[Stream]) -> None:
+        if not starting.cancelled() and starting.exception() is not None:
+            self.give_up(starting.exception())
+        elif self.training_since is None:
+            self.phase = "starting trainers"
+
     async def stream_for(self, key: str, saes: list[SAE], fitted: Fitted) -> Stream:
+        """The stream that serves these SAEs: one that runs already, or a new one."""
         configs = [s.config for s in saes]
         hooks = {c.resolved_hook_point for c in configs}
         for stream in self.streams.values():
@@ -307,52 +332,40 @@ class Roster:
         self.phase = "loading the language model and the text"
         stream = await start_stream(key, configs, fitted)
         self.streams[f"{key}-{len(self.streams)}"] = stream
-        self.write_sweep_yaml(saes, fitted)
+        self.write_sweep_yaml(fitted)
         return stream
 
     def launch_next(self) -> None:
         """Launches waiting packs while the cluster has room for them."""
         cluster = cluster_now()
         while self.queue:
-            stream, saes, fitted = self.queue[0]
-            room = fitted.packs_at_once(cluster)
-            if len(self.packs) - self.n_ended_packs() >= room:
+            starting, saes, fitted = self.queue[0]
+            if len(self.packs) - self.n_ended_packs() >= fitted.packs_at_once(cluster):
                 return
             self.queue.popleft()
-            self.n_packs += 1
-            name = f"pack-{self.n_packs:03d}"
-            pack = PackState(name, stream, [s.name for s in saes])
-            self.packs[name] = pack
+            name = f"pack-{len(self.packs) + 1:03d}"
+            pack = self.packs[name] = PackState(name, [s.name for s in saes])
             for s in saes:
                 self.entries[s.name].state = TRAINING
-            self.do(self.run_pack(pack, saes, fitted))
+            self.do(self.run_pack(pack, starting, saes, fitted))
 
     def n_ended_packs(self) -> int:
         return sum(all(self.entries[n].ended for n in p.members) for p in self.packs.values())
 
-    async def run_pack(self, pack: PackState, saes: list[SAE], fitted: Fitted) -> None:
+    async def run_pack(
+        self, pack: PackState, starting: asyncio.Task[Stream], saes: list[SAE], fitted: Fitted
+    ) -> None:
         """One pack from launch to end."""
-        stream = pack.stream
-        hook_point = saes[0].config.resolved_hook_point
-        plan = PackPlan(
-            pack=pack.name,
-            configs={s.name: s.config.to_dict() for s in saes},
-            folder=self.folder.uri,
-            hook_index=stream.hook_points.index(hook_point),
-            d_in=stream.widths[hook_point],
-            order=stream.plan.order,
-            buffer=stream.buffer,
-            roster=ray.get_actor(roster_name(self.sweep), NAMESPACE),
-            threads=fitted.threads,
-        )
-        use_gpu = fitted.trainer_gpus > 0
-        run = ray.remote(fit_pack).options(num_cpus=0, scheduling_strategy="DEFAULT")
+        roster = ray.get_actor(roster_name(self.sweep), NAMESPACE)
         problem = "its trainer ended early"
         try:
-            await stream.buffer.expect.remote(pack.name, 0)
-            pack.run = run.remote(
-                plan, fitted, use_gpu, (self.folder / ".ray").uri, f"{self.sweep}-{pack.name}"
-            )
+            run = ray.remote(fit_pack).options(num_cpus=0, scheduling_strategy="DEFAULT")
+            folder = (self.folder / ".ray").uri
+            limit = saes[0].config.wait_limit_s
+            pack.run = run.remote(roster, pack.name, limit, fitted, folder, self.sweep)
+            pack.stream = await starting
+            await pack.stream.buffer.expect.remote(pack.name, 0)
+            pack.plan = self.plan_of(pack.stream, pack.name, saes, fitted)
             await pack.run
         except Exception as error:
             problem = f"its trainer failed: {error}"
@@ -362,19 +375,34 @@ class Roster:
                 await asyncio.sleep(0.05)
             if not entry.ended:
                 self.end(entry, FAILED, f"{name}: {problem}")
-        if not self.closed:
-            await stream.buffer.leave.remote(pack.name)
+        if pack.stream is not None and not self.closed:
+            await pack.stream.buffer.leave.remote(pack.name)
             self.launch_next()
+
+    def plan_of(self, stream: Stream, pack: str, saes: list[SAE], fitted: Fitted) -> PackPlan:
+        hook_point = saes[0].config.resolved_hook_point
+        return PackPlan(
+            pack=pack,
+            configs={s.name: s.config.to_dict() for s in saes},
+            folder=self.folder.uri,
+            hook_index=stream.hook_points.index(hook_point),
+            d_in=stream.widths[hook_point],
+            order=stream.plan.order,
+            buffer=stream.buffer,
+            threads=fitted.threads,
+        )
 
     def cancel(self, pack: PackState) -> None:
         if pack.run is not None:
             ray.cancel(pack.run, force=True)
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """The whole sweep can't go on."""
         cause = getattr(error, "cause", None)
         self.error = cause if isinstance(cause, SaerayError) else error
         self.phase = "failed"
+        for pack in self.packs.values():
+            self.cancel(pack)
         for entry in self.entries.values():
             if not entry.ended:
                 self.end(entry, FAILED, str(self.error))
@@ -453,12 +481,11 @@ class Roster:
         if all(e.ended for e in entries):
             write_pareto(self.folder, rows, self.sweep)
 
-    def write_sweep_yaml(self, saes: list[SAE], fitted: Fitted) -> None:
+    def write_sweep_yaml(self, fitted: Fitted) -> None:
         """The resolved configs and what they were run with."""
         data = {
             "name": self.sweep,
-            "saeray_version": __version__,
-            "ray_version": ray.__version__,
+            "versions": self.provenance,
             "resources": vars(fitted),
             "saes": {e.name: e.config.to_dict() for e in self.entries.values()},
         }

@@ -1,0 +1,136 @@
+"""`saeray sweep FILE.yaml`: the command line.
+
+Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saeray import __version__
+from saeray.config import LanguageModelSAERunnerConfig
+from saeray.errors import ConfigError, SaerayError
+
+
+def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> dict[str, Any]:  # noqa: B006
+    """The flat YAML of a sweep, with `key=value` overrides (values are YAML too).
+
+    Paths of the model and the dataset may be relative to the file.
+
+    Raises:
+        ConfigError: no such file, not a mapping, or not YAML.
+    """
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: can't be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: `field: value` lines are wanted, at the top level.")
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"--set {override!r}: key=value is wanted.")
+        target, *rest = key.split(".")
+        value = yaml.safe_load(text)
+        if rest:
+            inner = data.setdefault(target, {})
+            if len(rest) > 1 or not isinstance(inner, dict):
+                raise ConfigError(f"--set {override!r}: no such field.")
+            inner[rest[0]] = value
+        else:
+            data[target] = value
+    for key in ("model_name", "dataset_path"):
+        value = data.get(key)
+        if isinstance(value, str) and not Path(value).expanduser().is_absolute():
+            beside = file.parent / value
+            if beside.exists():
+                data[key] = str(beside.resolve())
+    return data
+
+
+def sweep_command(arguments: argparse.Namespace) -> int:
+    data = load_sweep_file(arguments.file, arguments.set)
+    config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
+    if arguments.dry_run:
+        return dry_run(config)
+    from saeray.runner import sweep
+
+    named = arguments.name or config.name
+    name = named or f"{Path(arguments.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = sweep(
+        config, name=name, storage_path=arguments.storage_path, address=arguments.address
+    )
+    print(result.summary())
+    return 0 if result.ok else 1
+
+
+def dry_run(config: LanguageModelSAERunnerConfig) -> int:
+    """Checks everything that a sweep checks, model and dataset included, and prints the plan."""
+    from saeray.config import resolve
+    from saeray.grid import expand
+    from saeray.hub import load_tokenizer
+    from saeray.lm import LanguageModel, check_d_in
+    from saeray.plan import describe, plan_stream
+    from saeray.tokens import TokenWindows
+
+    saes = expand(resolve(config))
+    first = saes[0].config
+    hook_points = sorted({s.config.resolved_hook_point for s in saes})
+    facts = LanguageModel(first, hook_points).facts
+    for s in saes:
+        check_d_in(s.config, facts)
+    TokenWindows(first, load_tokenizer(first))
+    plan = plan_stream(first, hook_points, facts.d_in)
+    print(describe(saes))
+    print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="saeray", description="Sweeps of sparse autoencoders on Ray.")
+    top.add_argument("--version", action="version", version=f"saeray {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("sweep", help="train the grid of SAEs that a YAML file describes")
+    run.add_argument("file", metavar="FILE.yaml")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'",
+    )
+    run.add_argument("--name", help="of the sweep; default: the file's name and the time")
+    run.add_argument("--storage-path", help="where its folder goes: a path or s3://…, gs://…")
+    run.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, or this machine")
+    run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
+    run.set_defaults(command=sweep_command)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except ConfigError as error:
+        print(f"saeray: {error}", file=sys.stderr)
+        return 2
+    except SaerayError as error:
+        print(f"saeray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("saeray: interrupted; what was trained so far is in the sweep's folder.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
