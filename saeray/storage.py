@@ -84,6 +84,11 @@ class Folder:
         if written != target:
             os.replace(written, target)
 
+    def delete(self) -> None:
+        """The folder and all in it; nothing when it is not there."""
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
     def publish(self, files: Mapping[str, bytes]) -> None:
         """The folder with exactly these files; the last one marks it as complete."""
         if not self.is_local:

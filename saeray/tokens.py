@@ -72,6 +72,8 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
             return saved[split]
         return saved
     files, builder = data_files(local)
+    if builder == "parquet" and is_empty_parquet(files):
+        raise bad_value("dataset_path", path, "the dataset is empty.")
     try:
         # With data_files all of them form one split, always called "train".
         return datasets.load_dataset(
@@ -105,6 +107,16 @@ def data_files(path: Path) -> tuple[list[Path], str]:
             "dataset_path", str(path), f"mixes {' and '.join(kinds)} files; point at one kind."
         )
     return [f for f, b in found if b], kinds[0]
+
+
+def is_empty_parquet(files: list[Path]) -> bool:
+    """Whether there is not one row; `datasets` fails on such files with a word about batch sizes."""
+    import pyarrow.parquet
+
+    try:
+        return sum(pyarrow.parquet.read_metadata(f).num_rows for f in files) == 0
+    except (OSError, ValueError):
+        return False  # not parquet at all: the loader says so
 
 
 def choose_column(config: LanguageModelSAERunnerConfig, columns: list[str]) -> tuple[str, bool]:

@@ -107,13 +107,17 @@ class MetricsLog:
         self.folder = folder
         self.lines: list[str] = []
         self.last_step = -1
-        if "metrics.jsonl" in folder.names():
-            for line in folder.read("metrics.jsonl").decode().splitlines():
-                try:
-                    self.last_step = max(self.last_step, json.loads(line)["step"])
-                except (ValueError, KeyError):
-                    continue  # a line cut off by a crash
-                self.lines.append(line)
+        if "metrics.jsonl" not in folder.names():
+            return
+        found = folder.read("metrics.jsonl").decode().splitlines()
+        for line in found:
+            try:
+                self.last_step = max(self.last_step, json.loads(line)["step"])
+            except (ValueError, KeyError):
+                continue  # cut off by a crash
+            self.lines.append(line)
+        if self.lines != found:
+            folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
 
     def append(self, step: int, record: Mapping[str, Any]) -> bool:
         """Adds a line unless that step has one; says whether it did."""
@@ -130,7 +134,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Object stores can't append: there the whole file is put again."""
         if not self.folder.is_local and self.lines:
-            self.folder.write("metrics.jsonl", ("\n".join(self.lines) + "\n").encode())
+            self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
 
 
 class Tracker:

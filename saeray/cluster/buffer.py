@@ -78,13 +78,17 @@ class Policy:
         ]
         return min(waiting, key=lambda r: r.asks_since or 0.0, default=None)
 
-    def stretch(self) -> set[int]:
-        """Held blocks from the slowest attached reader's window on."""
+    def stretch(self) -> range:
+        """The blocks that attached readers share: from the slowest one's window, as slots reach."""
         attached = self.attached().values()
         if not attached:
-            return set()
+            return range(0)
+        reach = self.slots
+        if len(attached) < len(self.readers):  # some are detached
+            group = self.order.group_blocks
+            reach = max(2 * group, self.slots + group - max(2 * group, len(self.apart())))
         slowest = min(min(self.window_blocks(r)) for r in attached)
-        return {b for b in self.held if b >= slowest}
+        return range(slowest, min(slowest + reach, self.order.n_blocks))
 
     def apart(self) -> set[int]:
         """Held blocks of detached readers: those being read, and those of the one whose turn it is.
@@ -99,40 +103,31 @@ class Policy:
         return blocks & self.held
 
     def kept(self) -> set[int]:
-        return self.stretch() | self.apart()
+        return (self.held & set(self.stretch())) | self.apart()
 
     def next_block(self) -> int | None:
         """What to harvest now: what is asked for first, then ahead of the fastest reader."""
-        stretch, apart = self.stretch(), self.apart() - self.stretch()
-        group = self.order.group_blocks
-        shared = self.slots
-        if any(r.detached for r in self.readers.values()):
-            shared = max(2 * group, self.slots - group)
+        stretch = self.stretch()
         attached = self.attached().values()
         missing = set().union(*map(self.window_blocks, attached)) - self.held
-        if missing and len(stretch) < shared:
+        missing &= set(stretch)
+        if missing:
             return min(missing)
         turn = self.served_alone()
         if turn is not None:
             lacking = self.window_blocks(turn) - self.held
-            if lacking and len(apart) < 2 * group:
+            if lacking and len(self.apart()) < 2 * self.order.group_blocks:
                 return min(lacking)
-        if not attached or len(stretch) >= shared:
-            return None
-        ahead = max(max(self.window_blocks(r)) for r in attached) + 1
-        while ahead in self.held:
-            ahead += 1
-        return ahead if ahead < self.order.n_blocks else None
+        front = max((max(self.window_blocks(r)) for r in attached), default=0)
+        return next((b for b in stretch if b > front and b not in self.held), None)
 
     def stragglers(self) -> set[str]:
-        """Attached readers at the oldest window, while one further on lacks slots for its own."""
+        """Attached readers at the oldest window, while another's window is out of slots' reach."""
         attached = self.attached()
-        slowest = min((r.window for r in attached.values()), default=0)
-        starved = any(
-            r.window > slowest and not self.window_blocks(r) <= self.held for r in attached.values()
-        )
-        if not starved or len(self.held) < self.slots:
+        stretch = self.stretch()
+        if not any(max(self.window_blocks(r)) >= stretch.stop for r in attached.values()):
             return set()
+        slowest = min(r.window for r in attached.values())
         return {name for name, r in attached.items() if r.window == slowest}
 
     def watch_lag(self, now: float, limit: float = LAG_SECONDS) -> list[str]:

@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 GATHER_SECONDS = 8.0  # without a new trial: those that are there are all there are
 POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
+CLOSE_SECONDS = 60.0  # for packs to save what they have and end
 LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned
 
 
@@ -102,6 +103,7 @@ class PackState:
 
     name: str
     members: list[str]
+    task: Any = None  # `run_pack` of it
     run: Any = None  # reference of its trainer's task
     stream: Stream | None = None
     plan: PackPlan | None = None  # once the stream is there
@@ -225,18 +227,32 @@ class Roster:
         )
 
     async def close(self) -> None:
-        """Ends everything the sweep has started, after the last lines are written."""
+        """Ends everything the sweep has started, after the last lines are written.
+
+        Packs that still train are told to stop, which makes them save what they have; a worker
+        group that is killed instead would leave its placement group behind.
+        """
         if self.closed:
             return
         self.closed = True
         self.phase = "closing"
-        for pack in list(self.packs.values()):
-            self.cancel(pack)
+        for entry in self.entries.values():
+            entry.withdrawn = not entry.ended
+        runs = [pack.task for pack in self.packs.values() if not pack.task.done()]
+        if runs:
+            await asyncio.wait(runs, timeout=CLOSE_SECONDS)
+        for pack in self.packs.values():
+            if not pack.task.done():
+                ray.cancel(pack.run, force=True)
+        for entry in self.entries.values():
+            if not entry.ended:
+                self.end(entry, STOPPED, "the sweep was ended before it was trained")
         await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
         for stream in self.streams.values():
             for a in stream.actors():
                 ray.kill(a)
         self.streams.clear()
+        await asyncio.to_thread((self.folder / ".ray").delete)
 
     # --- packs ------------------------------------------------------------------------------
 
@@ -245,6 +261,8 @@ class Roster:
         deadline = time.monotonic() + POLL_SECONDS
         while self.packs[pack].plan is None and time.monotonic() < deadline:
             self.raise_error()
+            if self.closed:
+                raise SaerayError("the sweep is closing")
             await asyncio.sleep(0.05)
         return self.packs[pack].plan
 
@@ -347,7 +365,7 @@ class Roster:
             pack = self.packs[name] = PackState(name, [s.name for s in saes])
             for s in saes:
                 self.entries[s.name].state = TRAINING
-            self.do(self.run_pack(pack, starting, saes, fitted))
+            pack.task = self.do(self.run_pack(pack, starting, saes, fitted))
 
     def n_ended_packs(self) -> int:
         return sum(all(self.entries[n].ended for n in p.members) for p in self.packs.values())
@@ -371,12 +389,13 @@ class Roster:
             problem = f"its trainer failed: {error}"
         for name in pack.members:
             entry = self.entries[name]
-            while entry.pending and not self.closed:
+            while entry.pending:
                 await asyncio.sleep(0.05)
             if not entry.ended:
                 self.end(entry, FAILED, f"{name}: {problem}")
-        if pack.stream is not None and not self.closed:
-            await pack.stream.buffer.leave.remote(pack.name)
+        if not self.closed:
+            if pack.stream is not None:
+                await pack.stream.buffer.leave.remote(pack.name)
             self.launch_next()
 
     def plan_of(self, stream: Stream, pack: str, saes: list[SAE], fitted: Fitted) -> PackPlan:
@@ -392,17 +411,11 @@ class Roster:
             threads=fitted.threads,
         )
 
-    def cancel(self, pack: PackState) -> None:
-        if pack.run is not None:
-            ray.cancel(pack.run, force=True)
-
     def give_up(self, error: BaseException) -> None:
         """The whole sweep can't go on."""
         cause = getattr(error, "cause", None)
         self.error = cause if isinstance(cause, SaerayError) else error
         self.phase = "failed"
-        for pack in self.packs.values():
-            self.cancel(pack)
         for entry in self.entries.values():
             if not entry.ended:
                 self.end(entry, FAILED, str(self.error))
