@@ -211,6 +211,7 @@ def start_ray(address: str | None) -> bool:
 def run(
     config: LanguageModelSAERunnerConfig, saes: list[Any], folder: Folder, scheduler: Any, live: bool
 ) -> SweepResult:
+    import ray
     from ray import tune
 
     from saeray.cluster import waiting
@@ -233,22 +234,22 @@ def run(
         with view:
             # Trials only wait for reports: on few cores their start would delay the trainers'.
             view.wait_for_training()
-            tune.run(
-                SAETrial,
-                name="tune",
-                storage_path=(folder / ".ray").uri,
-                config=space,
-                scheduler=scheduler,
-                verbose=0,
-                raise_on_failed_trial=False,
-                trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
-                trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
-                log_to_file=False,
-                callbacks=None,
-            )
-            view.wait_for_end(limit)
+            if view.status.error is None:
+                tune.run(
+                    SAETrial,
+                    name="tune",
+                    storage_path=(folder / ".ray").uri,
+                    config=space,
+                    scheduler=scheduler,
+                    verbose=0,
+                    raise_on_failed_trial=False,
+                    trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+                    trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+                )
+                view.wait_for_end(limit)
     finally:
         waiting.get(roster.close.remote(), limit, "roster")
+        ray.kill(roster)
     status = view.status
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)

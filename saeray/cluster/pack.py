@@ -8,6 +8,7 @@ withdrawn leaves; the others do not notice.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,7 @@ class Pack:
         self.members = [self.enrol(name, config) for name, config in self.configs.items()]
         self.step_all = PackStep(plan.threads if self.device.type == "cpu" else 1)
         self.answer: Any = None  # the roster's, to the last reports
+        self.started = 0.0  # when the first batch was asked for
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
@@ -158,6 +160,7 @@ class Pack:
             device=self.device,
             wait_limit_s=self.limit,
         )
+        self.started = time.perf_counter()
         try:
             for step, x in enumerate(reader, start=first + 1):
                 # One that was resumed from a later checkpoint waits until the others are there.
@@ -230,6 +233,7 @@ class Pack:
             "metrics/l2_ratio": float(quality.l2_ratio),
             "details/current_learning_rate": m.trainer.adam.param_groups[0]["lr"],
             "details/n_training_tokens": m.n_training_tokens,
+            "details/training_seconds": time.perf_counter() - self.started,
             **m.trainer.feature_metrics(),
         }
         report = Report(m.name, step, m.n_training_tokens, metrics)

@@ -27,7 +27,7 @@ import yaml
 
 from saeray import __version__
 from saeray.cluster.launch import NAMESPACE, Stream, actor, cluster_now, fit_pack, start_stream
-from saeray.config import LanguageModelSAERunnerConfig, stream_key
+from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.errors import ConfigError, SaerayError
 from saeray.grid import SAE, refuse_duplicates
 from saeray.messages import (
@@ -59,15 +59,16 @@ CLOSE_SECONDS = 60.0  # for packs to save what they have and end
 LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned
 
 
-def roster_name(sweep: str) -> str:
-    return f"roster:{sweep}"
+def roster_name(sweep: str, folder: str) -> str:
+    """Sweeps of one name in different folders are different sweeps."""
+    return f"roster:{sweep}:{digest(folder, 6)}"
 
 
 def find_or_create(sweep: str, folder: str) -> Any:
     """The sweep's roster. It belongs to no one process and goes when the sweep is over."""
     return actor(
         Roster,
-        name=roster_name(sweep),
+        name=roster_name(sweep, folder),
         lifetime="detached",
         get_if_exists=True,
         max_concurrency=1000,
@@ -116,6 +117,7 @@ class Roster:
     def __init__(self, sweep: str, folder: str) -> None:
         self.sweep = sweep
         self.folder = Folder.at(folder)
+        self.name = roster_name(sweep, folder)
         self.entries: dict[str, Entry] = {}
         self.streams: dict[str, Stream] = {}
         self.packs: dict[str, PackState] = {}
@@ -374,7 +376,7 @@ class Roster:
         self, pack: PackState, starting: asyncio.Task[Stream], saes: list[SAE], fitted: Fitted
     ) -> None:
         """One pack from launch to end."""
-        roster = ray.get_actor(roster_name(self.sweep), NAMESPACE)
+        roster = ray.get_actor(self.name, NAMESPACE)
         problem = "its trainer ended early"
         try:
             run = ray.remote(fit_pack).options(num_cpus=0, scheduling_strategy="DEFAULT")

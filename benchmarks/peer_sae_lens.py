@@ -1,0 +1,50 @@
+"""sae_lens' side of benchmarks/peers.py; runs in an environment of its own (see there)."""
+
+import json
+import sys
+import time
+
+started = time.time()
+
+from sae_lens import (  # noqa: E402
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    StandardTrainingSAEConfig,
+)
+
+settings = json.loads(sys.argv[1])
+runner = MultiSAETrainingRunner(
+    MultiSAETrainingRunnerConfig(
+        saes={
+            f"l1={l1:g}": StandardTrainingSAEConfig(
+                d_in=settings["d_in"], d_sae=settings["d_sae"], l1_coefficient=l1
+            )
+            # In its units: coefficient * d_in * mean norm of the centred activations.
+            for l1 in [x * settings["d_in"] * settings["mean_norm"] for x in settings["l1"]]
+        },
+        # The plain Hugging Face forward, its fastest; resid_pre of block 2 is block 1's output.
+        hook_names="transformer.h.1",
+        model_class_name="AutoModelForCausalLM",
+        model_name=settings["model"],
+        dataset_path=settings["dataset_folder"],
+        streaming=False,
+        context_size=settings["context_size"],
+        # It counts activations of one prompt, not of a batch of them: the same buffer in rows.
+        n_batches_in_buffer=settings["n_batches_in_buffer"] * settings["store_batch_size"],
+        store_batch_size_prompts=settings["store_batch_size"],
+        train_batch_size_tokens=settings["batch"],
+        training_tokens=settings["tokens"],
+        lr=settings["lr"],
+        n_eval_batches=0,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=None,
+        device="cpu",
+        seed=0,
+    )
+)
+training = time.time()
+runner.run()
+ended = time.time()
+print("RESULT", json.dumps({"training_s": ended - training, "start_s": training - started}))
