@@ -126,6 +126,8 @@ def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
         )
     notes = [Text(f"! {w}", style="yellow") for w in status.warnings[-3:]]
     head = Text(f"{status.phase} · {duration(elapsed)}")
+    if status.error:
+        return Group(head, Text(status.error, style="red"))
     return Group(head, table, Text(summary(status, rates)), *notes)
 
 
@@ -171,8 +173,9 @@ class LiveView:
             if self.live and (now - said > LINE_SECONDS or self.status.phase != phase):
                 said, phase = now, self.status.phase
                 elapsed = duration(now - self.started)
+                what = self.status.error or summary(self.status, self.rates)
                 self.console.print(
-                    f"{elapsed:>6} {phase}: {summary(self.status, self.rates)}",
+                    f"{elapsed:>6} {phase}: {what}",
                     highlight=False,
                     soft_wrap=True,
                 )

@@ -53,6 +53,9 @@ class PackPlan:
     threads: int
 
 
+NOTHING = PackPlan("", {}, "", 0, 0, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
+
+
 class Gauges(NamedTuple):
     """The activation buffer, as it stands."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeray.config import LanguageModelSAERunnerConfig, grid_axes, resolve
 from saeray.errors import ConfigError, SaerayError, bad_value
-from saeray.grid import expand
+from saeray.grid import SAE, expand
 from saeray.messages import DONE, FAILED, SweepStatus
 from saeray.storage import Folder
 
@@ -119,7 +119,7 @@ def sweep(
         )
     started_ray = start_ray(address)
     try:
-        return run(config, saes, folder, scheduler, live)
+        return run(config, saes, folder, scheduler, live, ends_ray=started_ray)
     finally:
         if started_ray:
             import ray
@@ -209,8 +209,14 @@ def start_ray(address: str | None) -> bool:
 
 
 def run(
-    config: LanguageModelSAERunnerConfig, saes: list[Any], folder: Folder, scheduler: Any, live: bool
+    config: LanguageModelSAERunnerConfig,
+    saes: list[SAE],
+    folder: Folder,
+    scheduler: Any,
+    live: bool,
+    ends_ray: bool,
 ) -> SweepResult:
+    """One sweep on the Ray instance this process is connected to."""
     import ray
     from ray import tune
 
@@ -248,7 +254,8 @@ def run(
                 )
                 view.wait_for_end(limit)
     finally:
-        waiting.get(roster.close.remote(), limit, "roster")
+        bad_input = view.status.error is not None
+        waiting.get(roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
         ray.kill(roster)
     status = view.status
     if status.error is not None:

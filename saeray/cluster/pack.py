@@ -86,7 +86,8 @@ def train_pack(settings: dict[str, Any]) -> None:
         settings["wait_limit_s"],
         "harvesters (loading the language model)",
     )
-    Pack(plan, roster).train()
+    if plan.configs:
+        Pack(plan, roster).train()
 
 
 class Pack:

@@ -28,13 +28,14 @@ import yaml
 from saeray import __version__
 from saeray.cluster.launch import NAMESPACE, Stream, actor, cluster_now, fit_pack, start_stream
 from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
-from saeray.errors import ConfigError, SaerayError
+from saeray.errors import ConfigError, Late, SaerayError
 from saeray.grid import SAE, refuse_duplicates
 from saeray.messages import (
     DONE,
     ENDS,
     EVALUATING,
     FAILED,
+    NOTHING,
     STOPPED,
     TRAINING,
     WAITING,
@@ -75,6 +76,10 @@ def find_or_create(sweep: str, folder: str) -> Any:
     ).remote(sweep, folder)
 
 
+async def as_future(ref: Any) -> Any:
+    return await ref
+
+
 @dataclass
 class Entry:
     """One SAE."""
@@ -109,6 +114,7 @@ class PackState:
     stream: Stream | None = None
     plan: PackPlan | None = None  # once the stream is there
     reader: ReaderGauges | None = None
+    heard_of: bool = False  # its trainer is up and has asked for the plan
 
 
 class Roster:
@@ -228,11 +234,12 @@ class Roster:
             training_since=self.training_since,
         )
 
-    async def close(self) -> None:
+    async def close(self, wait: bool = True) -> None:
         """Ends everything the sweep has started, after the last lines are written.
 
         Packs that still train are told to stop, which makes them save what they have; a worker
-        group that is killed instead would leave its placement group behind.
+        group that is killed instead would leave its placement group behind. Without `wait` they
+        are not waited for: for a Ray instance that ends anyway.
         """
         if self.closed:
             return
@@ -241,7 +248,7 @@ class Roster:
         for entry in self.entries.values():
             entry.withdrawn = not entry.ended
         runs = [pack.task for pack in self.packs.values() if not pack.task.done()]
-        if runs:
+        if runs and wait:
             await asyncio.wait(runs, timeout=CLOSE_SECONDS)
         for pack in self.packs.values():
             if not pack.task.done():
@@ -259,14 +266,19 @@ class Roster:
     # --- packs ------------------------------------------------------------------------------
 
     async def plan(self, pack: str) -> PackPlan | None:
-        """What a pack's workers shall do; None: its stream is not there yet, ask again."""
+        """What a pack's workers shall do; None: its stream is not there yet, ask again.
+
+        Where there is nothing to do any more the plan is `NOTHING`: a trainer that simply returns
+        gives back its placement group, one that fails would be started again first.
+        """
+        state = self.packs[pack]
+        state.heard_of = True
         deadline = time.monotonic() + POLL_SECONDS
-        while self.packs[pack].plan is None and time.monotonic() < deadline:
-            self.raise_error()
-            if self.closed:
-                raise SaerayError("the sweep is closing")
+        while state.plan is None and time.monotonic() < deadline:
+            if self.closed or self.error is not None:
+                return NOTHING
             await asyncio.sleep(0.05)
-        return self.packs[pack].plan
+        return state.plan
 
     async def report(
         self, pack: str, reports: list[Report], reader: ReaderGauges | None
@@ -376,17 +388,30 @@ class Roster:
         self, pack: PackState, starting: asyncio.Task[Stream], saes: list[SAE], fitted: Fitted
     ) -> None:
         """One pack from launch to end."""
-        roster = ray.get_actor(self.name, NAMESPACE)
+        limit = saes[0].config.wait_limit_s
+        pack.run = (
+            ray.remote(fit_pack)
+            .options(num_cpus=0, scheduling_strategy="DEFAULT")
+            .remote(
+                ray.get_actor(self.name, NAMESPACE),
+                pack.name,
+                limit,
+                fitted,
+                (self.folder / ".ray").uri,
+                self.sweep,
+            )
+        )
         problem = "its trainer ended early"
         try:
-            run = ray.remote(fit_pack).options(num_cpus=0, scheduling_strategy="DEFAULT")
-            folder = (self.folder / ".ray").uri
-            limit = saes[0].config.wait_limit_s
-            pack.run = run.remote(roster, pack.name, limit, fitted, folder, self.sweep)
             pack.stream = await starting
             await pack.stream.buffer.expect.remote(pack.name, 0)
             pack.plan = self.plan_of(pack.stream, pack.name, saes, fitted)
-            await pack.run
+        except Exception as error:
+            problem = str(error)
+            pack.plan = NOTHING
+        # In any case: a trainer whose launcher is not waited for leaves its placement group behind.
+        try:
+            await self.until_ended(pack, fitted, limit)
         except Exception as error:
             problem = f"its trainer failed: {error}"
         for name in pack.members:
@@ -399,6 +424,23 @@ class Roster:
             if pack.stream is not None:
                 await pack.stream.buffer.leave.remote(pack.name)
             self.launch_next()
+
+    async def until_ended(self, pack: PackState, fitted: Fitted, limit: float) -> None:
+        """Waits for the pack's trainer.
+
+        Raises:
+            Late: it has not come up within `limit`.
+        """
+        done, _ = await asyncio.wait([asyncio.ensure_future(as_future(pack.run))], timeout=limit)
+        if not done and not pack.heard_of:
+            ray.cancel(pack.run, force=True)
+            raise Late(
+                f"its trainer did not start within {limit:g} s (wait_limit_s): it needs "
+                f"{fitted.num_workers} x {fitted.trainer_cpus:g} CPUs and "
+                f"{fitted.trainer_gpus:g} GPUs, and of the cluster's {ray.cluster_resources()} "
+                f"{ray.available_resources()} are free."
+            )
+        await pack.run
 
     def plan_of(self, stream: Stream, pack: str, saes: list[SAE], fitted: Fitted) -> PackPlan:
         hook_point = saes[0].config.resolved_hook_point
