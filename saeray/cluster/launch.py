@@ -21,6 +21,9 @@ from saeray.plan import Cluster, Fitted, StreamPlan, check_fits, plan_stream
 
 NAMESPACE = "saeray"
 RESTARTS = 3  # of a pack's worker group
+# A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
+# killed on purpose are repeated as well.
+TASK_RETRIES = 20
 
 
 @dataclass
@@ -69,7 +72,7 @@ async def start_stream(
     config = configs[0]
     hook_points = sorted({c.resolved_hook_point for c in configs})
     as_data = config.to_dict()
-    always = {"max_restarts": -1, "max_task_retries": -1}
+    always = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
     token_server = actor(TokenServer, **always).remote(as_data)
     harvesters = [
         actor(
@@ -82,7 +85,8 @@ async def start_stream(
     ]
     try:
         facts, _ = await asyncio.gather(
-            harvesters[0].check.remote([c.to_dict() for c in configs]), token_server.check.remote()
+            harvesters[0].check.options(max_task_retries=0).remote([c.to_dict() for c in configs]),
+            token_server.check.options(max_task_retries=0).remote(),
         )
         plan = plan_stream(config, hook_points, facts.d_in)
         check_fits(plan, cluster_now())

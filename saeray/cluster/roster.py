@@ -141,7 +141,8 @@ class Roster:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.gathering: asyncio.Task[Any] | None = None
         self.watching = False
-        self.closed = False
+        self.closed = False  # closing, or closed
+        self.gone = asyncio.Event()  # closed, with all there was to do
         self.token_counts: Any = None
         self.provenance: dict[str, Any] = {"saeray": __version__, "ray": ray.__version__}
 
@@ -242,6 +243,7 @@ class Roster:
         are not waited for: for a Ray instance that ends anyway.
         """
         if self.closed:
+            await self.gone.wait()
             return
         self.closed = True
         self.phase = "closing"
@@ -262,6 +264,7 @@ class Roster:
                 ray.kill(a)
         self.streams.clear()
         await asyncio.to_thread((self.folder / ".ray").delete)
+        self.gone.set()
 
     # --- packs ------------------------------------------------------------------------------
 
@@ -589,11 +592,13 @@ class Roster:
     async def watch(self) -> None:
         """Ends the sweep when it is over or its driver and trials are gone."""
         while not self.closed:
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(POLL_SECONDS)
             quiet = time.monotonic() - self.last_seen
             over = all(e.ended and not e.attached for e in self.entries.values())
             if quiet > LEASE_SECONDS or (over and quiet > 2 * GATHER_SECONDS):
                 await self.close()
-        # Detached, so nobody else would end it.
+        # Detached, so nobody else would end it. An actor that is exiting takes no more calls, and
+        # packs that are closing still make some.
+        await self.gone.wait()
         await asyncio.sleep(1.0)
         ray.actor.exit_actor()
