@@ -19,7 +19,7 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check saeray tests benchmarks
 	$(BIN)/ruff format --check saeray tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/peers.py

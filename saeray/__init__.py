@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from saeray.cluster.trial import SAETrial
     from saeray.config import LanguageModelSAERunnerConfig, Resources
     from saeray.errors import ConfigError
-    from saeray.sae.standard import StandardSAE
     from saeray.runner import language_model_sae_runner, sweep
+    from saeray.sae.standard import StandardSAE
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,9 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="saeray", description="Sweeps of sparse autoencoders on Ray.")
+    top = argparse.ArgumentParser(
+        prog="saeray", description="Sweeps of sparse autoencoders on Ray."
+    )
     top.add_argument("--version", action="version", version=f"saeray {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("sweep", help="train the grid of SAEs that a YAML file describes")
@@ -128,7 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"saeray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("saeray: interrupted; what was trained so far is in the sweep's folder.", file=sys.stderr)
+        print(
+            "saeray: interrupted; what was trained so far is in the sweep's folder.",
+            file=sys.stderr,
+        )
         return 130
 
 

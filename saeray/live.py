@@ -187,13 +187,9 @@ class LiveView:
             return  # the roster is busy; the next look will tell
         live.update(draw(self.status, self.rates, time.monotonic() - self.started), refresh=True)
 
-    def wait_for_training(self) -> None:
-        """Until the first report is there, or it is clear that none will come."""
-        while self.status.training_since is None and self.status.error is None:
-            if self.status.rows and all(row.state in ENDS for row in self.status.rows):
-                return
-            if not self.thread.is_alive():
-                return
+    def wait_for_stream(self) -> None:
+        """Until model, hook points and dataset are found to be right, or not."""
+        while not self.status.gauges and self.status.error is None and self.thread.is_alive():
             time.sleep(0.1)
 
     def wait_for_end(self, limit_s: float) -> None:

@@ -12,6 +12,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,6 @@ class ModelFacts(NamedTuple):
 
     d_in: dict[str, int]  # per hook point
     d_vocab: int
-    bos_token_id: int | None
     fast_path: bool
 
 
@@ -51,7 +51,7 @@ class _Hook(NamedTuple):
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" takes cuda, then mps, then cpu.
+    """ "auto" takes cuda, then mps, then cpu.
 
     Raises:
         ConfigError: a device this machine does not have.
@@ -64,7 +64,11 @@ def choose_device(device: str) -> torch.device:
             if torch.backends.mps.is_available()
             else "cpu"
         )
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     kind = device.split(":")[0]
     if not have.get(kind, False):
         there = ", ".join(name for name, is_there in have.items() if is_there)
@@ -75,9 +79,7 @@ def choose_device(device: str) -> torch.device:
 class LanguageModel:
     """One loaded model that reads activations at, and splices replacements into, hook points."""
 
-    def __init__(
-        self, config: LanguageModelSAERunnerConfig, hook_points: Sequence[str]
-    ) -> None:
+    def __init__(self, config: LanguageModelSAERunnerConfig, hook_points: Sequence[str]) -> None:
         """Loads the model in `activation_dtype` on `device` and finds the hook points.
 
         Raises:
@@ -121,7 +123,7 @@ class LanguageModel:
         self.check_hook_points()
         self.check_context_size()
         self.hooks = self.find_hooks()
-        self.facts = self.check_fast_path(tokenizer)
+        self.facts = self.check_fast_path()
 
     # --- checks -----------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class LanguageModel:
         return hooks
 
     @torch.inference_mode()
-    def check_fast_path(self, tokenizer: Any) -> ModelFacts:
+    def check_fast_path(self) -> ModelFacts:
         """Compares both paths on one batch of tokens and keeps the fast one if they agree."""
         generator = torch.Generator().manual_seed(0)
         d_vocab = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -184,9 +186,8 @@ class LanguageModel:
                 self.config.model_name,
                 ", ".join(self.hook_points),
             )
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
-        return ModelFacts(d_in, d_vocab, bos, fast_path)
+        return ModelFacts(d_in, d_vocab, fast_path)
 
     def agree(self, fast: Tensor, slow: Tensor) -> bool:
         if fast.shape != slow.shape:
@@ -224,10 +225,7 @@ class LanguageModel:
             if len(got) == len(self.hook_points):
                 raise _Reached
 
-        handles = [
-            attach(hook, lambda value, name=name: keep(name, value))
-            for name, hook in self.hooks.items()
-        ]
+        handles = [attach(hook, partial(keep, name)) for name, hook in self.hooks.items()]
         try:
             self.model(input_ids=tokens, use_cache=False)
         except _Reached:
@@ -249,14 +247,11 @@ class LanguageModel:
                 tokens,
                 return_type="logits",
                 fwd_hooks=[
-                    (name, lambda value, hook, f=f: replaced(f, value))
+                    (name, lambda value, hook, f=f: replaced(f, value))  # type: ignore[misc]
                     for name, f in splice.items()
                 ],
             ).float()
-        handles = [
-            attach(self.hooks[name], lambda value, f=f: replaced(f, value))
-            for name, f in splice.items()
-        ]
+        handles = [attach(self.hooks[name], partial(replaced, f)) for name, f in splice.items()]
         try:
             return self.model(input_ids=tokens, use_cache=False).logits.float()
         finally:

@@ -120,15 +120,13 @@ def wants_gpu(config: LanguageModelSAERunnerConfig, cluster: Cluster) -> bool:
     return kind == "cuda" or (kind == AUTO and cluster.gpus > 0)
 
 
-def fit(
-    resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool
-) -> Fitted:
+def fit(resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool) -> Fitted:
     """Decides every "auto" from what the cluster has.
 
-    On CPUs: one harvester, and one pack of all SAEs with a thread per core: the SAEs of a pack share
-    each batch, and a second pack on the same cores would only read it twice. On GPUs: one pack per
-    GPU that is left after the harvesters (which share one GPU with the trainers when there is only
-    one).
+    On CPUs: one harvester, and one pack of all SAEs with a thread per core: the SAEs of a pack
+    share each batch, and a second pack on the same cores would only read it twice. On GPUs: one
+    pack per GPU that is left after the harvesters (which share one GPU with the trainers when there
+    is only one).
 
     Raises:
         ConfigError: what is asked for is more than the cluster has.
@@ -210,8 +208,8 @@ def check_resources(fitted: Fitted, cluster: Cluster) -> None:
         if need > have + 1e-6:
             raise ConfigError(
                 f"resources: {fitted.harvesters} harvesters of {harvester:g} {what} and "
-                f"{fitted.num_workers} trainer of {trainer:g} need {need:g} {what}, and the cluster "
-                f"has {have:g}; lower one of them."
+                f"{fitted.num_workers} trainer of {trainer:g} need {need:g} {what}, and the "
+                f"cluster has {have:g}; lower one of them."
             )
 
 
@@ -247,9 +245,7 @@ def describe(saes: Sequence[SAE]) -> str:
         c = members[0].config
         hooks = sorted({m.config.resolved_hook_point for m in members})
         assert c.stream_tokens is not None and c.data_seed is not None
-        order = StreamOrder.of(
-            c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed
-        )
+        order = StreamOrder.of(c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed)
         lines.append(
             f"  {c.model_name} at {', '.join(hooks)}: {order.n_rows:,} LM tokens in "
             f"{order.n_blocks} blocks of {order.block_rows:,}; buffer of {c.n_batches_in_buffer} "

@@ -114,9 +114,7 @@ def sweep(
     saes = expand(config)
     folder = Folder.at(config.storage_path) / config.name
     if folder.names():
-        raise bad_value(
-            "name", config.name, f"{folder.uri} is there already; choose another name."
-        )
+        raise bad_value("name", config.name, f"{folder.uri} is there already; choose another name.")
     started_ray = start_ray(address)
     try:
         return run(config, saes, folder, scheduler, live, ends_ray=started_ray)
@@ -173,7 +171,6 @@ def start_ray(address: str | None) -> bool:
     # Quiet, and without the two processes Train would start to watch for preemption.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables; the live view is ours
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # we write the metrics
@@ -185,7 +182,7 @@ def start_ray(address: str | None) -> bool:
     passed_on = {
         key: value
         for key, value in os.environ.items()
-        if key.startswith(("WANDB_", "HF_", "RAY_TRAIN_")) or key == "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+        if key.startswith(("WANDB_", "HF_", "RAY_TRAIN_"))
     }
     options: dict[str, Any] = {
         "namespace": "saeray",
@@ -238,8 +235,9 @@ def run(
     view = LiveView(lambda: waiting.get(roster.status.remote(), limit, "roster"), live)
     try:
         with view:
-            # Trials only wait for reports: on few cores their start would delay the trainers'.
-            view.wait_for_training()
+            # Trials only wait for reports, and on few cores their start takes a while from the
+            # others: after what may yet turn out to be bad input, before the training.
+            view.wait_for_stream()
             if view.status.error is None:
                 tune.run(
                     SAETrial,

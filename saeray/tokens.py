@@ -110,7 +110,7 @@ def data_files(path: Path) -> tuple[list[Path], str]:
 
 
 def is_empty_parquet(files: list[Path]) -> bool:
-    """Whether there is not one row; `datasets` fails on such files with a word about batch sizes."""
+    """Whether there is not one row; `datasets` then fails with a word about batch sizes."""
     import pyarrow.parquet
 
     try:
@@ -243,7 +243,9 @@ class TokenWindows:
         if self.rows_read == self.skipped_rows:
             raise bad_value("dataset_path", self.config.dataset_path, "the dataset is empty.")
         total = self.n_documents()
-        if len(windows) < self.config.eval_windows or (total is not None and self.rows_read >= total):
+        if len(windows) < self.config.eval_windows or (
+            total is not None and self.rows_read >= total
+        ):
             raise bad_value(
                 "eval_windows",
                 self.config.eval_windows,

@@ -124,7 +124,9 @@ def test_detached_readers_never_wait_for_each_other(seed):
         moves, clock = moves + 1, clock + 1
         release(policy)
         fill(policy)
-        assert len(policy.held) <= 8 + 2 * ORDER.group_blocks  # 8 is the least, so no group is spare
+        assert (
+            len(policy.held) <= 8 + 2 * ORDER.group_blocks
+        )  # 8 is the least, so no group is spare
         served = [n for n in at if policy.window_blocks(policy.readers[n]) <= policy.ready]
         assert served, "nobody can move"
         name = generator.choice(served)

@@ -70,7 +70,7 @@ def test_a_bad_value_inside_a_grid_is_found_when_it_is_expanded():
 
 
 def test_the_same_value_twice_is_a_duplicate_trial():
-    with pytest.raises(ConfigError, match="duplicate trial lr=0.001"):
+    with pytest.raises(ConfigError, match=r"duplicate trial lr=0\.001"):
         expand(config(lr=[1e-3, 1e-3]))
 
 

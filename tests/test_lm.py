@@ -111,7 +111,7 @@ def test_bad_models_and_hooks(tiny, tmp_path):
         model_at(tiny, model_name=str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=r"no config\.json"):
         model_at(tiny, model_name=str(tmp_path))
-    with pytest.raises(ConfigError, match="context_size = 512: .* at most 256"):
+    with pytest.raises(ConfigError, match=r"context_size = 512: .* at most 256"):
         model_at(tiny, context_size=512)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device = 'cuda': this machine has cpu"):
@@ -121,14 +121,14 @@ def test_bad_models_and_hooks(tiny, tmp_path):
 def test_d_in_is_checked_or_filled_in(tiny):
     facts = model_at(tiny).facts
     assert check_d_in(LanguageModelSAERunnerConfig(**tiny), facts) == 128
-    with pytest.raises(ConfigError, match="d_in = 768: .* is 128 wide"):
+    with pytest.raises(ConfigError, match=r"d_in = 768: .* is 128 wide"):
         check_d_in(LanguageModelSAERunnerConfig(**(tiny | {"d_in": 768})), facts)
 
 
 def identity_sae(d_in):
     """x = relu(x) - relu(-x): a perfect SAE."""
-    eye = torch.eye(d_in)
-    return StandardSAE(torch.cat([eye, -eye], 1), torch.cat([eye, -eye]), torch.zeros(2 * d_in), torch.zeros(d_in))  # fmt: skip
+    eye, zeros = torch.eye(d_in), torch.zeros(d_in)
+    return StandardSAE(torch.cat([eye, -eye], 1), torch.cat([eye, -eye]), zeros.repeat(2), zeros)
 
 
 def test_evaluation_of_a_perfect_and_of_an_empty_sae(tiny, tokens):
@@ -174,8 +174,8 @@ def test_the_bundled_model_is_well_under_the_unigram_entropy():
     folder = Path(saeray.models.__file__).parent / "tiny-python"
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["unigram_entropy_nats"] - figures["held_out_loss_nats"] >= 1.5
-    from saeray.tokens import TokenWindows
     from saeray.hub import load_tokenizer
+    from saeray.tokens import TokenWindows
 
     config = LanguageModelSAERunnerConfig(
         model_name=str(folder),

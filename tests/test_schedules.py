@@ -23,7 +23,9 @@ def test_schedules_by_hand():
     assert at("cosineannealing", [25], lr_end=0.2) == pytest.approx(
         [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4))]
     )
-    assert at("cosineannealingwarmup", [4, 10, 55], warm_up_steps=10) == pytest.approx([0.5, 1, 0.5])
+    assert at("cosineannealingwarmup", [4, 10, 55], warm_up_steps=10) == pytest.approx(
+        [0.5, 1, 0.5]
+    )
     # two cycles of 50 steps
     assert at("cosineannealingwarmrestarts", [0, 25, 50, 75], num_cycles=2) == pytest.approx(
         [1, 0.5, 1, 0.5]

@@ -75,7 +75,9 @@ def options(**changes):
 
 def new_trainer(seed=0, dtype=torch.float64, d_sae=L, **changes):
     b_dec = torch.linspace(-0.2, 0.3, D, dtype=dtype)
-    return SAETrainer(initial_sae(D, d_sae, seed=seed, b_dec=b_dec, dtype=dtype), options(**changes))
+    return SAETrainer(
+        initial_sae(D, d_sae, seed=seed, b_dec=b_dec, dtype=dtype), options(**changes)
+    )
 
 
 @pytest.mark.parametrize("normalization", ["centred_norm", "none"])
@@ -147,6 +149,7 @@ def bits(t):
 @pytest.mark.parametrize("ghosts", [False, True])
 def test_threads_and_packing_do_not_change_a_bit(ghosts):
     rows = 2 * LANE_ROWS + 300  # three lanes, the last one short
+
     def run(threads, seeds):
         trainers = [
             new_trainer(s, torch.float32, 64, use_ghost_grads=ghosts, dead_feature_window=1)

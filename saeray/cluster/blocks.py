@@ -5,9 +5,14 @@ bfloat16, which numpy does not know, travels as its bits in int16.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
+
+# Ray's arrays are read-only, which torch has no notion of; nobody writes to them (`to_tensor`).
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def to_array(x: Tensor) -> np.ndarray:
@@ -18,7 +23,5 @@ def to_array(x: Tensor) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_array`, without a copy: the tensor must not be written to."""
-    if not array.flags.writeable:  # Ray's arrays are read-only; torch would warn at each of them
-        array = np.ndarray(array.shape, array.dtype, memoryview(array).cast("B"))
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor

@@ -223,7 +223,9 @@ class ActivationBuffer:
             if key not in self.b_dec:  # no other call came first while this one waited
                 at = self.hook_points.index(hook_point)
                 refs = [self.blocks[b][at] for b in self.order.blocks_of(0)]
-                self.b_dec[key] = asyncio.ensure_future(self.sampled_b_dec(method, n_rows, seed, refs))
+                self.b_dec[key] = asyncio.ensure_future(
+                    self.sampled_b_dec(method, n_rows, seed, refs)
+                )
                 self.policy.readers.pop(name, None)
         done, _ = await asyncio.wait([self.b_dec[key]], timeout=POLL_SECONDS)
         return self.b_dec[key].result() if done else None
@@ -258,10 +260,10 @@ class ActivationBuffer:
             at = min(range(len(self.harvesters)), key=self.in_flight.__getitem__)
             if self.in_flight[at] >= IN_FLIGHT:
                 return
-            block = self.policy.next_block()
-            if block is None:
+            wanted = self.policy.next_block()
+            if wanted is None:
                 return
-            self.submit(block, at)
+            self.submit(wanted, at)
 
     def submit(self, block: int, at: int) -> None:
         if self.started is None:

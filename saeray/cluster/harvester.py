@@ -76,9 +76,7 @@ class Harvester:
         arrays = [to_array(activations[h]) for h in self.hook_points]
         return (Harvested(index, tokens.size, time.perf_counter() - started), *arrays)
 
-    def initial_b_dec(
-        self, method: str, n_rows: int, seed: int, *blocks: np.ndarray
-    ) -> np.ndarray:
+    def initial_b_dec(self, method: str, n_rows: int, seed: int, *blocks: np.ndarray) -> np.ndarray:
         """b_dec [D] float32 from a seeded sample of `n_rows` of the rows in blocks."""
         import torch
 

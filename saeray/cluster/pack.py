@@ -265,5 +265,3 @@ class Pack:
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)
-
-

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -148,9 +149,7 @@ class Roster:
 
     # --- trials and drivers -----------------------------------------------------------------
 
-    async def begin(
-        self, configs: dict[str, dict[str, Any]], provenance: dict[str, Any]
-    ) -> None:
+    async def begin(self, configs: dict[str, dict[str, Any]], provenance: dict[str, Any]) -> None:
         """All SAEs of a sweep at once: nothing needs to be gathered, packs start right away."""
         self.seen()
         self.provenance = provenance
@@ -303,7 +302,7 @@ class Roster:
             if r.snapshot is not None:
                 assert state.stream is not None
                 task = self.do(self.evaluate(entry, state.stream, r.snapshot[0]))
-                task.add_done_callback(lambda _, entry=entry: self.settle(entry))
+                task.add_done_callback(partial(self.settle_later, entry))
             entry.pending.append((r, task))
             self.settle(entry)
         return [n for n in state.members if self.entries[n].withdrawn]
@@ -353,7 +352,7 @@ class Roster:
 
     def stream_started(self, starting: asyncio.Task[Stream]) -> None:
         if not starting.cancelled() and starting.exception() is not None:
-            self.give_up(starting.exception())
+            self.give_up(starting.exception() or SaerayError("the stream did not start"))
         elif self.training_since is None:
             self.phase = "starting trainers"
 
@@ -479,6 +478,9 @@ class Roster:
         self.evaluation_tokens += metrics["eval/n_tokens"]
         return metrics
 
+    def settle_later(self, entry: Entry, _: asyncio.Task[Any]) -> None:
+        self.settle(entry)
+
     def settle(self, entry: Entry) -> None:
         """Passes on reports in their order, as far as their evaluations are there."""
         while entry.pending:
@@ -587,7 +589,9 @@ class Roster:
 
     def raise_error(self) -> None:
         if self.error is not None:
-            raise self.error if isinstance(self.error, SaerayError) else SaerayError(str(self.error))
+            raise (
+                self.error if isinstance(self.error, SaerayError) else SaerayError(str(self.error))
+            )
 
     async def watch(self) -> None:
         """Ends the sweep when it is over or its driver and trials are gone."""

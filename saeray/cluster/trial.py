@@ -13,7 +13,6 @@ there, so schedulers may pause and restore trials without copying weights.
 from __future__ import annotations
 
 import json
-
 from pathlib import Path
 from typing import Any
 

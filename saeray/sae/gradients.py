@@ -64,10 +64,6 @@ class Gradients:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1)
 
-    def zero_(self) -> None:
-        for tensor in self.tensors():
-            tensor.zero_()
-
     def add_(self, other: Gradients) -> None:
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.add_(theirs)
@@ -77,13 +73,12 @@ class Workspace:
     """The buffers one thread needs for a block: two [R, L] and two [R, D]."""
 
     def __init__(self, sae: StandardSAE, n_rows: int) -> None:
-        like = {"dtype": sae.W_enc.dtype, "device": sae.W_enc.device}
         rows = min(n_rows, block_rows(sae.d_sae, sae.W_enc.element_size(), sae.W_enc.device))
         self.rows = rows
-        self.f = torch.empty(rows, sae.d_sae, **like)
-        self.dh = torch.empty(rows, sae.d_sae, **like)
-        self.x_centred = torch.empty(rows, sae.d_in, **like)
-        self.dx_hat = torch.empty(rows, sae.d_in, **like)
+        self.f = sae.W_enc.new_empty(rows, sae.d_sae)
+        self.dh = sae.W_enc.new_empty(rows, sae.d_sae)
+        self.x_centred = sae.W_enc.new_empty(rows, sae.d_in)
+        self.dx_hat = sae.W_enc.new_empty(rows, sae.d_in)
 
 
 class Batch(NamedTuple):
@@ -112,7 +107,8 @@ def lane_gradients(
 ) -> None:
     """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D]."""
     n_rows = len(batch.x)
-    out.b_enc.zero_(), out.b_dec.zero_(), out.fired.zero_(), out.l1.zero_()
+    for counted in (out.b_enc, out.b_dec, out.fired, out.l1):
+        counted.zero_()
     W_dec_T = sae.W_dec.t()
     for a in range(*lane, space.rows):
         b = min(a + space.rows, lane[1])
@@ -181,7 +177,9 @@ def ghost_gradients(
 
     total: tuple[Tensor, ...] | None = None
     for part in run_lanes(lane_ghost, lanes_of(len(errors), errors.device)):
-        total = part if total is None else tuple(t.add_(p) for t, p in zip(total, part, strict=True))
+        total = (
+            part if total is None else tuple(t.add_(p) for t, p in zip(total, part, strict=True))
+        )
     assert total is not None
     dW_enc, dW_dec, db_enc, value = total
     grad.W_enc.index_add_(1, dead, dW_enc)

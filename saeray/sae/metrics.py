@@ -41,7 +41,5 @@ def log10_frequency(frequency: Tensor) -> Tensor:
 
 def density_histogram(frequency: Tensor, bins: int = 50) -> tuple[list[int], list[float]]:
     """Counts and edges of the histogram of log10 firing frequency, from -10 to 0."""
-    counts, edges = torch.histogram(
-        log10_frequency(frequency).cpu(), bins=bins, range=(-10.0, 0.0)
-    )
+    counts, edges = torch.histogram(log10_frequency(frequency).cpu(), bins=bins, range=(-10.0, 0.0))
     return [int(c) for c in counts], [float(e) for e in edges]
