@@ -247,7 +247,7 @@ class LanguageModel:
                 tokens,
                 return_type="logits",
                 fwd_hooks=[
-                    (name, lambda value, hook, f=f: replaced(f, value))  # type: ignore[misc]
+                    (name, lambda value, hook, f=f: replaced(f, value))
                     for name, f in splice.items()
                 ],
             ).float()

@@ -238,6 +238,8 @@ def run(
             # Trials only wait for reports, and on few cores their start takes a while from the
             # others: after what may yet turn out to be bad input, before the training.
             view.wait_for_stream()
+            # A failed SAE is in the results with its reason; Tune would print its traceback too.
+            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
             if view.status.error is None:
                 tune.run(
                     SAETrial,

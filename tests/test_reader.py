@@ -1,5 +1,7 @@
 """Reader and buffer on real Ray, with a harvester whose activations say where they come from."""
 
+import sys
+
 import numpy as np
 import pytest
 import ray
@@ -11,6 +13,9 @@ from saeray.cluster.harvester import Harvested
 from saeray.cluster.reader import Place, Reader
 from saeray.errors import Late
 from saeray.shuffle import StreamOrder
+
+# Workers can't import a test module: its classes travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ORDER = StreamOrder(n_blocks=11, block_rows=32, group_blocks=2, seed=3)
 D = 4
