@@ -102,9 +102,11 @@ def test_a_reader_can_start_anywhere_and_at_another_hook_point(stream):
 def test_writing_to_a_batch_does_not_change_the_block_for_others(stream):
     buffer = stream()
     vandal, other = reader(buffer), reader(buffer, "b")
-    for batch in vandal:
-        batch.fill_(-1)
-    got = torch.cat(list(other))
+    got = []
+    for spoilt, batch in zip(vandal, other, strict=True):
+        spoilt.fill_(-1)  # as soon as it is there; what `other` reads next lies in the same blocks
+        got.append(batch)
+    got = torch.cat(got)
     vandal.close()
     other.close()
     assert np.array_equal(got[:, 0].numpy(), expected(336))
@@ -121,7 +123,7 @@ def test_the_object_store_is_given_back(stream):
 
 def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
     r = reader(stream(broken=True), limit=3.0)
-    with pytest.raises(Late, match=r"harvesters \(window 0 .* wait_limit_s"):
+    with pytest.raises(Late, match=r"harvesters \(window 0 .*wait_limit_s"):
         next(iter(r))
 
 
