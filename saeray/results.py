@@ -26,7 +26,8 @@ COLUMNS = {
     "ce_loss_with_sae": "metrics/ce_loss_with_sae",
     "ce_loss_with_ablation": "metrics/ce_loss_with_ablation",
     "kl_div": "metrics/kl_div_with_sae",
-    "dead_features": "sparsity/dead_features",
+    # Fired on less than dead_feature_threshold of the tokens of the last sampling window.
+    "dead_features": "sparsity/below_dead_feature_threshold",
     "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
     "mse_loss": "losses/mse_loss",
     "l1_loss": "losses/l1_loss",
@@ -79,6 +80,7 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     drawn = [
         r
@@ -111,6 +113,8 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
         panel.grid(alpha=0.3)
         if drawn:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(ScalarFormatter())  # 30 and 200, not powers of ten
+            panel.xaxis.set_minor_formatter(ScalarFormatter())
             panel.legend(title="labels: l1_coefficient", title_fontsize=7)
     figure.suptitle(title)
     png = io.BytesIO()

@@ -118,6 +118,12 @@ def test_bad_models_and_hooks(tiny, tmp_path):
             model_at(tiny, device="cuda")
 
 
+def test_the_guides_model_name_is_known():
+    from saeray.hub import official_name
+
+    assert official_name("gpt2-small").split("/")[-1] == "gpt2"  # what the hub calls it
+
+
 def test_d_in_is_checked_or_filled_in(tiny):
     facts = model_at(tiny).facts
     assert check_d_in(LanguageModelSAERunnerConfig(**tiny), facts) == 128

@@ -209,3 +209,10 @@ def test_dead_features_are_those_silent_longer_than_the_window():
         PackStep().step([t], torch.randn(B, D, dtype=torch.float64))
     assert t.dead[4]  # silent for 3 > 2 steps
     assert int(t.dead.sum()) == t.feature_metrics()["sparsity/dead_features"]
+
+
+def test_reports_count_features_below_the_threshold():
+    t = new_trainer(dead_feature_threshold=0.25)
+    t.fired_in_window[:] = torch.arange(L)
+    t.tokens_in_window = 40  # frequencies 0/40 … 16/40: ten of them (0 … 9) are below a quarter
+    assert t.feature_metrics()["sparsity/below_dead_feature_threshold"] == 10

@@ -44,6 +44,7 @@ def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
         use_ghost_grads=config.use_ghost_grads,
         feature_sampling_window=config.feature_sampling_window,
         dead_feature_window=config.dead_feature_window,
+        dead_feature_threshold=config.dead_feature_threshold,
     )
 
 

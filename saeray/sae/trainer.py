@@ -55,6 +55,7 @@ class TrainingOptions:
     use_ghost_grads: bool = False
     feature_sampling_window: int = 2000
     dead_feature_window: int = 1000
+    dead_feature_threshold: float = 1e-8
 
 
 class StepMetrics(NamedTuple):
@@ -148,6 +149,9 @@ class SAETrainer:
         return {
             "metrics/mean_log10_feature_sparsity": float(log10_frequency(frequency).mean()),
             "sparsity/dead_features": int(self.dead.sum()),
+            "sparsity/below_dead_feature_threshold": int(
+                (frequency < self.options.dead_feature_threshold).sum()
+            ),
             "sparsity/mean_passes_since_fired": float(self.steps_since_fired.double().mean()),
             "sparsity/below_1e-5": int((frequency < 1e-5).sum()),
             "sparsity/below_1e-6": int((frequency < 1e-6).sum()),
