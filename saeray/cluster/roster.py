@@ -126,7 +126,7 @@ class Roster:
         self.folder = Folder.at(folder)
         self.name = roster_name(sweep, folder)
         self.entries: dict[str, Entry] = {}
-        self.streams: dict[str, Stream] = {}
+        self.streams: list[Stream] = []
         self.packs: dict[str, PackState] = {}
         # Packs that wait for room, each with the stream it will read.
         self.queue: deque[tuple[asyncio.Task[Stream], list[SAE], Fitted]] = deque()
@@ -202,7 +202,7 @@ class Roster:
         """The sweep as it stands, for the live view."""
         self.seen()
         gauges: list[Gauges] = []
-        for stream in self.streams.values():
+        for stream in self.streams:
             try:
                 gauges.append(await asyncio.wait_for(stream.buffer.gauges.remote(), POLL_SECONDS))
                 self.token_counts = await asyncio.wait_for(
@@ -221,7 +221,7 @@ class Roster:
             phase=self.phase,
             harvested_tokens=sum(g.harvested_tokens for g in gauges),
             trained_tokens=sum(e.n_training_tokens for e in self.entries.values()),
-            stream_tokens=sum(s.config.stream_tokens or 0 for s in self.streams.values()),
+            stream_tokens=sum(s.config.stream_tokens or 0 for s in self.streams),
             gauges=gauges,
             readers={p.name: p.reader for p in self.packs.values() if p.reader is not None},
             warnings=self.warnings + self.tracker.warnings + (counts.warnings if counts else []),
@@ -258,7 +258,7 @@ class Roster:
             if not entry.ended:
                 self.end(entry, STOPPED, "the sweep was ended before it was trained")
         await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
-        for stream in self.streams.values():
+        for stream in self.streams:
             for a in stream.actors():
                 ray.kill(a)
         self.streams.clear()
@@ -360,12 +360,12 @@ class Roster:
         """The stream that serves these SAEs: one that runs already, or a new one."""
         configs = [s.config for s in saes]
         hooks = {c.resolved_hook_point for c in configs}
-        for stream in self.streams.values():
+        for stream in self.streams:
             if stream.key == key and hooks <= set(stream.hook_points):
                 return stream
         self.phase = "loading the language model and the text"
         stream = await start_stream(key, configs, fitted)
-        self.streams[f"{key}-{len(self.streams)}"] = stream
+        self.streams.append(stream)
         self.write_sweep_yaml(fitted)
         return stream
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from saeray.errors import Late, SaerayError
-
-T = TypeVar("T")
 
 
 def get(ref: Any, limit_s: float, who: str) -> Any:
