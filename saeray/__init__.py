@@ -21,6 +21,7 @@ _WHERE = {
     "StandardSAE": "saeray.sae.standard",
     "language_model_sae_runner": "saeray.runner",
     "load_sae": "saeray.checkpoint",
+    "resume": "saeray.runner",
     "sweep": "saeray.runner",
 }
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from saeray.cluster.trial import SAETrial
     from saeray.config import LanguageModelSAERunnerConfig, Resources
     from saeray.errors import ConfigError
-    from saeray.runner import language_model_sae_runner, sweep
+    from saeray.runner import language_model_sae_runner, resume, sweep
     from saeray.sae.standard import StandardSAE
 
 
@@ -48,5 +49,6 @@ __all__ = [
     "__version__",
     "language_model_sae_runner",
     "load_sae",
+    "resume",
     "sweep",
 ]

@@ -141,6 +141,15 @@ def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def delete_others(folder: Folder, keep: set[int]) -> None:
+    """Deletes the checkpoints below `folder` but those at `keep` tokens."""
+    for name in folder.names():
+        if re.fullmatch(r"\d+", name) and int(name) not in keep:
+            (folder / name).delete()
+    if folder.exists() and not folder.names():
+        folder.delete()
+
+
 def load_sae(folder: Folder | str) -> StandardSAE:
     """Loads a published SAE (`…/final`, or a checkpoint).
 

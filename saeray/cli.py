@@ -1,6 +1,7 @@
 """`saeray sweep FILE.yaml`: the command line.
 
-Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed, 2 bad input.
+Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed or were
+interrupted, 2 bad input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> 
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        return resume_command(arguments)
+    if arguments.file is None:
+        raise ConfigError("a sweep file is wanted: saeray sweep FILE.yaml (or --resume DIR).")
     data = load_sweep_file(arguments.file, arguments.set)
     config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
     if arguments.dry_run:
@@ -70,6 +75,27 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     result = sweep(
         config, name=name, storage_path=arguments.storage_path, address=arguments.address
     )
+    print(result.summary())
+    return 0 if result.ok else 1
+
+
+def resume_command(arguments: argparse.Namespace) -> int:
+    given = {
+        "FILE.yaml": arguments.file,
+        "--set": arguments.set,
+        "--name": arguments.name,
+        "--storage-path": arguments.storage_path,
+        "--dry-run": arguments.dry_run,
+    }
+    for option, value in given.items():
+        if value:
+            raise ConfigError(
+                f"--resume goes on with the sweep in {arguments.resume} as it is; {option} can't "
+                "be given beside it."
+            )
+    from saeray.runner import resume
+
+    result = resume(arguments.resume, address=arguments.address)
     print(result.summary())
     return 0 if result.ok else 1
 
@@ -103,7 +129,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"saeray {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("sweep", help="train the grid of SAEs that a YAML file describes")
-    run.add_argument("file", metavar="FILE.yaml")
+    run.add_argument("file", metavar="FILE.yaml", nargs="?")
+    run.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with an interrupted sweep: its folder, a path or s3://…, gs://…",
+    )
     run.add_argument(
         "--set",
         action="append",
@@ -131,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "saeray: interrupted; what was trained so far is in the sweep's folder.",
+            "saeray: interrupted; what was trained so far is in the sweep's folder, and "
+            "`saeray sweep --resume` of it goes on.",
             file=sys.stderr,
         )
         return 130

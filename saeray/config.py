@@ -125,6 +125,8 @@ class LanguageModelSAERunnerConfig:
     buffer_bytes: int | None = None  # saeray: bound on the object store; None: what is needed
     stream_tokens: int | None = None  # saeray: length of the stream; None: training_tokens
     data_seed: int | None = None  # saeray: seeds the order of text and rows; None: seed
+    activation_cache: str | None = None  # saeray: path or URI to keep harvested blocks in
+    reader_lag_s: float = 60.0  # saeray: how long fast packs wait for one that fell behind
 
     # Dead features
     use_ghost_grads: bool = False
@@ -143,6 +145,7 @@ class LanguageModelSAERunnerConfig:
     wandb_entity: str | None = None
     wandb_log_frequency: int = 10  # optimizer steps between log lines
     n_checkpoints: int = 0
+    checkpoint_every_s: float | None = 600.0  # saeray: what a crash may cost; only the newest stays
     checkpoint_path: str = "checkpoints"  # where results go when storage_path is not given
     name: str | None = None  # saeray: of the sweep; its folder is <storage_path>/<name>
     storage_path: str | None = None  # saeray: anything pyarrow.fs opens
@@ -255,6 +258,9 @@ NOT_AN_AXIS = frozenset(
         "device",
         "buffer_bytes",
         "stream_tokens",
+        "activation_cache",
+        "reader_lag_s",
+        "checkpoint_every_s",
         "wait_limit_s",
     }
 )
@@ -389,9 +395,11 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     for name in ("lr_warm_up_steps", "n_checkpoints", "l1_coefficient", "seed", "lr_end"):
         if getattr(config, name) < 0:
             raise bad_value(name, getattr(config, name), "not below 0.")
-    for name in ("lr", "expansion_factor", "wait_limit_s"):
+    for name in ("lr", "expansion_factor", "wait_limit_s", "reader_lag_s"):
         if getattr(config, name) <= 0:
             raise bad_value(name, getattr(config, name), "above 0.")
+    if config.checkpoint_every_s is not None and config.checkpoint_every_s <= 0:
+        raise bad_value("checkpoint_every_s", config.checkpoint_every_s, "seconds, or none.")
     if config.eval_every is not None and config.eval_every < 0:
         raise bad_value("eval_every", config.eval_every, "optimizer steps, or 0: only at the end.")
     one_of("lr_scheduler_name", config.lr_scheduler_name, LR_SCHEDULERS)

@@ -9,6 +9,7 @@ beyond tolerance (or a hook has no counterpart) `run_with_cache` is used instead
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ class ModelFacts(NamedTuple):
     d_in: dict[str, int]  # per hook point
     d_vocab: int
     fast_path: bool
+    fingerprint: str  # of the weights and of how the forward runs: what activations depend on
+    device: str  # kind: cpu, cuda or mps
 
 
 class _Reached(Exception):
@@ -187,7 +190,10 @@ class LanguageModel:
                 ", ".join(self.hook_points),
             )
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
-        return ModelFacts(d_in, d_vocab, fast_path)
+        path = "fast" if fast_path else "run_with_cache"
+        return ModelFacts(
+            d_in, d_vocab, fast_path, f"{path}:{fingerprint(self.model)}", self.device.type
+        )
 
     def agree(self, fast: Tensor, slow: Tensor) -> bool:
         if fast.shape != slow.shape:
@@ -301,6 +307,17 @@ def replaced(f: Replacement, value: Tensor) -> Tensor:
 def flat_heads(x: Tensor) -> Tensor:
     """[n, context, heads, d_head] -> [n, context, heads * d_head]; others as they are."""
     return x.flatten(2) if x.dim() > 3 else x
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of every parameter's name and shape and of 1,024 of its values."""
+    seen = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        values = p.detach().flatten()
+        values = values[:: max(1, len(values) // 1024)].float().cpu().contiguous()
+        seen.update(f"{name}{tuple(p.shape)}".encode())
+        seen.update(values.numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:

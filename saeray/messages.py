@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from saeray.shuffle import StreamOrder
 
-# The states an SAE goes through. The last three are ends.
+# The states an SAE goes through. The last four are ends.
 WAITING, TRAINING, EVALUATING = "waiting", "training", "evaluating"
-DONE, STOPPED, FAILED = "done", "stopped", "failed"
-ENDS = (DONE, STOPPED, FAILED)
+DONE, STOPPED, FAILED, INTERRUPTED = "done", "stopped", "failed", "interrupted"
+ENDS = (DONE, STOPPED, FAILED, INTERRUPTED)
+# `stopped` by its scheduler; `failed` by itself (NaN), so it would fail again; `interrupted` by
+# anything else: those are what --resume goes on with.
 
 
 class Report(NamedTuple):
@@ -56,10 +58,27 @@ class PackPlan:
 NOTHING = PackPlan("", {}, "", 0, 0, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
 
 
+class Answer(NamedTuple):
+    """What a roster says to a pack's reports."""
+
+    incarnation: str  # of the roster; a new one may not have what the old one was told
+    withdrawn: list[str]  # SAEs that shall leave the pack
+    settled: dict[str, int]  # SAE -> step up to which its reports are evaluated and written
+
+
+class CacheKey(NamedTuple):
+    """Which activation cache a harvester reads and writes."""
+
+    uri: str
+    identity: dict[str, Any]  # see saeray.cache
+
+
 class Gauges(NamedTuple):
     """The activation buffer, as it stands."""
 
+    incarnation: str  # counts start anew with it
     harvested_tokens: int  # LM tokens computed, evaluation not counted
+    cached_tokens: int  # read from the activation cache instead
     slots: int  # blocks the buffer may hold
     used: int  # blocks held or under way
     ready: int
@@ -68,6 +87,7 @@ class Gauges(NamedTuple):
     n_harvesters: int
     readers: dict[str, int]  # reader -> window it is at
     detached: list[str]
+    warnings: list[str]
 
 
 class ReaderGauges(NamedTuple):
@@ -97,6 +117,7 @@ class SweepStatus:
     rows: list[SAERow]
     phase: str  # what is being waited for, in words
     harvested_tokens: int = 0
+    cached_tokens: int = 0
     trained_tokens: int = 0  # SAE-tokens
     stream_tokens: int = 0  # what one SAE trains on, over the streams
     gauges: list[Gauges] = field(default_factory=list)

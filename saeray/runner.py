@@ -10,19 +10,24 @@ import logging
 import os
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeray.config import LanguageModelSAERunnerConfig, grid_axes, resolve
-from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.errors import ConfigError, Late, SaerayError, bad_value
 from saeray.grid import SAE, expand
-from saeray.messages import DONE, FAILED, SweepStatus
+from saeray.messages import DONE, ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
 from saeray.storage import Folder
+from saeray.sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
     from saeray.sae.standard import StandardSAE
+
+
+TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
 
 
 @dataclass
@@ -37,7 +42,7 @@ class SweepResult:
     @property
     def ok(self) -> bool:
         """Whether every SAE finished."""
-        return all(row["status"] != FAILED for row in self.rows)
+        return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
 
     def summary(self) -> str:
         """A table of the SAEs, the account of tokens, and where everything is."""
@@ -63,13 +68,16 @@ class SweepResult:
         status = self.status
         longest = max((r.n_training_tokens for r in status.rows), default=0)
         if longest:
+            cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
             lines.append(
-                f"LM tokens harvested: {status.harvested_tokens:,}; one SAE trained on "
+                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE trained on "
                 f"{longest:,} ({status.harvested_tokens / longest:.3f}x); all SAEs together on "
                 f"{status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} tokens, "
                 "held out."
             )
         lines += [f"! {warning}" for warning in status.warnings]
+        if any(row["status"] == INTERRUPTED for row in self.rows):
+            lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
         lines.append(f"results: {self.folder.uri}")
         return "\n".join(lines)
 
@@ -114,10 +122,59 @@ def sweep(
     saes = expand(config)
     folder = Folder.at(config.storage_path) / config.name
     if folder.names():
-        raise bad_value("name", config.name, f"{folder.uri} is there already; choose another name.")
+        raise bad_value(
+            "name",
+            config.name,
+            f"{folder.uri} is there already; choose another name, or go on with it by --resume.",
+        )
+    return run_on_ray(saes, folder, config.name, address, scheduler, live)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    address: str | None = None,
+    scheduler: Any = None,
+    live: bool = True,
+) -> SweepResult:
+    """Goes on with a sweep that was interrupted, to the files an uninterrupted one gives.
+
+    SAEs that are done, were stopped by a scheduler or failed by themselves stay as they are; the
+    others go on from their newest checkpoint. On a cluster where the sweep still runs, this joins
+    it.
+
+    Args:
+        folder: of the sweep: its path or URI.
+
+    Raises:
+        ConfigError: no sweep is there, or its sweep.yaml is damaged.
+    """
+    place = Folder.at(folder)
+    name = place.uri.rstrip("/").rpartition("/")[2]
+    files = SweepFolder(place, name)
+    saes = [SAE(n, config) for n, config in files.read_configs().items()]
+    known = files.known([s.name for s in saes])
+    if all(k.state in ENDS for k in known.values()):
+        rows = [
+            SAERow(s.name, k.state, k.step, s.config.steps, k.n_training_tokens, k.metrics, k.error)
+            for s, k in ((s, known[s.name]) for s in saes)
+        ]
+        return SweepResult(name, place, files.read_rows(), SweepStatus(rows, "done already"))
+    return run_on_ray(saes, place, name, address, scheduler, live, resuming=True)
+
+
+def run_on_ray(
+    saes: list[SAE],
+    folder: Folder,
+    name: str,
+    address: str | None,
+    scheduler: Any,
+    live: bool,
+    resuming: bool = False,
+) -> SweepResult:
     started_ray = start_ray(address)
     try:
-        return run(config, saes, folder, scheduler, live, ends_ray=started_ray)
+        return run(saes, folder, name, scheduler, live, started_ray, resuming)
     finally:
         if started_ray:
             import ray
@@ -206,33 +263,29 @@ def start_ray(address: str | None) -> bool:
 
 
 def run(
-    config: LanguageModelSAERunnerConfig,
     saes: list[SAE],
     folder: Folder,
+    name: str,
     scheduler: Any,
     live: bool,
     ends_ray: bool,
+    resuming: bool,
 ) -> SweepResult:
     """One sweep on the Ray instance this process is connected to."""
     import ray
     from ray import tune
 
     from saeray.cluster import waiting
-    from saeray.cluster.roster import find_or_create
     from saeray.cluster.trial import INTERNAL, SAETrial
     from saeray.live import LiveView
 
-    assert config.name is not None
-    axes = grid_axes(config)
-    roster = find_or_create(config.name, folder.uri)
-    limit = config.wait_limit_s
-    configs = {s.name: s.config.to_dict() for s in saes}
-    waiting.get(roster.begin.remote(configs, provenance()), limit, "roster")
-    space: dict[str, Any] = config.to_dict()
-    for axis in axes:
-        space[axis] = tune.grid_search(space[axis])
-    space[INTERNAL] = {"sweep": config.name, "folder": folder.uri, "axes": axes}
-    view = LiveView(lambda: waiting.get(roster.status.remote(), limit, "roster"), live)
+    limit = saes[0].config.wait_limit_s
+    roster = begun(saes, folder, name, limit, resuming)
+    view = LiveView(lambda: waiting.ask(roster.status.remote, limit, "roster"), live)
+    view.update()
+    ended = {row.name for row in view.status.rows if row.state in ENDS}
+    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes if s.name not in ended]
+    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
     try:
         with view:
             # Trials only wait for reports, and on few cores their start takes a while from the
@@ -243,11 +296,12 @@ def run(
             if view.status.error is None:
                 tune.run(
                     SAETrial,
-                    name="tune",
+                    name=f"tune-{uuid.uuid4().hex[:6]}",
                     storage_path=(folder / ".ray").uri,
-                    config=space,
+                    config={INTERNAL: known},
                     scheduler=scheduler,
                     verbose=0,
+                    max_failures=TRIAL_RESTARTS,
                     raise_on_failed_trial=False,
                     trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
                     trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
@@ -255,12 +309,37 @@ def run(
                 view.wait_for_end(limit)
     finally:
         bad_input = view.status.error is not None
-        waiting.get(roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
+        waiting.ask(lambda: roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
         ray.kill(roster)
     status = view.status
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
-    return SweepResult(config.name, folder, read_rows(folder), status)
+    return SweepResult(name, folder, SweepFolder(folder, name).read_rows(), status)
+
+
+def begun(saes: list[SAE], folder: Folder, name: str, limit_s: float, resuming: bool) -> Any:
+    """The sweep's roster, told what to train; one that is just closing is waited for."""
+    from ray.exceptions import RayActorError
+
+    from saeray.cluster import waiting
+    from saeray.cluster.roster import find_or_create
+
+    configs = {s.name: s.config.to_dict() for s in saes}
+    versions = provenance()
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        roster = find_or_create(name, folder.uri)
+        try:
+            if waiting.ask(
+                lambda r=roster: r.begin.remote(configs, versions, resuming),  # type: ignore[misc]
+                limit_s,
+                "roster",
+            ):
+                return roster
+        except RayActorError:
+            pass  # it has just gone
+        time.sleep(0.5)
+    raise Late(f"the roster of an earlier session of {name} did not end within {limit_s:g} s.")
 
 
 def provenance() -> dict[str, str | None]:
@@ -279,12 +358,3 @@ def provenance() -> dict[str, str | None]:
 
     packages = ("saeray", "ray", "torch", "transformer_lens", "transformers", "datasets")
     return {**{name: version(name) for name in packages}, "git_commit": commit()}
-
-
-def read_rows(folder: Folder) -> list[dict[str, Any]]:
-    import io
-
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(io.BytesIO(folder.read("results.parquet")))
-    return table.to_pylist()

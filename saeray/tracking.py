@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from saeray.config import LanguageModelSAERunnerConfig, digest
 from saeray.storage import Folder
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 30.0  # between puts of a metrics.jsonl to an object store
 
 
 class Run(Protocol):
@@ -107,6 +110,8 @@ class MetricsLog:
         self.folder = folder
         self.lines: list[str] = []
         self.last_step = -1
+        self.written_step = -1  # up to which lines are where they survive this process
+        self.flushed = time.monotonic()
         if "metrics.jsonl" not in folder.names():
             return
         found = folder.read("metrics.jsonl").decode().splitlines()
@@ -116,6 +121,7 @@ class MetricsLog:
             except (ValueError, KeyError):
                 continue  # cut off by a crash
             self.lines.append(line)
+        self.written_step = self.last_step
         if self.lines != found:
             folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
 
@@ -129,12 +135,16 @@ class MetricsLog:
             os.makedirs(self.folder.path, exist_ok=True)
             with open(Path(self.folder.path) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(self.lines[-1] + "\n")
+            self.written_step = step
+        elif time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
         return True
 
     def flush(self) -> None:
         """Object stores can't append: there the whole file is put again."""
-        if not self.folder.is_local and self.lines:
+        if not self.folder.is_local and self.written_step < self.last_step:
             self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
+            self.written_step, self.flushed = self.last_step, time.monotonic()
 
 
 class Tracker:
@@ -153,11 +163,18 @@ class Tracker:
         if warning and warning not in self.warnings:
             self.warnings.append(warning)
 
-    def log(self, name: str, step: int, metrics: Mapping[str, Any]) -> None:
-        if self.logs[name].append(step, metrics):
+    def log(self, name: str, step: int, metrics: Mapping[str, Any], last: bool = False) -> int:
+        """Writes a line; the step up to which all are where they survive this process."""
+        log = self.logs[name]
+        if log.append(step, metrics):
             self.runs[name].log(metrics, step)
+        if last:
+            log.flush()
+        return log.written_step
 
     def finish(self, name: str, failed: bool) -> None:
+        if name not in self.runs:  # it had ended before this session
+            return
         self.logs[name].flush()
         self.runs[name].finish(failed)
         self.runs[name] = NoRun()

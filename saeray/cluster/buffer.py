@@ -8,22 +8,35 @@ One async actor per stream. It holds references, never bytes. A block's life:
 Slots are blocks; their number is the buffer's bound in bytes. Readers ask for windows by number
 and name the oldest window they still hold, so asking twice is harmless. `Policy` below decides and
 is plain data; the actor acts.
+
+Every block is a function of its index, so nothing here needs to survive: a block that was lost with
+its harvester or its node goes back to *wanted*, and a buffer that was started again harvests what
+its readers ask for next.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from saeray.errors import ConfigError, SaerayError
-from saeray.messages import Gauges
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from saeray.cluster.waiting import NotYet
+from saeray.errors import SaerayError
+from saeray.messages import CacheKey, Gauges
 from saeray.shuffle import StreamOrder
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
 LAG_SECONDS = 60.0  # how long fast readers wait for a slow one before it is on its own
+DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
+FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
 
 
 @dataclass
@@ -165,42 +178,65 @@ class ActivationBuffer:
         hook_points: list[str],
         token_server: Any,
         harvesters: list[Any],
+        *,
+        lag_s: float = LAG_SECONDS,
+        cache: CacheKey | None = None,
+        about: Any = None,
     ) -> None:
+        """token_server, harvesters: actors; they outlive this one. about: see `describe`."""
         self.policy = Policy(order, slots)
         self.order = order
         self.hook_points = hook_points
         self.token_server = token_server
         self.harvesters = harvesters
+        self.lag_s = lag_s
+        self.cache = cache
+        self.about = about
+        self.incarnation = uuid.uuid4().hex
         self.in_flight = [0] * len(harvesters)
+        self.down: set[int] = set()  # harvesters that are being started again
+        self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
+        self.failures: Counter[int] = Counter()  # of the forward pass, by block
+        self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
         self.blocks: dict[int, list[Any]] = {}  # one reference per hook point
         self.changed = asyncio.Event()
-        self.error: Exception | None = None
+        self.error: SaerayError | None = None
         self.harvested_tokens = 0
+        self.cached_tokens = 0
         self.harvest_seconds = 0.0
         self.started: float | None = None
         self.b_dec: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.detached: list[str] = []
+        self.warnings: list[str] = []
 
     # --- what readers and the roster call ---------------------------------------------------
+
+    async def describe(self) -> Any:
+        """What it was told about itself: for a roster that has lost its memory."""
+        return self.about
 
     async def expect(self, reader: str, window: int) -> None:
         """Announces a reader that will start at `window`: its blocks are kept from now on."""
         self.policy.readers.setdefault(reader, ReaderState(window))
         self.pump()
 
-    async def window(self, reader: str, window: int) -> WindowBlocks | None:
+    async def window(
+        self, reader: str, window: int, lost: Iterable[str] = ()
+    ) -> WindowBlocks | NotYet:
         """The blocks of a window; all before it the reader has done with, and they are released.
 
-        Returns None after `POLL_SECONDS` when the window is not ready: ask again.
+        `lost`: references (in hex) that could not be fetched; their blocks are harvested again.
+        Answers `NotYet` after `POLL_SECONDS` when the window is not ready: ask again.
 
         Raises:
             SaerayError: the stream can't go on; says why.
         """
+        self.forget(set(lost))
         self.policy.ask(reader, window, time.monotonic())
         blocks = self.order.blocks_of(window)
         if not await self.until_ready(blocks):
-            return None
+            return NotYet(self.late(blocks))
         self.policy.readers[reader].asks_since = None
         return WindowBlocks(blocks, [self.blocks[b] for b in blocks])
 
@@ -211,15 +247,15 @@ class ActivationBuffer:
 
     async def initial_b_dec(
         self, hook_point: str, method: str, n_rows: int, seed: int
-    ) -> Any | None:
-        """b_dec [D] from the first half buffer, computed once; None: not there yet, ask again."""
+    ) -> Any | NotYet:
+        """b_dec [D] from the first half buffer, computed once; or `NotYet`: ask again."""
         key = (hook_point, method, n_rows, seed)
         if key not in self.b_dec:
             name = f"initial b_dec at {hook_point}"
             reader = self.policy.ask(name, 0, time.monotonic())
             reader.detached = all(r.window > 1 for r in self.policy.readers.values() if r != reader)
             if not await self.until_ready(self.order.blocks_of(0)):
-                return None
+                return NotYet(self.late(self.order.blocks_of(0)))
             if key not in self.b_dec:  # no other call came first while this one waited
                 at = self.hook_points.index(hook_point)
                 refs = [self.blocks[b][at] for b in self.order.blocks_of(0)]
@@ -228,14 +264,23 @@ class ActivationBuffer:
                 )
                 self.policy.readers.pop(name, None)
         done, _ = await asyncio.wait([self.b_dec[key]], timeout=POLL_SECONDS)
-        return self.b_dec[key].result() if done else None
+        if not done:
+            return NotYet("harvester 0 (rows for b_dec_init_method)")
+        if self.b_dec[key].exception() is not None:
+            # A block was lost, or the harvester; the next call starts anew.
+            failed = self.b_dec.pop(key).exception()
+            self.warn(f"{method} of {hook_point}: {failed}; computed again.")
+            return NotYet("harvester 0 (rows for b_dec_init_method)")
+        return self.b_dec[key].result()
 
     async def sampled_b_dec(self, method: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
         return await self.harvesters[0].initial_b_dec.remote(method, n_rows, seed, *refs)
 
     async def gauges(self) -> Gauges:
         return Gauges(
+            incarnation=self.incarnation,
             harvested_tokens=self.harvested_tokens,
+            cached_tokens=self.cached_tokens,
             slots=self.policy.slots,
             used=len(self.policy.held),
             ready=len(self.policy.ready),
@@ -244,6 +289,7 @@ class ActivationBuffer:
             n_harvesters=len(self.harvesters),
             readers={name: r.window for name, r in self.policy.readers.items()},
             detached=list(self.detached),
+            warnings=list(self.warnings),
         )
 
     # --- acting -----------------------------------------------------------------------------
@@ -252,64 +298,159 @@ class ActivationBuffer:
         """Releases what no reader needs and submits harvests while slots and harvesters last."""
         kept = self.policy.kept()
         for block in self.policy.ready - kept:
-            self.policy.ready.discard(block)
-            self.policy.held.discard(block)
-            del self.blocks[block]  # the last reference here; Ray frees the memory
-        self.detached += self.policy.watch_lag(time.monotonic())
+            self.release(block)  # the last reference here; Ray frees the memory
+        self.detached += self.policy.watch_lag(time.monotonic(), self.lag_s)
         while self.error is None:
-            at = min(range(len(self.harvesters)), key=self.in_flight.__getitem__)
-            if self.in_flight[at] >= IN_FLIGHT:
+            up = [i for i in range(len(self.harvesters)) if i not in self.down]
+            at = min(up, key=self.in_flight.__getitem__, default=None)
+            if at is None or self.in_flight[at] >= IN_FLIGHT:
                 return
             wanted = self.policy.next_block()
             if wanted is None:
                 return
             self.submit(wanted, at)
 
+    def release(self, block: int) -> None:
+        self.policy.ready.discard(block)
+        self.policy.held.discard(block)
+        self.blocks.pop(block, None)
+
+    def forget(self, lost: set[str]) -> None:
+        """Blocks that are gone with their node are wanted again."""
+        if not lost:
+            return
+        for block, refs in list(self.blocks.items()):
+            if block in self.policy.ready and any(r.hex() in lost for r in refs):
+                self.warn("blocks were lost with their node; they are harvested again.")
+                self.release(block)
+        for key, future in list(self.b_dec.items()):
+            if not future.done():
+                del self.b_dec[key]
+
     def submit(self, block: int, at: int) -> None:
         if self.started is None:
             self.started = time.monotonic()
         self.policy.held.add(block)
         self.in_flight[at] += 1
-        tokens = self.token_server.block.remote(block)
-        meta, *refs = (
-            self.harvesters[at]
-            .harvest.options(num_returns=1 + len(self.hook_points))
-            .remote(block, tokens)
-        )
-        self.blocks[block] = refs
-        task = asyncio.ensure_future(self.harvested(block, at, meta))
+        task = asyncio.ensure_future(self.harvest(block, at))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def harvested(self, block: int, at: int, meta: Any) -> None:
+    async def harvest(self, block: int, at: int) -> None:
+        """One block at one harvester; when that fails the block is wanted again."""
+        done = None
         try:
+            self.under_way[block] = ("the token server", time.monotonic())
+            tokens = await self.tokens(block)
+            self.under_way[block] = (f"harvester {at}", time.monotonic())
+            meta, *refs = (
+                self.harvesters[at]
+                .harvest.options(num_returns=1 + len(self.hook_points), max_task_retries=0)
+                .remote(block, tokens, self.cache)
+            )
             done = await meta
+        except RayActorError as error:
+            self.harvester_died(block, at, error)
         except Exception as error:
-            self.error = error
+            self.harvest_failed(block, at, error)
+        finally:
+            del self.under_way[block]
+            self.in_flight[at] -= 1
+        if done is None:
+            self.policy.held.discard(block)
         else:
+            self.blocks[block] = refs
             self.policy.ready.add(block)
             self.harvested_tokens += done.n_tokens
+            self.cached_tokens += done.cached_tokens
             self.harvest_seconds += done.seconds
-        finally:
-            self.in_flight[at] -= 1
-            self.changed.set()
-            self.changed = asyncio.Event()
-            self.pump()
+            for text in done.warnings:
+                self.warn(text)
+            self.deaths.pop(block, None)
+            self.failures.pop(block, None)
+        self.changed.set()
+        self.changed = asyncio.Event()
+        self.pump()
 
-    def fail_if_broken(self) -> None:
-        if self.error is None:
+    async def tokens(self, block: int) -> Any:
+        """The token windows of a block. Ray repeats the call when the server is started again."""
+        try:
+            return await self.token_server.block.remote(block)
+        except RayActorError as error:
+            raise SaerayError(f"the token server is gone ({error})") from None
+
+    def harvester_died(self, block: int, at: int, error: RayActorError) -> None:
+        self.deaths[block] += 1
+        if self.deaths[block] >= DEATHS:
+            self.broken(
+                f"{self.deaths[block]} harvesters died over block {block}; out of memory? Lower "
+                f"store_batch_size. The last one: {error}"
+            )
+        if at in self.down:
             return
-        cause = getattr(self.error, "cause", None)
-        if isinstance(cause, ConfigError):
-            raise cause
-        raise SaerayError(f"the activation stream broke off: {self.error}")
+        self.warn(f"harvester {at} died; its blocks are harvested elsewhere or again.")
+        self.down.add(at)
+        task = asyncio.ensure_future(self.revive(at))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def revive(self, at: int) -> None:
+        """Waits until Ray has started a harvester again."""
+        while True:
+            try:
+                await self.harvesters[at].ping.options(max_task_retries=0).remote()
+                break
+            except ActorDiedError:  # for good
+                if len(self.down) == len(self.harvesters):
+                    self.broken("no harvester is left")
+                return
+            except RayActorError:
+                await asyncio.sleep(0.2)
+        self.down.discard(at)
+        self.pump()
+
+    def harvest_failed(self, block: int, at: int, error: Exception) -> None:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, SaerayError):
+            self.error = cause  # on purpose, so it would be the same at any harvester
+            return
+        self.failures[block] += 1
+        if self.failures[block] >= FAILURES:
+            self.broken(f"block {block} failed {FAILURES} times: {cause}")
+            return
+        self.warn(f"harvester {at}: {type(cause).__name__}: {cause}; started again.")
+        # After a GPU error the process is of no use any more.
+        ray.kill(self.harvesters[at], no_restart=False)
+
+    def broken(self, why: str) -> None:
+        self.error = SaerayError(f"the activation stream broke off: {why}")
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def late(self, blocks: range) -> str:
+        """Who keeps a window from being ready, in words."""
+        now = time.monotonic()
+        missing = [b for b in blocks if b not in self.policy.ready]
+        for block in missing:
+            if block in self.under_way:
+                who, since = self.under_way[block]
+                return f"{who} (block {block}, for {now - since:.0f} s)"
+        if len(self.down) == len(self.harvesters):
+            return "the harvesters (all of them are being started again)"
+        slowest = sorted(self.policy.readers.items(), key=lambda item: item[1].window)[:3]
+        return "slower readers, which hold the buffer: " + ", ".join(
+            f"{name} at window {r.window}" for name, r in slowest
+        )
 
     async def until_ready(self, blocks: range) -> bool:
         """Waits for blocks, `POLL_SECONDS` at most; whether they are all there."""
         deadline = time.monotonic() + POLL_SECONDS
         while True:
             self.pump()
-            self.fail_if_broken()
+            if self.error is not None:
+                raise type(self.error)(*self.error.args)
             if all(b in self.policy.ready for b in blocks):
                 return True
             left = deadline - time.monotonic()

@@ -7,14 +7,17 @@ they are used: in the harvester's own process.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from saeray.config import LanguageModelSAERunnerConfig
+from saeray.messages import CacheKey
 from saeray.shuffle import permutation
 
 if TYPE_CHECKING:
+    from saeray.cache import ActivationCache
     from saeray.evaluate import Evaluator
     from saeray.lm import LanguageModel, ModelFacts
 
@@ -23,8 +26,13 @@ class Harvested(NamedTuple):
     """What the buffer learns of a block: the block itself stays in the object store."""
 
     block: int
-    n_tokens: int
+    n_tokens: int  # computed
     seconds: float
+    cached_tokens: int = 0  # read from the activation cache
+    warnings: tuple[str, ...] = ()
+
+
+CACHE_WRITES = 2  # blocks that may wait to be written to the cache; then harvesting waits
 
 
 class Harvester:
@@ -38,6 +46,9 @@ class Harvester:
         # One thread each on the CPU: the sums inside a matrix product are then the same however
         # many harvesters or cores there are. More harvesters, not more threads.
         self.threads = 1
+        self.caches: dict[str, ActivationCache] = {}
+        self.writer = ThreadPoolExecutor(1, "cache")
+        self.writes: list[Future[None]] = []
 
     def open(self) -> LanguageModel:
         if self.model is None:
@@ -62,19 +73,70 @@ class Harvester:
             check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
         return facts
 
-    def harvest(self, index: int, tokens: np.ndarray) -> tuple[Any, ...]:
+    def ping(self) -> None:
+        """Answers when the actor is up."""
+
+    def harvest(
+        self, index: int, tokens: np.ndarray, cache_key: CacheKey | None = None
+    ) -> tuple[Any, ...]:
         """Block `index`: (Harvested, then one array [rows, d_in] per hook point).
 
         tokens: int32 [store_batch_size, context_size].
         """
+        started = time.perf_counter()
+        cache = None if cache_key is None else self.open_cache(cache_key)
+        arrays = None if cache is None else cache.read(self.hook_points, index, tokens)
+        n_cached = tokens.size if arrays is not None else 0
+        if arrays is None:
+            arrays = self.computed(tokens)
+            if cache is not None:
+                self.write_behind(cache, index, tokens, arrays)
+        done = Harvested(
+            index,
+            tokens.size - n_cached,
+            time.perf_counter() - started,
+            n_cached,
+            () if cache is None else tuple(cache.warnings),
+        )
+        return (done, *arrays)
+
+    def computed(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """The activations of int32 [store_batch_size, context_size] at every hook point."""
         import torch
 
         from saeray.cluster.blocks import to_array
 
-        started = time.perf_counter()
         activations = self.open().activations(torch.from_numpy(tokens.copy()))
-        arrays = [to_array(activations[h]) for h in self.hook_points]
-        return (Harvested(index, tokens.size, time.perf_counter() - started), *arrays)
+        return [to_array(activations[h]) for h in self.hook_points]
+
+    def open_cache(self, key: CacheKey) -> ActivationCache:
+        if key.uri not in self.caches:
+            from saeray.cache import ActivationCache
+
+            self.caches[key.uri] = ActivationCache(key.uri, key.identity)
+        return self.caches[key.uri]
+
+    def write_behind(
+        self, cache: ActivationCache, index: int, tokens: np.ndarray, arrays: list[np.ndarray]
+    ) -> None:
+        """Writes to the cache while the next block is computed; a full disk costs a warning."""
+
+        def write() -> None:
+            try:
+                for hook, array in zip(self.hook_points, arrays, strict=True):
+                    cache.write(hook, index, tokens, array)
+            except OSError as error:
+                text = f"activation_cache: {error}; blocks are not cached."
+                if text not in cache.warnings:
+                    cache.warnings.append(text)
+
+        self.flush(CACHE_WRITES - 1)
+        self.writes.append(self.writer.submit(write))
+
+    def flush(self, left: int = 0) -> None:
+        """Waits until no more than `left` blocks are still to be written to the cache."""
+        while len(self.writes) > left:
+            self.writes.pop(0).result()
 
     def initial_b_dec(self, method: str, n_rows: int, seed: int, *blocks: np.ndarray) -> np.ndarray:
         """b_dec [D] float32 from a seeded sample of `n_rows` of the rows in blocks."""

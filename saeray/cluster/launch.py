@@ -1,54 +1,62 @@
 """Where each role runs and with what: the only place that turns plain classes into Ray actors.
 
 Everything is created outside the placement group of whoever asks (a Tune trial, usually), so that
-it neither takes the trial's share nor dies with it.
+it neither takes the trial's share nor dies with it. The actors belong to no process: they outlive
+the roster that created them, which finds them again by their names when it was started again:
+
+    <roster>/<stream>/token-server  <roster>/<stream>/harvester-<i>  <roster>/<stream>/buffer
+    <roster>/<pack>
+
+Those that hold a sweep together, but the harvesters, live on the head node where that has room:
+the node whose loss ends the cluster anyway.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from saeray.cache import identity_of
 from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvester
 from saeray.cluster.token_server import TokenServer
+from saeray.cluster.waiting import NotYet
 from saeray.config import LanguageModelSAERunnerConfig
+from saeray.messages import CacheKey
 from saeray.plan import Cluster, Fitted, StreamPlan, check_fits, plan_stream
 
 NAMESPACE = "saeray"
-RESTARTS = 3  # of a pack's worker group
+RESTARTS = 3  # of a pack's worker group, by Ray Train
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
+POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
+HEAD = "node:__internal_head__"
 
 
-@dataclass
-class Stream:
-    """One LM pass: its actors, and what they found out."""
-
-    key: str
-    config: LanguageModelSAERunnerConfig
-    hook_points: list[str]
-    token_server: Any
-    harvesters: list[Any]
-    held_out: Any  # reference of the held-out windows
-    widths: dict[str, int]
-    plan: StreamPlan
-    buffer: Any
-    evaluations: int = 0  # handed out so far; spreads them over the harvesters
-
-    def actors(self) -> list[Any]:
-        return [self.buffer, *self.harvesters, self.token_server]
+def actor(cls: type, name: str, **options: Any) -> Any:
+    """A class as an actor that belongs to no process and is started again when it dies."""
+    standard = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "scheduling_strategy": "DEFAULT",
+    }
+    return ray.remote(cls).options(**(standard | options))
 
 
-def actor(cls: type, **options: Any) -> Any:
-    return ray.remote(cls).options(
-        **{"num_cpus": 0, "scheduling_strategy": "DEFAULT", "namespace": NAMESPACE} | options
-    )
+def on_head() -> Any:
+    """Scheduling on the head node, or anywhere when that is not to be had."""
+    head = next((n for n in ray.nodes() if n["Alive"] and HEAD in n["Resources"]), None)
+    return NodeAffinitySchedulingStrategy(head["NodeID"], soft=True) if head else "DEFAULT"
 
 
 def cluster_now() -> Cluster:
@@ -59,10 +67,42 @@ def cluster_now() -> Cluster:
     )
 
 
+# --- streams --------------------------------------------------------------------------------
+
+
+class AboutStream(NamedTuple):
+    """What its buffer knows of a stream, in plain data."""
+
+    name: str
+    key: str
+    config: dict[str, Any]
+    hook_points: list[str]
+    widths: dict[str, int]
+    plan: StreamPlan
+    n_harvesters: int
+
+
+@dataclass
+class Stream:
+    """One LM pass: what it is, and its actors."""
+
+    about: AboutStream
+    token_server: Any
+    harvesters: list[Any]
+    buffer: Any
+    evaluations: int = 0  # handed out so far; spreads them over the harvesters
+    held_out: Any = None  # reference of the held-out windows, once they are asked for
+
+    @property
+    def config(self) -> LanguageModelSAERunnerConfig:
+        return LanguageModelSAERunnerConfig.from_dict(self.about.config)
+
+    def actors(self) -> list[Any]:
+        return [self.buffer, *self.harvesters, self.token_server]
+
+
 async def start_stream(
-    key: str,
-    configs: list[LanguageModelSAERunnerConfig],
-    fitted: Fitted,
+    name: str, key: str, configs: list[LanguageModelSAERunnerConfig], fitted: Fitted
 ) -> Stream:
     """Starts the actors of one stream and has them check model, hooks, widths and dataset.
 
@@ -72,16 +112,21 @@ async def start_stream(
     config = configs[0]
     hook_points = sorted({c.resolved_hook_point for c in configs})
     as_data = config.to_dict()
-    always = {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
-    token_server = actor(TokenServer, **always).remote(as_data)
+    token_server = actor(
+        TokenServer,
+        f"{name}/token-server",
+        max_task_retries=TASK_RETRIES,
+        scheduling_strategy=on_head(),
+    ).remote(as_data)
     harvesters = [
         actor(
             Harvester,
+            f"{name}/harvester-{i}",
+            max_task_retries=TASK_RETRIES,
             num_cpus=fitted.harvester_cpus,
             num_gpus=fitted.harvester_gpus,
-            **always,
         ).remote(as_data, hook_points)
-        for _ in range(fitted.harvesters)
+        for i in range(fitted.harvesters)
     ]
     try:
         facts, _ = await asyncio.gather(
@@ -90,23 +135,86 @@ async def start_stream(
         )
         plan = plan_stream(config, hook_points, facts.d_in)
         check_fits(plan, cluster_now())
+        cache = None
+        if config.activation_cache is not None:
+            identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
+            cache = CacheKey(config.activation_cache, identity)
     except BaseException:
         for a in (token_server, *harvesters):
             ray.kill(a)
         raise
-    buffer = actor(ActivationBuffer, max_concurrency=1000).remote(
-        plan.order, plan.slots, hook_points, token_server, harvesters
+    about = AboutStream(name, key, as_data, hook_points, facts.d_in, plan, fitted.harvesters)
+    buffer = actor(
+        ActivationBuffer,
+        f"{name}/buffer",
+        max_concurrency=1000,
+        scheduling_strategy=on_head(),
+    ).remote(
+        plan.order,
+        plan.slots,
+        hook_points,
+        token_server,
+        harvesters,
+        lag_s=config.reader_lag_s,
+        cache=cache,
+        about=about,
     )
-    held_out = token_server.held_out.remote()
-    return Stream(
-        key, config, hook_points, token_server, harvesters, held_out, facts.d_in, plan, buffer
-    )
+    return Stream(about, token_server, harvesters, buffer)
 
 
-def fit_pack(
-    roster: Any, pack: str, wait_limit_s: float, fitted: Fitted, storage_path: str, sweep: str
-) -> None:
-    """Runs one pack's TorchTrainer to its end. A task of its own, outside Tune."""
+# --- packs ----------------------------------------------------------------------------------
+
+
+class AboutPack(NamedTuple):
+    """What its launcher knows of a pack, in plain data."""
+
+    name: str  # never used twice: Ray Train would take the second for the first, resumed
+    stream: str
+    configs: dict[str, dict[str, Any]]  # by SAE
+    fitted: Fitted
+
+
+class Launcher:
+    """The actor that runs one pack's TorchTrainer to its end."""
+
+    def __init__(self, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float):
+        self.about = about
+        self.ended = threading.Event()
+        self.problem: str | None = None
+        self.thread = threading.Thread(
+            target=self.run, args=(roster, storage_path, wait_limit_s), daemon=True
+        )
+        self.thread.start()
+
+    def describe(self) -> AboutPack:
+        return self.about
+
+    def outcome(self) -> tuple[str | None] | NotYet:
+        """(why the trainer failed, if it did,) once it has ended."""
+        if self.ended.wait(POLL_SECONDS):
+            return (self.problem,)
+        return NotYet(f"the trainer of {self.about.name}")
+
+    def run(self, roster: Any, storage_path: str, wait_limit_s: float) -> None:
+        try:
+            fit_pack(self.about, roster, storage_path, wait_limit_s)
+        except Exception as error:
+            self.problem = str(error)
+        finally:
+            self.ended.set()
+
+
+def start_launcher(
+    name: str, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float
+) -> Any:
+    # Not started again by Ray: a trainer goes with its launcher, and the roster sees to both.
+    return actor(
+        Launcher, name, max_restarts=0, max_concurrency=4, scheduling_strategy=on_head()
+    ).remote(about, roster, storage_path, wait_limit_s)
+
+
+def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
+    """Runs one pack's TorchTrainer to its end."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     from ray import train
@@ -114,20 +222,53 @@ def fit_pack(
 
     from saeray.cluster.pack import train_pack
 
+    fitted = about.fitted
     per_worker = {"CPU": fitted.trainer_cpus}
     if fitted.trainer_gpus:
         per_worker["GPU"] = fitted.trainer_gpus
     TorchTrainer(
         train_pack,
-        train_loop_config={"roster": roster, "pack": pack, "wait_limit_s": wait_limit_s},
+        train_loop_config={"roster": roster, "pack": about.name, "wait_limit_s": wait_limit_s},
         scaling_config=train.ScalingConfig(
             num_workers=fitted.num_workers,
             use_gpu=fitted.trainer_gpus > 0,
             resources_per_worker=per_worker,
         ),
         run_config=train.RunConfig(
-            name=f"{sweep}-{pack}",
+            name=about.name,
             storage_path=storage_path,
             failure_config=train.FailureConfig(max_failures=RESTARTS),
         ),
     ).fit()
+
+
+# --- finding them again ---------------------------------------------------------------------
+
+
+async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:
+    """The streams and packs of a roster that was started again; halves of a stream are ended."""
+    prefix = f"{roster}/"
+    listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+    names = [
+        a["name"] for a in listed if a["namespace"] == NAMESPACE and a["name"].startswith(prefix)
+    ]
+    handles = {}
+    for name in names:
+        try:
+            handles[name] = ray.get_actor(name, NAMESPACE)
+        except ValueError:
+            continue  # just gone
+    streams, packs = [], []
+    for name, handle in handles.items():
+        if name.endswith("/buffer"):
+            about = await handle.describe.remote()
+            stream = name.removesuffix("/buffer")
+            harvesters = [handles[f"{stream}/harvester-{i}"] for i in range(about.n_harvesters)]
+            streams.append(Stream(about, handles[f"{stream}/token-server"], harvesters, handle))
+        elif name.count("/") == prefix.count("/"):
+            packs.append((await handle.describe.remote(), handle))
+    whole = {s.about.name for s in streams}
+    for name, handle in handles.items():
+        if name.count("/") > prefix.count("/") and name.rpartition("/")[0] not in whole:
+            ray.kill(handle)
+    return streams, packs

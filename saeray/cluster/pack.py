@@ -14,15 +14,17 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
-from saeray.checkpoint import newest_checkpoint, save_checkpoint, save_final
+from saeray.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.cluster import waiting
 from saeray.cluster.blocks import to_array
 from saeray.cluster.reader import Place, Reader
 from saeray.config import LanguageModelSAERunnerConfig
+from saeray.errors import SaerayError
 from saeray.lm import choose_device
-from saeray.messages import DONE, FAILED, STOPPED, PackPlan, Report
+from saeray.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
 from saeray.storage import Folder
@@ -46,6 +48,11 @@ def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
     )
+
+
+def kept_tokens(config: LanguageModelSAERunnerConfig) -> set[int]:
+    """Tokens at which `n_checkpoints` wants a checkpoint; any other is deleted in time."""
+    return {step * config.train_batch_size for step in checkpoint_steps(config)}
 
 
 def checkpoint_steps(config: LanguageModelSAERunnerConfig) -> set[int]:
@@ -82,13 +89,15 @@ class Member:
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
     roster, pack = settings["roster"], settings["pack"]
-    plan = waiting.poll(
-        lambda: roster.plan.remote(pack),
-        settings["wait_limit_s"],
-        "harvesters (loading the language model)",
-    )
-    if plan.configs:
+    limit = settings["wait_limit_s"]
+    plan = waiting.poll(lambda: roster.plan.remote(pack), limit, "roster")
+    if not plan.configs:
+        return
+    try:
         Pack(plan, roster).train()
+    except SaerayError as error:  # on purpose: Ray Train need not try it again
+        problem = str(error)
+        waiting.ask(lambda: roster.broken.remote(pack, problem), limit, "roster")
 
 
 class Pack:
@@ -105,8 +114,12 @@ class Pack:
         self.limit = self.shared.wait_limit_s
         self.members = [self.enrol(name, config) for name, config in self.configs.items()]
         self.step_all = PackStep(plan.threads if self.device.type == "cpu" else 1)
-        self.answer: Any = None  # the roster's, to the last reports
+        self.reports: list[Report] = []  # not settled yet, in their order
+        self.call: Any = None  # the roster's answer to the last reports, on its way
+        self.incarnation: str | None = None  # of the roster that was told all of them
+        self.withdrawn: set[str] = set()
         self.started = 0.0  # when the first batch was asked for
+        self.saved = time.monotonic()  # when the last checkpoint was due
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
@@ -138,7 +151,7 @@ class Pack:
                 config.data_seed,
             ),
             self.limit,
-            "harvesters (rows for b_dec_init_method)",
+            "activation buffer",
         )
         return torch.from_numpy(array.copy())
 
@@ -170,24 +183,33 @@ class Pack:
                 wants = any(m.wants_log(step) or step == m.config.steps for m in due)
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
 
-                for m in due:
-                    if step in m.checkpoints:
-                        save_checkpoint(
-                            m.folder / "checkpoints" / str(m.n_training_tokens), m.config, m.trainer
-                        )
+                self.save(due, step)
                 if wants:
                     gone = self.report(due, metrics, step, reader)
                     active = [m for m in active if m.name not in gone]
                     if not active:
                         break
-            self.take_answer()
-            waiting.poll(
-                lambda: self.roster.evaluated.remote(self.plan.pack),
-                self.limit,
-                "harvesters (evaluation)",
-            )
+            self.wait_until_settled(reader)
         finally:
             reader.close()
+
+    def save(self, due: list[Member], step: int) -> None:
+        """The checkpoints of this step: those `n_checkpoints` wants, and all when time is up.
+
+        All at the same step, so that SAEs that go on from them go on together.
+        """
+        every = self.shared.checkpoint_every_s
+        time_is_up = every is not None and time.monotonic() - self.saved > every
+        for m in due:
+            if (time_is_up and step < m.config.steps) or step in m.checkpoints:
+                self.save_one(m)
+        if time_is_up:
+            self.saved = time.monotonic()
+
+    def save_one(self, m: Member) -> None:
+        folder = m.folder / "checkpoints"
+        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer)
+        delete_others(folder, kept_tokens(m.config) | {m.n_training_tokens})
 
     # --- telling the roster -----------------------------------------------------------------
 
@@ -211,15 +233,57 @@ class Pack:
             if report.state in (DONE, STOPPED, FAILED):
                 gone.add(m.name)
             reports.append(report)
-        self.answer = self.roster.report.remote(self.plan.pack, reports, reader.gauges())
+        self.tell(reports, reader)
         return gone
 
+    def tell(self, reports: list[Report], reader: Reader) -> None:
+        """Sends reports; they are kept until they are settled."""
+        self.reports += reports
+        self.call = self.roster.report.remote(self.plan.pack, reports, reader.gauges())
+
     def take_answer(self) -> set[str]:
-        """SAEs that their trials have withdrawn, as of the last report."""
-        if self.answer is None:
-            return set()
-        answer, self.answer = self.answer, None
-        return set(waiting.get(answer, self.limit, "roster"))
+        """SAEs that their trials have withdrawn, as of the last report.
+
+        A roster that died may not have written down what it was told: the one that comes after it
+        is told again all that is not settled.
+        """
+        if self.call is None:
+            return self.withdrawn
+        call, self.call = self.call, None
+        try:
+            self.take(waiting.get(call, self.limit, "roster"))
+        except ActorUnavailableError:
+            self.tell_again()
+        return self.withdrawn
+
+    def take(self, answer: Answer) -> None:
+        if self.incarnation not in (None, answer.incarnation):
+            self.tell_again()
+            return
+        self.incarnation = answer.incarnation
+        self.withdrawn = set(answer.withdrawn)
+        self.reports = [r for r in self.reports if r.step > answer.settled.get(r.name, 0)]
+
+    def tell_again(self) -> None:
+        answer = waiting.ask(
+            lambda: self.roster.report.remote(self.plan.pack, self.reports, None),
+            self.limit,
+            "roster",
+        )
+        self.incarnation = answer.incarnation
+        self.withdrawn = set(answer.withdrawn)
+
+    def wait_until_settled(self, reader: Reader) -> None:
+        """Until everything is evaluated and written: then this process may go."""
+        self.take_answer()
+        while self.reports:
+            answer = waiting.poll(
+                lambda: self.roster.settled.remote(self.plan.pack), self.limit, "roster"
+            )
+            before = len(self.reports)
+            self.take(answer)
+            if len(self.reports) == before:
+                time.sleep(0.1)
 
     def report_of(self, m: Member, of_step: StepMetrics, step: int) -> Report:
         quality = of_step.reconstruction
@@ -250,11 +314,11 @@ class Pack:
 
     def publish(self, m: Member, report: Report, state: str) -> Report:
         if state == STOPPED:  # a paused trial may come back to it
-            save_checkpoint(
-                m.folder / "checkpoints" / str(m.n_training_tokens), m.config, m.trainer
-            )
+            self.save_one(m)
         final = m.folder / "final"
         save_final(final, m.config, m.trainer)
+        if state == DONE:
+            delete_others(m.folder / "checkpoints", kept_tokens(m.config))
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)
 
     def snapshot(self, m: Member) -> Any:

@@ -7,6 +7,7 @@ of its own, since writing to a block would silently change it for every other re
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -14,11 +15,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError
 from torch import Tensor
 
 from saeray.cluster import waiting
 from saeray.cluster.blocks import to_tensor
+from saeray.cluster.buffer import WindowBlocks
+from saeray.errors import Late
 from saeray.messages import ReaderGauges
 from saeray.shuffle import StreamOrder
 
@@ -89,9 +94,12 @@ class Reader:
         while not self.queue.empty():
             self.queue.get_nowait()
         self.thread.join(timeout=self.wait_limit_s)
-        waiting.get(
-            self.buffer.leave.remote(self.place.name), self.wait_limit_s, "activation buffer"
-        )
+        with contextlib.suppress(ray.exceptions.RayError):  # gone, and with it what it kept for us
+            waiting.ask(
+                lambda: self.buffer.leave.remote(self.place.name),
+                self.wait_limit_s,
+                "activation buffer",
+            )
 
     # --- the thread -------------------------------------------------------------------------
 
@@ -140,6 +148,17 @@ class Reader:
         )
 
 
+def is_lost(ref: Any) -> bool:
+    """Whether an object is gone for good (one that only takes long to fetch is not)."""
+    try:
+        ray.get(ref, timeout=1.0)
+    except ObjectLostError:
+        return True
+    except GetTimeoutError:
+        pass
+    return False
+
+
 class Window:
     """One window's blocks, mapped from shared memory, and the order to read them in."""
 
@@ -148,16 +167,36 @@ class Window:
         self.index = index
         self.start = place.order.window_start(index)
         self.stop = place.order.window_start(index + 1)
-        answer = waiting.poll(
-            lambda: reader.buffer.window.remote(place.name, index),
-            reader.wait_limit_s,
-            f"harvesters (window {index} of the activation stream)",
-        )
-        refs = [refs[place.hook_index] for refs in answer.refs]
-        arrays = waiting.get(refs, reader.wait_limit_s, "object store")
+        answer, arrays = self.fetch(reader)
         self.first_block = answer.blocks.start
         self.blocks = [to_tensor(a, place.dtype) for a in arrays]
         self.order = place.order.order(index)
+
+    def fetch(self, reader: Reader) -> tuple[WindowBlocks, list[np.ndarray]]:
+        """The window's blocks in shared memory, however often they are lost on the way.
+
+        Raises:
+            Late: not within the limit; names who is waited for.
+        """
+        place, limit = reader.place, reader.wait_limit_s
+        deadline = time.monotonic() + limit
+        lost: list[str] = []
+
+        def ask() -> Any:
+            return reader.buffer.window.remote(place.name, self.index, lost)
+
+        while True:
+            answer = waiting.poll(ask, limit, "activation buffer")
+            refs = [refs[place.hook_index] for refs in answer.refs]
+            try:
+                return answer, waiting.get(refs, limit, "object store")
+            except ObjectLostError:  # with their node, or with the buffer, which owned them
+                if time.monotonic() > deadline:
+                    raise Late(
+                        f"blocks of window {self.index} were lost again and again for {limit:g} s "
+                        "(wait_limit_s)."
+                    ) from None
+                lost = [ref.hex() for ref in refs if is_lost(ref)]
 
     def gather(self, a: int, b: int, out: Tensor) -> None:
         """Rows a … b - 1 of the stream into out [b - a, d_in]."""

@@ -16,17 +16,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
+from ray.exceptions import RayError
 
 from saeray.cluster import waiting
 from saeray.cluster.roster import find_or_create
+from saeray.cluster.waiting import NotYet
 from saeray.config import LanguageModelSAERunnerConfig, resolve
 from saeray.errors import Late, SAEFailed
 from saeray.grid import derived_name
-from saeray.messages import DONE, FAILED, STOPPED
+from saeray.messages import ENDS, FAILED, INTERRUPTED
 
-INTERNAL = "_saeray"  # key in a trial's config for what saeray.sweep knows and a bare trial doesn't
+INTERNAL = "_saeray"  # key in a trial's config for a sweep of ours: its SAE and its folder
 POINTER = "sae.json"
 
 
@@ -43,14 +44,17 @@ class SAETrial(tune.Trainable):
         Raises:
             ConfigError: the config is not right.
         """
-        config = dict(config)
-        known = config.pop(INTERNAL, {})
-        self.sae = resolve(LanguageModelSAERunnerConfig.from_dict(config))
-        self.name = derived_name(self.sae, known.get("axes"))
-        sweep, folder = known.get("sweep"), known.get("folder")
-        if sweep is None:
+        known = config.get(INTERNAL)
+        if known is not None:
+            self.sae = LanguageModelSAERunnerConfig.from_dict(known["sae"]["config"])
+            self.name, sweep, folder = known["sae"]["name"], known["sweep"], known["folder"]
+        else:
+            self.sae = resolve(LanguageModelSAERunnerConfig.from_dict(config))
+            self.name = derived_name(self.sae)
             sweep, folder = self.own_folder()
         self.roster = find_or_create(sweep, folder)
+        # In a sweep of ours the results say it; Tune would start a failed trial again.
+        self.raises = known is None
         self.number = 0
         self.state = ""
         self.folder = ""
@@ -69,8 +73,8 @@ class SAETrial(tune.Trainable):
         return sweep, f"{root}/{sweep}"
 
     def enlist(self) -> None:
-        waiting.get(
-            self.roster.enlist.remote(self.name, self.sae.to_dict()),
+        waiting.ask(
+            lambda: self.roster.enlist.remote(self.name, self.sae.to_dict()),
             self.sae.wait_limit_s,
             "roster",
         )
@@ -81,38 +85,38 @@ class SAETrial(tune.Trainable):
         Raises:
             SAEFailed: the SAE can't be trained on; says at which step and why.
         """
-        result = None
-        while result is None:
-            result = waiting.get(
-                self.roster.next_result.remote(self.name, self.number),
+        result = NotYet("")
+        while isinstance(result, NotYet):  # however long its training takes
+            result = waiting.ask(
+                lambda: self.roster.next_result.remote(self.name, self.number),
                 self.sae.wait_limit_s,
                 "roster",
             )
         self.number, self.state, self.folder = result.number, result.state, result.checkpoint
-        if result.state == FAILED:
+        if result.state in (FAILED, INTERRUPTED) and self.raises:
             raise SAEFailed(result.error)
         return {
             **result.metrics,
             "n_training_tokens": result.n_training_tokens,
             "step": result.step,
             "path": result.path,
-            "done": result.state in (DONE, STOPPED),
+            "done": result.state in ENDS,
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        pointer = {"name": self.name, "folder": self.folder}
+        pointer = {"name": self.name, "folder": self.folder, "number": self.number}
         (Path(checkpoint_dir) / POINTER).write_text(json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to copy: the roster goes on from the SAE's own newest checkpoint."""
         pointer = json.loads((Path(checkpoint) / POINTER).read_text())
-        self.folder = pointer["folder"]
+        self.folder, self.number = pointer["folder"], pointer["number"]
 
     def cleanup(self) -> None:
         """Tune is done with this trial; an SAE that is still training leaves its pack."""
         try:
-            waiting.get(self.roster.withdraw.remote(self.name), 10.0, "roster")
-        except (Late, ray.exceptions.RayError):
+            waiting.ask(lambda: self.roster.withdraw.remote(self.name), 10.0, "roster")
+        except (Late, RayError):
             pass  # the roster is gone, and with it what there was to withdraw from
 
     @classmethod
