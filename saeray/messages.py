@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,9 +77,7 @@ class CacheKey(NamedTuple):
 class Gauges(NamedTuple):
     """The activation buffer, as it stands."""
 
-    incarnation: str  # counts start anew with it
     harvested_tokens: int  # LM tokens computed, evaluation not counted
-    cached_tokens: int  # read from the activation cache instead
     slots: int  # blocks the buffer may hold
     used: int  # blocks held or under way
     ready: int
@@ -87,7 +86,9 @@ class Gauges(NamedTuple):
     n_harvesters: int
     readers: dict[str, int]  # reader -> window it is at
     detached: list[str]
-    warnings: list[str]
+    cached_tokens: int = 0  # read from the activation cache instead of computed
+    warnings: Sequence[str] = ()
+    incarnation: str = ""  # of the buffer; counts start anew with it
 
 
 class ReaderGauges(NamedTuple):

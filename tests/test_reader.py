@@ -125,8 +125,8 @@ def test_the_object_store_is_given_back(stream):
 
 
 def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
-    r = reader(stream(broken=True), limit=3.0)
-    with pytest.raises(Late, match=r"harvesters \(window 0 .*wait_limit_s"):
+    r = reader(stream(broken=True), limit=8.0)
+    with pytest.raises(Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"):
         next(iter(r))
 
 
