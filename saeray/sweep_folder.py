@@ -40,6 +40,16 @@ class Known(NamedTuple):
     evaluation_tokens: int
 
 
+class Memory(NamedTuple):
+    """A roster's, beside what the rest of the folder says."""
+
+    saes: dict[str, dict[str, Any]]  # configs by name
+    versions: dict[str, Any]
+    warnings: list[str]
+    # Tokens harvested and read from cache by each incarnation of a buffer.
+    tokens: dict[str, tuple[int, int]]
+
+
 class Outcome(NamedTuple):
     """One SAE, for its row."""
 
@@ -160,21 +170,13 @@ class SweepFolder:
 
     # --- while it runs ----------------------------------------------------------------------
 
-    def remember(
-        self, configs: Mapping[str, LanguageModelSAERunnerConfig], versions: Mapping[str, Any]
-    ) -> None:
+    def remember(self, memory: Memory) -> None:
         """What a roster must know again when it is started again."""
-        data = {"versions": dict(versions), "saes": {n: c.to_dict() for n, c in configs.items()}}
-        (self.folder / ".ray").write(MEMORY, json.dumps(data).encode())
+        (self.folder / ".ray").write(MEMORY, json.dumps(memory._asdict()).encode())
 
-    def recall(self) -> tuple[dict[str, LanguageModelSAERunnerConfig], dict[str, Any]]:
-        """What `remember` wrote last: configs and versions; nothing when it never did."""
+    def recall(self) -> Memory | None:
+        """What `remember` wrote last; None when it never did."""
         folder = self.folder / ".ray"
         if MEMORY not in folder.names():
-            return {}, {}
-        data = json.loads(folder.read(MEMORY))
-        configs = {
-            name: LanguageModelSAERunnerConfig.from_dict(config)
-            for name, config in data["saes"].items()
-        }
-        return configs, data["versions"]
+            return None
+        return Memory(**json.loads(folder.read(MEMORY)))

@@ -1,4 +1,4 @@
-"""Fixtures: the bundled model and text, and one Ray instance for all tests that do not kill it."""
+"""Fixtures: the bundled model and text, and one Ray instance for all tests of a file."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def tiny():
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_instance():
     """Ray on this machine, shared. What a test leaves behind there, the next one would see."""
     from saeray.runner import start_ray

@@ -126,7 +126,9 @@ def test_the_object_store_is_given_back(stream):
 
 def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
     r = reader(stream(broken=True), limit=8.0)
-    with pytest.raises(Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"):
+    with pytest.raises(
+        Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"
+    ):
         next(iter(r))
 
 

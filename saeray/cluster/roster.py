@@ -67,7 +67,7 @@ from saeray.messages import (
 )
 from saeray.plan import Fitted, cut_packs, fit, wants_gpu
 from saeray.storage import Folder
-from saeray.sweep_folder import Known, Outcome, SweepFolder
+from saeray.sweep_folder import Known, Memory, Outcome, SweepFolder
 from saeray.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class Roster:
         self.tracker = Tracker(sweep, self.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
         self.remembering = asyncio.Lock()
-        self.gauges: dict[str, Gauges] = {}  # the newest of each buffer's incarnation
+        # LM tokens harvested and read from cache by each incarnation of a buffer.
+        self.tokens: dict[str, tuple[int, int]] = {}
         self.evaluation_tokens = 0
         self.training_since: float | None = None
         self.last_seen = time.monotonic()
@@ -258,14 +259,13 @@ class Roster:
             try:
                 gauges = await asyncio.wait_for(stream.buffer.gauges.remote(), POLL_SECONDS)
                 now.append(gauges)
-                self.gauges[gauges.incarnation] = gauges
+                await self.note(gauges)
                 self.token_counts = await asyncio.wait_for(
                     stream.token_server.counts.remote(), POLL_SECONDS
                 )
             except (TimeoutError, asyncio.TimeoutError, RayError):
                 continue  # busy or being started again; the next look will tell
         counts = self.token_counts
-        told = [w for g in self.gauges.values() for w in g.warnings]
         return SweepStatus(
             rows=[
                 SAERow(
@@ -274,16 +274,15 @@ class Roster:
                 for e in self.entries.values()
             ],
             phase=self.phase,
-            # Over all incarnations: what a buffer that died has harvested was harvested.
-            harvested_tokens=sum(g.harvested_tokens for g in self.gauges.values()),
-            cached_tokens=sum(g.cached_tokens for g in self.gauges.values()),
+            # What a buffer that died has harvested was harvested all the same.
+            harvested_tokens=sum(harvested for harvested, _ in self.tokens.values()),
+            cached_tokens=sum(cached for _, cached in self.tokens.values()),
             trained_tokens=sum(e.n_training_tokens for e in self.entries.values()),
             stream_tokens=sum(s.config.stream_tokens or 0 for s in self.streams),
             gauges=now,
             readers={n: p.reader for n, p in self.packs.items() if p.reader is not None},
             warnings=[
                 *self.warnings,
-                *told,
                 *self.tracker.warnings,
                 *(counts.warnings if counts else []),
             ],
@@ -296,6 +295,15 @@ class Roster:
             training_since=self.training_since,
         )
 
+    async def note(self, gauges: Gauges) -> None:
+        """Keeps what would be gone with a buffer."""
+        new = gauges.incarnation not in self.tokens
+        self.tokens[gauges.incarnation] = (gauges.harvested_tokens, gauges.cached_tokens)
+        for text in gauges.warnings:
+            await self.warn(text)
+        if new and len(self.tokens) > 1:
+            await self.remember()
+
     async def close(self, wait: bool = True) -> None:
         """Ends everything the sweep has started, after the last lines are written.
 
@@ -307,7 +315,8 @@ class Roster:
         if self.closed:
             await self.gone.wait()
             return
-        self.closed = True
+        async with self.remembering:
+            self.closed = True
         self.phase = "closing"
         for entry in self.entries.values():
             entry.withdrawn = not entry.ended
@@ -435,6 +444,7 @@ class Roster:
     async def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
+            await self.remember()
 
     # --- gathering and launching ------------------------------------------------------------
 
@@ -709,23 +719,27 @@ class Roster:
     async def remember(self) -> None:
         """Writes down what `recall` needs."""
         async with self.remembering:
-            configs = {e.name: e.config for e in self.entries.values()}
-            await asyncio.to_thread(self.files.remember, configs, self.provenance)
+            if self.closed:
+                return
+            configs = {e.name: e.config.to_dict() for e in self.entries.values()}
+            memory = Memory(configs, self.provenance, list(self.warnings), dict(self.tokens))
+            await asyncio.to_thread(self.files.remember, memory)
 
     async def recall(self) -> None:
         """What a roster that was started again must know: its SAEs, streams and packs."""
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             return
-        configs, versions = await asyncio.to_thread(self.files.recall)
-        if not configs:
+        memory = await asyncio.to_thread(self.files.recall)
+        if memory is None:
             return
-        self.provenance = versions
-        known = await asyncio.to_thread(self.files.known, list(configs))
-        for name, config in configs.items():
-            self.add(name, config, known[name])
+        self.provenance, self.warnings = memory.versions, memory.warnings
+        self.tokens = {name: (n, cached) for name, (n, cached) in memory.tokens.items()}
+        known = await asyncio.to_thread(self.files.known, list(memory.saes))
+        for name, config in memory.saes.items():
+            self.add(name, LanguageModelSAERunnerConfig.from_dict(config), known[name])
         self.streams, packs = await found_again(self.name)
         self.phase = "training"
-        self.warnings.append("the roster died and was started again.")
+        await self.warn("the roster died and was started again.")
         for about, launcher in packs:
             pack = self.packs[about.name] = PackState(about, launcher, heard_of=True)
             there = any(s.about.name == about.stream for s in self.streams)
