@@ -7,6 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 from test_kills import Running, assert_same
 
+from saeray.runner import start_ray
 
 
 def node_of(kind):
@@ -25,12 +26,9 @@ def cluster():
     """A head with no CPU to give, and nodes to add to it."""
     cluster = Cluster(
         initialize_head=True,
-        connect=True,
-        head_node_args=dict(
-            num_cpus=0, object_store_memory=200_000_000, include_dashboard=False
-        ),
-        namespace="saeray",
-    )  # fmt: skip
+        head_node_args=dict(num_cpus=0, object_store_memory=200_000_000, include_dashboard=False),
+    )
+    assert start_ray(cluster.address)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -42,11 +40,11 @@ def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, tmp_path, cap
     assert undisturbed.end().ok
 
     running = Running(tmp_path, "lost")
-    reached = running.wait_for(100)
+    running.wait_for(40)
     assert node_of("Harvester") == node_of("RayTrainWorker") == first.node_id
     assert node_of("ActivationBuffer") == node_of("Roster") == cluster.head_node.node_id
     cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
-    killed = time.monotonic()
+    reached, killed = running.steps(), time.monotonic()
     cluster.remove_node(first, allow_graceful=False)
     running.wait_for(reached + 30)
     with capsys.disabled():

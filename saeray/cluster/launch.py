@@ -7,8 +7,8 @@ the roster that created them, which finds them again by their names when it was 
     <roster>/<stream>/token-server  <roster>/<stream>/harvester-<i>  <roster>/<stream>/buffer
     <roster>/<pack>
 
-Those that hold a sweep together, but the harvesters, live on the head node where that has room:
-the node whose loss ends the cluster anyway.
+All but the harvesters live on the head node, whose loss ends the cluster anyway; they take next to
+no CPU, and the loss of any other node leaves them alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saeray.cache import identity_of
 from saeray.cluster.buffer import ActivationBuffer
@@ -53,10 +52,9 @@ def actor(cls: type, name: str, **options: Any) -> Any:
     return ray.remote(cls).options(**(standard | options))
 
 
-def on_head() -> Any:
-    """Scheduling on the head node, or anywhere when that is not to be had."""
-    head = next((n for n in ray.nodes() if n["Alive"] and HEAD in n["Resources"]), None)
-    return NodeAffinitySchedulingStrategy(head["NodeID"], soft=True) if head else "DEFAULT"
+def on_head() -> dict[str, Any]:
+    """Options that place an actor on the head node. (A soft affinity is not always kept.)"""
+    return {"resources": {HEAD: 0.001}} if HEAD in ray.cluster_resources() else {}
 
 
 def cluster_now() -> Cluster:
@@ -116,7 +114,7 @@ async def start_stream(
         TokenServer,
         f"{name}/token-server",
         max_task_retries=TASK_RETRIES,
-        scheduling_strategy=on_head(),
+        **on_head(),
     ).remote(as_data)
     harvesters = [
         actor(
@@ -148,7 +146,7 @@ async def start_stream(
         ActivationBuffer,
         f"{name}/buffer",
         max_concurrency=1000,
-        scheduling_strategy=on_head(),
+        **on_head(),
     ).remote(
         plan.order,
         plan.slots,
@@ -208,9 +206,9 @@ def start_launcher(
     name: str, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float
 ) -> Any:
     # Not started again by Ray: a trainer goes with its launcher, and the roster sees to both.
-    return actor(
-        Launcher, name, max_restarts=0, max_concurrency=4, scheduling_strategy=on_head()
-    ).remote(about, roster, storage_path, wait_limit_s)
+    return actor(Launcher, name, max_restarts=0, max_concurrency=4, **on_head()).remote(
+        about, roster, storage_path, wait_limit_s
+    )
 
 
 def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:

@@ -183,26 +183,29 @@ class Pack:
                 wants = any(m.wants_log(step) or step == m.config.steps for m in due)
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
 
-                self.save(due, step)
                 if wants:
                     gone = self.report(due, metrics, step, reader)
                     active = [m for m in active if m.name not in gone]
                     if not active:
                         break
-            self.wait_until_settled(reader)
+                self.save([m for m in due if m in active], step)
+            self.wait_until_settled()
         finally:
             reader.close()
 
     def save(self, due: list[Member], step: int) -> None:
         """The checkpoints of this step: those `n_checkpoints` wants, and all when time is up.
 
-        All at the same step, so that SAEs that go on from them go on together.
+        All at the same step, so that SAEs that go on from them go on together; and only when what
+        was reported up to this step is written down, since nobody will report it again.
         """
         every = self.shared.checkpoint_every_s
         time_is_up = every is not None and time.monotonic() - self.saved > every
-        for m in due:
-            if (time_is_up and step < m.config.steps) or step in m.checkpoints:
-                self.save_one(m)
+        wanted = due if time_is_up else [m for m in due if step in m.checkpoints]
+        if wanted:
+            self.wait_until_settled()
+        for m in wanted:
+            self.save_one(m)
         if time_is_up:
             self.saved = time.monotonic()
 
@@ -273,7 +276,7 @@ class Pack:
         self.incarnation = answer.incarnation
         self.withdrawn = set(answer.withdrawn)
 
-    def wait_until_settled(self, reader: Reader) -> None:
+    def wait_until_settled(self) -> None:
         """Until everything is evaluated and written: then this process may go."""
         self.take_answer()
         while self.reports:

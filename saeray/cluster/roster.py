@@ -90,7 +90,7 @@ def find_or_create(sweep: str, folder: str) -> Any:
         roster_name(sweep, folder),
         get_if_exists=True,
         max_concurrency=1000,
-        scheduling_strategy=on_head(),
+        **on_head(),
     ).remote(sweep, folder)
 
 
