@@ -1,17 +1,23 @@
 """Processes of a running sweep are killed with SIGKILL; it must end with the same files."""
 
+import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import ray
+import yaml
 from conftest import HOOK, MODEL
 
 import saeray
+from saeray.runner import SweepResult
 from saeray.storage import Folder
+from saeray.sweep_folder import SweepFolder
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -173,6 +179,69 @@ def test_nothing_is_left_of_all_this(undisturbed, ray_instance):
             return
         time.sleep(0.5)
     pytest.fail(f"left: {alive}, {groups}, {free[0]} of {free[1]} CPUs free")
+
+
+def command(*arguments):
+    """The command line, in a process of its own with a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "saeray.cli", "sweep", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_ctrl_c_then_a_killed_driver_then_a_damaged_checkpoint(undisturbed, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config() | dict(n_checkpoints=8, checkpoint_every_s=None)))
+    running = Running.__new__(Running)
+    running.folder, running.name, running.looks = tmp_path, "resumed", []
+    folder = tmp_path / "resumed"
+
+    def wait_for(steps, process):
+        deadline = time.monotonic() + 120
+        while running.steps() < steps:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    process = command(file, "--name", "resumed", "--storage-path", tmp_path)
+    wait_for(80, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 130, said
+    assert "--resume" in said
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [r["status"] for r in rows] == ["interrupted"] * 2
+    assert not (folder / ".ray").exists()
+
+    process = command("--resume", folder)
+    wait_for(200, process)
+    process.kill()
+    process.wait()
+
+    # Ctrl-C has left one at its step, n_checkpoints others at every 30th.
+    for trial in (folder / "trials").iterdir():
+        saved = sorted(int(p.name) for p in (trial / "checkpoints").iterdir())
+        assert 60 * 1024 in saved
+    newest = trial / "checkpoints" / str(saved[-1]) / "train_state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    process = command("--resume", folder)
+    said = process.communicate(timeout=150)[0]
+    assert process.returncode == 0, said
+    assert "checkpoint passed over" in said
+    running.result = SweepResult(
+        "resumed", Folder.at(folder), SweepFolder(Folder.at(folder), "resumed").read_rows(), None
+    )
+    assert_same(running, undisturbed)
+
+    # Nothing is left to do, and nothing is done.
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    again = saeray.resume(folder)
+    assert again.ok
+    assert [r["status"] for r in again.rows] == ["done", "done"]
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == stamps
 
 
 @pytest.mark.slow

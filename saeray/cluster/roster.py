@@ -643,15 +643,16 @@ class Roster:
                         entry.pending.popleft()
                         continue
                     await self.warn(f"{entry.name}: not evaluated: {error}")
-            entry.metrics = {**entry.metrics, **metrics}
-            ends = report.state in ENDS
-            written = self.track(self.tracker.log, entry.name, report.step, metrics, ends)
-            entry.path = report.path
-            if ends:
+            state = report.state
+            if state == STOPPED and self.closed:
+                state = INTERRUPTED
+            entry.metrics, entry.path = {**entry.metrics, **metrics}, report.path
+            # The log shall be that of an uninterrupted run once this one has gone on, and that one
+            # is not evaluated here.
+            line = report.metrics if state == INTERRUPTED else metrics
+            written = self.track(self.tracker.log, entry.name, report.step, line, state in ENDS)
+            if state in ENDS:
                 await asyncio.wrap_future(written)
-                state = report.state
-                if state == STOPPED and self.closed:
-                    state = INTERRUPTED
                 self.end(entry, state, report.error)
             else:
                 self.do(self.note_settled(entry, written))
