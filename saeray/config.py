@@ -126,7 +126,7 @@ class LanguageModelSAERunnerConfig:
     stream_tokens: int | None = None  # saeray: length of the stream; None: training_tokens
     data_seed: int | None = None  # saeray: seeds the order of text and rows; None: seed
     activation_cache: str | None = None  # saeray: path or URI to keep harvested blocks in
-    reader_lag_s: float = 60.0  # saeray: how long fast packs wait for one that fell behind
+    reader_lag_s: float = 300.0  # saeray: how long fast packs wait, in all, for a slow one
 
     # Dead features
     use_ghost_grads: bool = False

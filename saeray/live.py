@@ -89,12 +89,17 @@ def summary(status: SweepStatus, rates: Rates) -> str:
     used = sum(g.used for g in status.gauges)
     slots = sum(g.slots for g in status.gauges)
     left = time_left(status, trained)
+    cached = f" + {human(status.cached_tokens)} from cache" if status.cached_tokens else ""
     parts = [
-        f"harvested {human(status.harvested_tokens)} ({human(harvested)}/s)",
+        f"harvested {human(status.harvested_tokens)} ({human(harvested)}/s){cached}",
         f"trained {human(status.trained_tokens)} SAE-tokens ({human(trained)}/s)",
         f"buffer {used}/{slots} blocks",
         bottleneck(status),
     ]
+    if status.epochs > 1:
+        parts.append(f"epoch {status.epochs} of the text")
+    if status.skipped_rows:
+        parts.append(f"{status.skipped_rows:,} empty rows skipped")
     if left is not None:
         parts.append(f"{duration(left)} left")
     return " · ".join(parts)
@@ -177,6 +182,7 @@ class LiveView:
                 self.console.print(
                     f"{elapsed:>6} {phase}: {what}",
                     highlight=False,
+                    markup=False,  # the text may have come from a dataset
                     soft_wrap=True,
                 )
 

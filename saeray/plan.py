@@ -15,8 +15,9 @@ from saeray.grid import SAE
 from saeray.shuffle import StreamOrder
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-# Of the object store the buffer may take this share; Ray and snapshots of weights need the rest.
-STORE_SHARE = 0.9
+# Of the object store the buffer may take this share: Ray begins to spill to disk at 0.8
+# (object_spilling_threshold), and snapshots of weights need some as well.
+STORE_SHARE = 0.75
 
 
 class Cluster(NamedTuple):
@@ -96,8 +97,8 @@ def plan_stream(
     return StreamPlan(order, list(hook_points), block_bytes, slots)
 
 
-def check_fits(plan: StreamPlan, cluster: Cluster) -> None:
-    """Refuses a buffer that the object store can't hold.
+def check_fits(plan: StreamPlan, cluster: Cluster) -> int:
+    """Refuses a buffer that the object store can't hold; how many blocks it could hold.
 
     Raises:
         ConfigError: with the numbers.
@@ -112,6 +113,7 @@ def check_fits(plan: StreamPlan, cluster: Cluster) -> None:
             "n_batches_in_buffer or store_batch_size, use activation_dtype: bfloat16, set "
             f"buffer_bytes (at least {2 * group:,}), or give Ray a larger object store."
         )
+    return limit // plan.block_bytes
 
 
 def wants_gpu(config: LanguageModelSAERunnerConfig, cluster: Cluster) -> bool:

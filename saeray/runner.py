@@ -150,7 +150,7 @@ def resume(
         ConfigError: no sweep is there, or its sweep.yaml is damaged.
     """
     place = Folder.at(folder)
-    name = place.uri.rstrip("/").rpartition("/")[2]
+    name = place.name
     files = SweepFolder(place, name)
     saes = [SAE(n, config) for n, config in files.read_configs().items()]
     known = files.known([s.name for s in saes])

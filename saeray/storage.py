@@ -7,6 +7,7 @@ and renamed into it; on an object store, where a put is atomic, the file named l
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -30,12 +31,20 @@ class Folder:
         """Opens a path or URI; nothing is created yet.
 
         Raises:
-            ConfigError: a scheme that neither pyarrow nor fsspec knows, or no access to it.
+            ConfigError: a scheme that neither pyarrow nor fsspec knows, no access to it, or a
+                secret in the URI.
         """
         text = os.fspath(uri)
         if "://" not in text:
             path = str(Path(text).expanduser().absolute())
             return cls(fs.LocalFileSystem(), path, path)
+        if re.search(r"://[^/]*:[^/]*@|[?&](access_key|secret_key|session_token)=", text):
+            raise bad_value(
+                "storage_path",
+                re.sub(r"://.*", "://…", text),
+                "a key in a URI would be written into the results; use the environment "
+                "(AWS_ACCESS_KEY_ID …) or a credentials file.",
+            )
         try:
             filesystem, path = fs.FileSystem.from_uri(text)
         except (ValueError, OSError) as error:
@@ -51,9 +60,21 @@ class Folder:
         return cls(filesystem, path, text.rstrip("/"))
 
     def __truediv__(self, name: str) -> Folder:
+        place, mark, query = self.uri.partition("?")  # of an endpoint, a region
         return Folder(
-            self.filesystem, str(PurePosixPath(self.path) / name), f"{self.uri.rstrip('/')}/{name}"
+            self.filesystem,
+            str(PurePosixPath(self.path) / name),
+            f"{place.rstrip('/')}/{name}{mark}{query}",
         )
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def parent_uri(self) -> str:
+        place, mark, query = self.uri.partition("?")
+        return place.rstrip("/").rpartition("/")[0] + mark + query
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"

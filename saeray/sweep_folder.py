@@ -99,7 +99,7 @@ class SweepFolder:
             ) from None
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.folder.uri}/sweep.yaml: damaged ({error}).") from None
-        root = self.folder.uri.rstrip("/").rpartition("/")[0]
+        root = self.folder.parent_uri
         return {
             name: LanguageModelSAERunnerConfig.from_dict(
                 config | {"name": self.name, "storage_path": root},

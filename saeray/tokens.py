@@ -10,20 +10,27 @@ of every epoch, so no SAE ever trains on them. The rest is shuffled anew for eac
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saeray.config import LanguageModelSAERunnerConfig
-from saeray.errors import ConfigError, bad_value
+from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.hub import looks_local
 from saeray.shuffle import permutation
 
 logger = logging.getLogger(__name__)
+
+OpenRows = Callable[[], Iterator[list[Any]]]  # batches of rows, from the first one
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text",)
@@ -36,6 +43,10 @@ LOADERS = {
 }  # datasets' own builders, by suffix (also behind .gz and .zst)
 DOCUMENTS_AT_ONCE = 256  # per tokenizer call
 STREAM_SHUFFLE_BUFFER = 10_000  # documents, for datasets that can't be indexed
+SOURCE_TRIES = 4  # of a source that raises or stalls, each from where the one before stopped
+# A try may stall for this share of wait_limit_s, so that all of them take less than those who wait
+# for the tokens are ready to wait.
+STALL_SHARE = 1 / 6
 
 
 def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
@@ -236,7 +247,7 @@ class TokenWindows:
 
     def make_held_out(self) -> np.ndarray:
         windows = []
-        for window in self.pack(self.documents(self.held_out_rows())):
+        for window in self.pack(self.documents(self.held_out_rows)):
             windows.append(window)
             if len(windows) == self.config.eval_windows:
                 break
@@ -262,7 +273,7 @@ class TokenWindows:
         def documents() -> Iterator[np.ndarray]:
             while True:
                 n = 0
-                for ids in self.documents(self.training_rows(self.epoch)):
+                for ids in self.documents(partial(self.training_rows, self.epoch)):
                     n += 1
                     yield ids
                 if n == 0:
@@ -299,10 +310,10 @@ class TokenWindows:
 
     # --- from rows to documents -------------------------------------------------------------
 
-    def documents(self, rows: Iterator[list[Any]]) -> Iterator[np.ndarray]:
+    def documents(self, open_rows: OpenRows) -> Iterator[np.ndarray]:
         """Token ids of each row that has any, without a BOS of their own."""
         self.rows_read = 0
-        for batch in rows:
+        for batch in self.patiently(open_rows):
             tokenised = self.tokenise(batch)
             for ids in tokenised:
                 self.rows_read += 1
@@ -343,6 +354,43 @@ class TokenWindows:
                 f"vocabulary of {self.d_vocab}; the text was tokenised for another model."
             )
         return ids.astype(np.int32)
+
+    def patiently(self, open_rows: OpenRows) -> Iterator[list[Any]]:
+        """The batches of rows, over a source that may raise or stall now and then.
+
+        Raises:
+            SaerayError: it did so `SOURCE_TRIES` times in a row; says what it last said.
+        """
+        passed_on, tries = 0, 0
+        stall = self.config.wait_limit_s * STALL_SHARE
+        while True:
+            rows = open_rows()
+            # Its own thread each time: one that stalls can't be stopped, only left alone.
+            reading = ThreadPoolExecutor(1, "dataset")
+            try:
+                for i in itertools.count():
+                    batch = reading.submit(next, rows, None).result(timeout=stall)
+                    if batch is None:
+                        return
+                    if i >= passed_on:
+                        passed_on, tries = i + 1, 0
+                        yield batch
+            except SaerayError:
+                raise
+            except Exception as error:
+                tries += 1
+                stalled = isinstance(error, (TimeoutError, FutureTimeout))
+                what = f"nothing came for {stall:g} s" if stalled else f"{error!r}"
+                where = f"{self.config.dataset_path}, after {self.rows_read:,} rows: {what}"
+                if tries == SOURCE_TRIES:
+                    raise SaerayError(
+                        f"the dataset can't be read on, tried {tries} times ({where}). "
+                        "`saeray sweep --resume` goes on when it can."
+                    ) from None
+                self.warn(f"{where}; tried again.")
+                time.sleep(min(2.0**tries, stall))
+            finally:
+                reading.shutdown(wait=False)
 
     # --- rows in their order ----------------------------------------------------------------
 

@@ -50,3 +50,27 @@ def ray_instance():
 
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A server that speaks S3 on loopback; a function from a name to the URI of a new bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
+    before = {k: os.environ.get(k) for k in keys}
+    os.environ.update(keys)  # Ray's processes inherit them
+
+    def bucket(name):
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket=name)
+        return f"s3://{name}?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+
+    yield bucket
+    server.stop()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -85,11 +85,27 @@ def test_a_reader_that_is_expected_holds_the_others_back_until_the_limit():
         fill(policy)
     assert policy.held == set(range(12))  # window 2 is there, nothing beyond
     policy.ask("a", 3, 0.0)  # needs group 3, and there is no room
-    assert policy.watch_lag(now=0.0) == []
-    assert policy.watch_lag(now=59.0) == []
-    assert policy.watch_lag(now=61.0) == ["late"]
+    assert policy.watch_lag(now=0.0, limit=60.0) == []
+    assert policy.watch_lag(now=59.0, limit=60.0) == []
+    assert policy.watch_lag(now=61.0, limit=60.0) == ["late"]
     release(policy)
     assert set(fill(policy)) == {12, 13, 14, 15}
+
+
+def test_small_waits_for_one_reader_add_up():
+    policy = Policy(ORDER, slots=8)
+    detached, now = [], 0.0
+    for window in range(8):
+        policy.ask("slow", window, now)
+        policy.ask("fast", window + 1, now)  # as far as 8 slots reach: one window ahead
+        policy.ask("fast", window + 2, now)
+        assert policy.watch_lag(now, limit=10.0) == []
+        now += 3.0  # the slow one reads, the fast one waits
+        detached += policy.watch_lag(now, limit=10.0)
+        if detached:
+            break
+    # 3 s at each of windows 0 to 3: after the fourth it is more than 10.
+    assert (detached, window) == (["slow"], 3)
 
 
 def test_a_detached_reader_still_gets_every_window_and_the_bound_holds():

@@ -174,3 +174,25 @@ def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "results.parquet").num_rows == 4
     write_pareto(folder, rows, "title")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_on_s3_is_used_like_a_local_one(s3):
+    root = Folder.at(s3("results"))
+    folder = root / "sweep" / "trials"
+    folder.publish({"a": b"1", "b": b"2"})
+    again = Folder.at(folder.uri)  # as another process opens it
+    assert again.names() == ["a", "b"]
+    assert again.read("b") == b"2"
+    assert (again.name, Folder.at(again.parent_uri).names()) == ("trials", ["trials"])
+    folder.delete()
+    assert not again.exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://AKIA123:topsecret@bucket/x", "s3://bucket/x?access_key=AKIA123&secret_key=topsecret"],
+)
+def test_a_key_in_a_uri_is_refused_and_not_repeated(uri):
+    with pytest.raises(ConfigError, match=r"storage_path.*environment") as refused:
+        Folder.at(uri)
+    assert "topsecret" not in str(refused.value)

@@ -1,6 +1,7 @@
 """Text to windows: local files of every kind, BOS, packing, epochs, held-out text."""
 
 import json
+import time
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from saeray.config import LanguageModelSAERunnerConfig, resolve
-from saeray.errors import ConfigError
+from saeray.errors import ConfigError, SaerayError
 from saeray.hub import load_tokenizer
 from saeray.tokens import TokenWindows
 
@@ -183,3 +184,54 @@ def test_the_bundled_text_with_the_bundled_tokenizer(tiny):
     window = w.train(0, 1)[0]
     assert window[0] == BOS
     assert len(w.tokenizer.decode(window[1:].tolist())) > 64
+
+
+class Shaky:
+    """A streamed dataset whose every pass but the last ends too early, one way or another."""
+
+    column_names = ("text",)
+
+    def __init__(self, n_rows, faults):
+        self.n_rows, self.faults = n_rows, list(faults)
+
+    def __iter__(self):
+        fault = self.faults.pop(0) if self.faults else None
+        for i in range(self.n_rows):
+            if fault is not None and i == fault[0]:
+                if fault[1] == "stall":
+                    time.sleep(3)
+                raise ConnectionResetError("reset by peer")
+            yield {"text": str(i % 9 + 1) * 3}
+
+    def skip(self, n):
+        rest = Shaky(self.n_rows - n, self.faults)
+        rest.faults = self.faults  # one list for all views of the dataset
+        return rest
+
+    def shuffle(self, seed, buffer_size):
+        return self
+
+
+def shaky_windows(monkeypatch, faults, warn=lambda text: None, rows=2000):
+    dataset = Shaky(rows, [])
+    monkeypatch.setattr("saeray.tokens.open_dataset", lambda config: dataset)
+    w = windows_of("shaky", warn=warn, wait_limit_s=3.0)  # a stall is noticed after 3 / 6 s
+    dataset.faults += faults
+    return w
+
+
+def test_a_source_that_raises_or_stalls_is_tried_again_from_where_it_stopped(monkeypatch):
+    calm = shaky_windows(monkeypatch, []).train(0, 1500)
+    said = []
+    faults = [(600, "raise"), (300, "raise"), (900, "stall")]
+    w = shaky_windows(monkeypatch, faults, said.append)
+    assert (w.train(0, 1500) == calm).all()
+    assert sum("ConnectionResetError" in s for s in said) == 2
+    assert sum("nothing came for 0.5 s" in s for s in said) == 1
+    assert all("tried again" in s for s in said)
+
+
+def test_a_source_that_stays_broken_is_given_up_with_its_last_word(monkeypatch):
+    w = shaky_windows(monkeypatch, [(600, "raise")] * 9)
+    with pytest.raises(SaerayError, match=r"tried 4 times \(shaky.*reset by peer.*--resume"):
+        w.train(0, 1500)

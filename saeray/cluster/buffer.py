@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ from saeray.shuffle import StreamOrder
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
-LAG_SECONDS = 60.0  # how long fast readers wait for a slow one before it is on its own
+LAG_SECONDS = 300.0  # how long fast readers wait for a slow one, in all, before it is on its own
+FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
 FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
 
@@ -47,6 +48,7 @@ class ReaderState:
     asks_since: float | None = None  # since when it waits for that window
     detached: bool = False  # too far behind; its blocks are harvested for it alone
     blocks_since: float | None = None  # since when others wait for it
+    blocked: float = 0.0  # seconds they have waited for it before that
 
 
 class WindowBlocks(NamedTuple):
@@ -144,16 +146,18 @@ class Policy:
         return {name for name, r in attached.items() if r.window == slowest}
 
     def watch_lag(self, now: float, limit: float = LAG_SECONDS) -> list[str]:
-        """Detaches readers that others have waited for longer than `limit`; names them."""
+        """Detaches readers that others have waited for longer than `limit` in all; names them.
+
+        In all, since one that is a little too slow makes them wait a little at every window.
+        """
         behind = self.stragglers()
         detached = []
         for name, r in self.readers.items():
-            if name not in behind:
-                r.blocks_since = None
-            elif r.blocks_since is None:
-                r.blocks_since = now
-            elif now - r.blocks_since > limit:
-                r.detached, r.blocks_since = True, None
+            if r.blocks_since is not None:
+                r.blocked += now - r.blocks_since
+            r.blocks_since = now if name in behind else None
+            if r.blocked > limit and name in behind:
+                r.detached, r.blocks_since, r.blocked = True, None, 0.0
                 detached.append(name)
         return detached
 
@@ -180,16 +184,23 @@ class ActivationBuffer:
         harvesters: list[Any],
         *,
         lag_s: float = LAG_SECONDS,
+        room: int | None = None,
         cache: CacheKey | None = None,
         about: Any = None,
     ) -> None:
-        """token_server, harvesters: actors; they outlive this one. about: see `describe`."""
+        """token_server, harvesters: actors; they outlive this one. about: see `describe`.
+
+        room: blocks the object store can hold, those included that are released and not yet freed;
+        at least `slots`. None: there is no need to look.
+        """
         self.policy = Policy(order, slots)
         self.order = order
         self.hook_points = hook_points
         self.token_server = token_server
         self.harvesters = harvesters
         self.lag_s = lag_s
+        self.room = room
+        self.released: deque[float] = deque()  # when each of the latest blocks was
         self.cache = cache
         self.about = about
         self.incarnation = uuid.uuid4().hex
@@ -207,6 +218,7 @@ class ActivationBuffer:
         self.started: float | None = None
         self.b_dec: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.will_look_again = False
         self.detached: list[str] = []
         self.warnings: list[str] = []
 
@@ -306,11 +318,36 @@ class ActivationBuffer:
             if at is None or self.in_flight[at] >= IN_FLIGHT:
                 return
             wanted = self.policy.next_block()
-            if wanted is None:
+            if wanted is None or not self.has_room():
                 return
             self.submit(wanted, at)
 
+    def has_room(self) -> bool:
+        """Whether one more block would fit beside those whose memory Ray has yet to free.
+
+        A store that is over full spills to disk, which stalls everyone on the node.
+        """
+        if self.room is None:
+            return True
+        now = time.monotonic()
+        while self.released and now - self.released[0] > FREE_SECONDS:
+            self.released.popleft()
+        if len(self.policy.held) + len(self.released) < self.room:
+            return True
+        if not self.will_look_again:
+            self.will_look_again = True
+            asyncio.get_running_loop().call_later(
+                self.released[0] + FREE_SECONDS - now + 0.05, self.look_again
+            )
+        return False
+
+    def look_again(self) -> None:
+        self.will_look_again = False
+        self.pump()
+
     def release(self, block: int) -> None:
+        if self.room is not None:
+            self.released.append(time.monotonic())
         self.policy.ready.discard(block)
         self.policy.held.discard(block)
         self.blocks.pop(block, None)

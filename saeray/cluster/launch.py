@@ -132,7 +132,7 @@ async def start_stream(
             token_server.check.options(max_task_retries=0).remote(),
         )
         plan = plan_stream(config, hook_points, facts.d_in)
-        check_fits(plan, cluster_now())
+        room = check_fits(plan, cluster_now())
         cache = None
         if config.activation_cache is not None:
             identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
@@ -154,6 +154,7 @@ async def start_stream(
         token_server,
         harvesters,
         lag_s=config.reader_lag_s,
+        room=room,
         cache=cache,
         about=about,
     )
