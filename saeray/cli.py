@@ -17,7 +17,7 @@ import yaml
 
 from saeray import __version__
 from saeray.config import LanguageModelSAERunnerConfig
-from saeray.errors import ConfigError, SaerayError
+from saeray.errors import ConfigError, SaerayError, printable
 
 
 def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> dict[str, Any]:  # noqa: B006
@@ -75,7 +75,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     result = sweep(
         config, name=name, storage_path=arguments.storage_path, address=arguments.address
     )
-    print(result.summary())
+    print(printable(result.summary()))
     return 0 if result.ok else 1
 
 
@@ -96,7 +96,7 @@ def resume_command(arguments: argparse.Namespace) -> int:
     from saeray.runner import resume
 
     result = resume(arguments.resume, address=arguments.address)
-    print(result.summary())
+    print(printable(result.summary()))
     return 0 if result.ok else 1
 
 
@@ -155,10 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return parsed.command(parsed)
     except ConfigError as error:
-        print(f"saeray: {error}", file=sys.stderr)
+        print(printable(f"saeray: {error}"), file=sys.stderr)
         return 2
     except SaerayError as error:
-        print(f"saeray: {error}", file=sys.stderr)
+        print(printable(f"saeray: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

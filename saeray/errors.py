@@ -31,6 +31,11 @@ def bad_value(field: str, value: object, remedy: str) -> ConfigError:
     return ConfigError(f"{field} = {value!r}: {remedy}")
 
 
+def printable(text: str) -> str:
+    """Text as a terminal may have it: control characters from a dataset or a path spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
     """A `did you mean` clause for an unknown word, or the choices when nothing is near."""
     choices = list(choices)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from saeray.errors import Late
+from saeray.errors import Late, printable
 from saeray.messages import ENDS, SweepStatus
 
 LINE_SECONDS = 10.0  # between plain lines
@@ -132,7 +132,7 @@ def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
     notes = [Text(f"! {w}", style="yellow") for w in status.warnings[-3:]]
     head = Text(f"{status.phase} · {duration(elapsed)}")
     if status.error:
-        return Group(head, Text(status.error, style="red"))
+        return Group(head, Text(printable(status.error), style="red"))
     return Group(head, table, Text(summary(status, rates)), *notes)
 
 
@@ -159,6 +159,7 @@ class LiveView:
 
     def update(self) -> None:
         self.status = self.look()
+        self.status.warnings = [printable(w) for w in self.status.warnings]
         self.rates.add(time.monotonic(), self.status)
 
     def run(self) -> None:
@@ -178,7 +179,7 @@ class LiveView:
             if self.live and (now - said > LINE_SECONDS or self.status.phase != phase):
                 said, phase = now, self.status.phase
                 elapsed = duration(now - self.started)
-                what = self.status.error or summary(self.status, self.rates)
+                what = printable(self.status.error or "") or summary(self.status, self.rates)
                 self.console.print(
                     f"{elapsed:>6} {phase}: {what}",
                     highlight=False,

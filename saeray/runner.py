@@ -236,18 +236,17 @@ def start_ray(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS")
-    passed_on = {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith(("WANDB_", "HF_", "RAY_TRAIN_"))
-    }
+    # Not the user's keys: Ray writes a runtime_env into its logs (see `launch.passed_on`).
+    settings = {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
     options: dict[str, Any] = {
         "namespace": "saeray",
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": passed_on},
+        "runtime_env": {"env_vars": settings},
     }
     if address is None:
+        # The history of every call, for a dashboard: there is none, and it takes 8 KB a block.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         ray.init(include_dashboard=False, **options)
     else:
         try:
@@ -279,6 +278,7 @@ def run(
     from saeray.cluster.trial import INTERNAL, SAETrial
     from saeray.live import LiveView
 
+    keep_keys_out_of_logs()
     limit = saes[0].config.wait_limit_s
     roster = begun(saes, folder, name, limit, resuming)
     view = LiveView(lambda: waiting.ask(roster.status.remote, limit, "roster"), live)
@@ -315,6 +315,17 @@ def run(
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     return SweepResult(name, folder, SweepFolder(folder, name).read_rows(), status)
+
+
+def keep_keys_out_of_logs() -> None:
+    """Keeps Tune from handing on AWS keys in a runtime_env, which Ray writes into its logs.
+
+    On this machine trials inherit them; a cluster's nodes need their own anyway.
+    """
+    from ray.tune.execution import class_cache
+
+    handed_on = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
+    handed_on -= {name for name in handed_on if name.startswith("AWS_")}
 
 
 def begun(saes: list[SAE], folder: Folder, name: str, limit_s: float, resuming: bool) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -204,9 +205,8 @@ class TokenWindows:
         self.skipped_rows = 0  # empty or odd ones, over all epochs
         self.n_held_out_documents = 0
         self.held_out = self.make_held_out()
-        self.file = tempfile.NamedTemporaryFile(  # noqa: SIM115 (lives as long as the object)
-            prefix="saeray-tokens-", suffix=".int32", dir=folder
-        )
+        # Without a name, so that it goes with its process however that ends.
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as the object)
         self.n_made = 0
         self.producer = self.training_windows()
 
@@ -230,18 +230,19 @@ class TokenWindows:
     def train(self, first: int, n: int) -> np.ndarray:
         """Training windows first … first + n - 1: int32 [n, context_size]."""
         self.make_up_to(first + n)
-        count = n * self.context_size
-        offset = first * self.context_size * 4
-        windows = np.fromfile(self.file.name, dtype=np.int32, count=count, offset=offset)
-        return windows.reshape(n, self.context_size)
+        size = self.context_size * 4
+        data = os.pread(self.file.fileno(), n * size, first * size)
+        return np.frombuffer(data, dtype=np.int32).reshape(n, self.context_size)
 
     def make_up_to(self, n: int) -> None:
         if n <= self.n_made:
             return
-        with open(self.file.name, "ab") as file:
+        try:
             while self.n_made < n:
-                file.write(next(self.producer).tobytes())
+                self.file.write(next(self.producer).tobytes())
                 self.n_made += 1
+        finally:
+            self.file.flush()
 
     # --- from documents to windows ----------------------------------------------------------
 

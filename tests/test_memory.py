@@ -29,7 +29,7 @@ STORE = 80 * 2**20  # little more than the least Ray takes
 def small_store():
     """A Ray whose object store holds 80 MiB."""
     assert not ray.is_initialized()
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_task_events_report_interval_ms"] = "0"  # noqa: SIM112 (as `start_ray` does)
     ray.init(
         num_cpus=2,
         object_store_memory=STORE,

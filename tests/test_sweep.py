@@ -188,7 +188,7 @@ def test_packing_and_harvesters_do_not_change_a_bit(six, tmp_path):
         name=None,
         n_checkpoints=0,
         log_to_wandb=False,
-        resources=dict(harvesters=2, saes_per_trainer=1, harvester_cpus=0.25, trainer_cpus=0.5),
+        resources=dict(harvesters=3, saes_per_trainer=1, harvester_cpus=0.25, trainer_cpus=0.5),
     )
     again = saeray.sweep(config, name="apart", storage_path=tmp_path, live=False)
     assert again.ok
@@ -215,6 +215,46 @@ def test_a_failing_sae_does_not_touch_the_others(tiny, tmp_path):
     assert weights(tmp_path / "nan", good["trial"]) == weights(
         tmp_path / "alone", alone.rows[0]["trial"]
     )
+
+
+def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
+    tiny |= dict(
+        lr=[1e-3, 2e-3, 3e-3],
+        # Beside a harvester of half a core there is room for one pack of one and a half.
+        resources=dict(saes_per_trainer=2, trainer_cpus=1, harvester_cpus=0.5),
+    )
+    result = saeray.sweep(tiny, name="waves", storage_path=tmp_path, live=False)
+    assert result.ok
+    assert [len(p) for p in result.status.packs] == [2, 1]
+    # Packs that do not run at the same time can't share a block: two passes, and no more.
+    assert result.status.harvested_tokens <= 2 * 16 * 1024
+
+
+def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instance):
+    from ray import tune
+
+    analysis = tune.run(
+        saeray.SAETrial,
+        config=tiny | {"lr": tune.grid_search([1e-3, 2e-3])},
+        storage_path=str(tmp_path),
+        name="late",
+        max_concurrent_trials=1,
+        verbose=0,
+    )
+    assert [t.last_result["n_training_tokens"] for t in analysis.trials] == [16 * 1024] * 2
+    sweep = yaml.safe_load((tmp_path / "late" / "sweep.yaml").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "late" / "results.csv").read_text())))
+    assert {r["trial"] for r in rows} == set(sweep["saes"])
+    assert [r["status"] for r in rows] == ["done"] * 2
+    import time
+
+    deadline = time.monotonic() + 60
+    total = ray_instance.cluster_resources()
+    everything = {k: v for k, v in total.items() if "memory" not in k and "_group_" not in k}
+    while free(ray_instance) != everything and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert free(ray_instance) == everything
+    assert rosters("late") == []
 
 
 def test_the_guides_snippet(tiny, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ they are used: in the harvester's own process.
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,7 +39,13 @@ CACHE_WRITES = 2  # blocks that may wait to be written to the cache; then harves
 class Harvester:
     """Loads its model at the first call, so that a wrong hook is an answer and not a dead actor."""
 
-    def __init__(self, config: dict[str, Any], hook_points: list[str]) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        hook_points: list[str],
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        os.environ.update(environment or {})
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
         self.hook_points = hook_points
         self.model: LanguageModel | None = None

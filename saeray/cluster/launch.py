@@ -37,6 +37,14 @@ RESTARTS = 3  # of a pack's worker group, by Ray Train
 TASK_RETRIES = 20
 POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
 HEAD = "node:__internal_head__"
+# What the user's own environment says to wandb and the hub. It travels to the actors that need it
+# in their arguments: Ray writes a runtime_env, and with it every key, into its logs.
+PASSED_ON = ("WANDB_", "HF_", "HUGGING_FACE_")
+
+
+def passed_on() -> dict[str, str]:
+    """The part of this process's environment that a sweep's actors are given."""
+    return {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
 
 
 def actor(cls: type, name: str, **options: Any) -> Any:
@@ -115,7 +123,7 @@ async def start_stream(
         f"{name}/token-server",
         max_task_retries=TASK_RETRIES,
         **on_head(),
-    ).remote(as_data)
+    ).remote(as_data, passed_on())
     harvesters = [
         actor(
             Harvester,
@@ -123,7 +131,7 @@ async def start_stream(
             max_task_retries=TASK_RETRIES,
             num_cpus=fitted.harvester_cpus,
             num_gpus=fitted.harvester_gpus,
-        ).remote(as_data, hook_points)
+        ).remote(as_data, hook_points, passed_on())
         for i in range(fitted.harvesters)
     ]
     try:

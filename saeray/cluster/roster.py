@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from collections import deque
@@ -39,6 +40,7 @@ from saeray.cluster.launch import (
     cluster_now,
     found_again,
     on_head,
+    passed_on,
     start_launcher,
     start_stream,
 )
@@ -91,7 +93,7 @@ def find_or_create(sweep: str, folder: str) -> Any:
         get_if_exists=True,
         max_concurrency=1000,
         **on_head(),
-    ).remote(sweep, folder)
+    ).remote(sweep, folder, passed_on())
 
 
 @dataclass
@@ -145,7 +147,8 @@ class PackState:
 class Roster:
     """The actor."""
 
-    def __init__(self, sweep: str, folder: str) -> None:
+    def __init__(self, sweep: str, folder: str, environment: dict[str, str] | None = None) -> None:
+        os.environ.update(environment or {})
         self.sweep = sweep
         self.folder = Folder.at(folder)
         self.files = SweepFolder(self.folder, sweep)

@@ -6,6 +6,7 @@ same windows again.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ class TokenCounts(NamedTuple):
 class TokenServer:
     """Opens the dataset at the first call, so that a bad path is an answer and not a dead actor."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        os.environ.update(environment or {})
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
         self.windows: TokenWindows | None = None
         self.warnings: list[str] = []
