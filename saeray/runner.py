@@ -324,7 +324,7 @@ def keep_keys_out_of_logs() -> None:
     """
     from ray.tune.execution import class_cache
 
-    handed_on = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
+    handed_on: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
     handed_on -= {name for name in handed_on if name.startswith("AWS_")}
 
 
