@@ -46,8 +46,14 @@ def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, tmp_path, cap
     cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
     reached, killed = running.steps(), time.monotonic()
     cluster.remove_node(first, allow_graceful=False)
+    while any(n["Alive"] and n["NodeID"] == first.node_id for n in ray.nodes()):
+        time.sleep(0.1)
+    noticed = time.monotonic() - killed
     running.wait_for(reached + 30)
     with capsys.disabled():
-        print(f"\nnode lost at {reached} steps: 30 more after {time.monotonic() - killed:.1f} s")
+        print(
+            f"\nnode lost at {reached} steps: Ray notices after {noticed:.1f} s, 30 more steps "
+            f"after {time.monotonic() - killed:.1f} s"
+        )
     running.end()
     assert_same(running, undisturbed)
