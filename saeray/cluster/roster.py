@@ -66,6 +66,7 @@ from saeray.messages import (
     Result,
     SAERow,
     SweepStatus,
+    reader_name,
 )
 from saeray.plan import Fitted, cut_packs, fit, wants_gpu
 from saeray.storage import Folder
@@ -142,6 +143,11 @@ class PackState:
     @property
     def members(self) -> list[str]:
         return list(self.about.configs)
+
+    @property
+    def readers(self) -> list[str]:
+        ranks = range(self.about.fitted.num_workers)
+        return [reader_name(self.about.name, rank) for rank in ranks]
 
 
 class Roster:
@@ -543,7 +549,8 @@ class Roster:
             stream = await self.stream_called(pack.about.stream)
             order = stream.about.plan.order
             first_window = order.window_of(pack.first_tokens)
-            await stream.buffer.expect.remote(pack.about.name, first_window)
+            for reader in pack.readers:
+                await stream.buffer.expect.remote(reader, first_window)
             pack.stream = stream
         except Exception as error:
             problem = str(error)
@@ -559,7 +566,8 @@ class Roster:
         left = [self.entries[n] for n in pack.members if not self.entries[n].ended]
         problem = pack.problem or problem or ended or "its trainer ended early"
         if pack.stream is not None:
-            await pack.stream.buffer.leave.remote(pack.about.name)
+            for reader in pack.readers:
+                await pack.stream.buffer.leave.remote(reader)
         if left and pack.problem is None and self.error is None:
             saved = await asyncio.to_thread(self.saved_tokens, [e.name for e in left])
             if saved > pack.first_tokens:  # it got further than its last start
