@@ -56,6 +56,11 @@ class PackPlan:
     threads: int
 
 
+def reader_name(pack: str, rank: int) -> str:
+    """As the buffer knows a rank of a pack."""
+    return f"{pack}/{rank}" if rank else pack
+
+
 NOTHING = PackPlan("", {}, "", 0, 0, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
 
 

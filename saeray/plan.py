@@ -133,11 +133,6 @@ def fit(resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool) -> F
     Raises:
         ConfigError: what is asked for is more than the cluster has.
     """
-    if resources.num_workers > 1:
-        raise ConfigError(
-            f"resources.num_workers = {resources.num_workers}: packs of several ranks are not "
-            "there yet; use 1."
-        )
     harvesters = 1 if resources.harvesters == AUTO else int(resources.harvesters)
     fitted = Fitted(
         harvesters=harvesters,
@@ -159,17 +154,17 @@ def fit(resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool) -> F
             fitted,
             harvester_gpus=0.25 / harvesters if alone else 1.0,
             trainer_gpus=0.75 if alone else 1.0,
-            saes_per_trainer=-(-n_saes // int(gpus_left)),
+            saes_per_trainer=-(-n_saes // max(1, int(gpus_left) // resources.num_workers)),
             why="one pack per GPU beside the harvesters",
         )
     else:
         reserved = harvesters * resources.harvester_cpus
-        left = cluster.cpus - reserved
+        left = (cluster.cpus - reserved) / resources.num_workers
         fitted = replace(
             fitted,
             # Ray takes whole numbers above 1.
-            trainer_cpus=float(int(left)) if left >= 1 else max(0.1, round(left, 2)),
-            threads=max(1, int(cluster.cpus)),
+            trainer_cpus=float(int(left)) if left >= 1 else max(0.1, int(left * 100) / 100),
+            threads=max(1, int(cluster.cpus / resources.num_workers)),
             why="one pack of all SAEs on this machine's cores",
         )
     if resources.saes_per_trainer != AUTO:
@@ -180,11 +175,12 @@ def fit(resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool) -> F
         )
         n_packs = -(-n_saes // fitted.saes_per_trainer)
         if not use_gpu and n_packs > 1:
-            share = max(0.1, (cluster.cpus - harvesters * resources.harvester_cpus) / n_packs)
+            n_ranks = n_packs * resources.num_workers
+            share = max(0.1, (cluster.cpus - harvesters * resources.harvester_cpus) / n_ranks)
             fitted = replace(
                 fitted,
                 trainer_cpus=float(int(share)) if share >= 1 else round(share - 0.005, 2),
-                threads=max(1, int(cluster.cpus // n_packs)),
+                threads=max(1, int(cluster.cpus // n_ranks)),
             )
     if resources.trainer_cpus != AUTO:
         fitted = replace(

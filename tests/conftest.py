@@ -52,6 +52,14 @@ def ray_instance():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """What a sweep of `running.config()` gives when nothing happens to it."""
+    from running import left_alone
+
+    return left_alone(tmp_path_factory.mktemp("undisturbed"))
+
+
 @pytest.fixture(scope="module")
 def s3():
     """A server that speaks S3 on loopback; a function from a name to the URI of a new bucket."""

@@ -109,8 +109,14 @@ def weights(result):
 def test_a_second_sweep_harvests_nothing(s3, ray_instance, tiny, tmp_path):
     """On S3. The server is started before Ray, whose processes inherit the keys."""
     tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2))
-    first = saeray.sweep(tiny, name="first", storage_path=tmp_path, live=False)
+    # The results of the first go to S3 as well, those of the second to a local folder.
+    first = saeray.sweep(tiny, name="first", storage_path=s3("results"), live=False)
     assert first.status.harvested_tokens == 16 * 1024
+    assert set(first.folder.names()) == {
+        "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
+    }  # fmt: skip
+    lines = (first.folder / "trials" / first.rows[0]["trial"]).read("metrics.jsonl").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16]
     second = saeray.sweep(tiny, name="second", storage_path=tmp_path, live=False)
     assert second.status.harvested_tokens == 0
     assert second.status.cached_tokens == 16 * 1024

@@ -5,7 +5,7 @@ import time
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_kills import Running, assert_same
+from running import Running, assert_same
 
 from saeray.runner import start_ray
 
@@ -34,11 +34,8 @@ def cluster():
     cluster.shutdown()
 
 
-def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, tmp_path, capsys):
+def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, undisturbed, tmp_path, capsys):
     first = cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
-    undisturbed = Running(tmp_path, "undisturbed")
-    assert undisturbed.end().ok
-
     running = Running(tmp_path, "lost")
     running.wait_for(40)
     assert node_of("Harvester") == node_of("RayTrainWorker") == first.node_id

@@ -230,6 +230,7 @@ def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
     assert result.status.harvested_tokens <= 2 * 16 * 1024
 
 
+@pytest.mark.slow
 def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instance):
     from ray import tune
 
@@ -392,8 +393,11 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     ("changes", "words"),
     [
         (dict(hook_point="blocks.2.hook_resid_prr"), "did you mean"),
-        (dict(d_in=64), "d_in = 64"),
-        (dict(dataset_path="/no/such/file.parquet"), "no such file"),
+        # These two in `make test` by test_cli, without a cluster.
+        pytest.param(dict(d_in=64), "d_in = 64", marks=pytest.mark.slow),
+        pytest.param(
+            dict(dataset_path="/no/such/file.parquet"), "no such file", marks=pytest.mark.slow
+        ),
         (dict(n_batches_in_buffer=2000, store_batch_size=256, training_tokens=10**9), "buffer"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from ray import train
 from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from saeray.cluster.reader import Place, Reader
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import SaerayError
 from saeray.lm import choose_device
-from saeray.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report
+from saeray.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report, reader_name
+from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
 from saeray.storage import Folder
@@ -93,8 +95,10 @@ def train_pack(settings: dict[str, Any]) -> None:
     plan = waiting.poll(lambda: roster.plan.remote(pack), limit, "roster")
     if not plan.configs:
         return
+    place = train.get_context()
+    ranks = Ranks(place.get_world_rank(), place.get_world_size())
     try:
-        Pack(plan, roster).train()
+        Pack(plan, roster, ranks).train()
     except SaerayError as error:  # on purpose: Ray Train need not try it again
         problem = str(error)
         waiting.ask(lambda: roster.broken.remote(pack, problem), limit, "roster")
@@ -103,8 +107,9 @@ def train_pack(settings: dict[str, Any]) -> None:
 class Pack:
     """A pack in training."""
 
-    def __init__(self, plan: PackPlan, roster: Any) -> None:
+    def __init__(self, plan: PackPlan, roster: Any, ranks: Ranks) -> None:
         self.plan = plan
+        self.ranks = ranks
         self.roster = roster
         self.configs = {
             name: LanguageModelSAERunnerConfig.from_dict(c) for name, c in plan.configs.items()
@@ -113,7 +118,7 @@ class Pack:
         self.device = choose_device(self.shared.device)
         self.limit = self.shared.wait_limit_s
         self.members = [self.enrol(name, config) for name, config in self.configs.items()]
-        self.step_all = PackStep(plan.threads if self.device.type == "cpu" else 1)
+        self.step_all = PackStep(plan.threads if self.device.type == "cpu" else 1, ranks)
         self.reports: list[Report] = []  # not settled yet, in their order
         self.call: Any = None  # the roster's answer to the last reports, on its way
         self.incarnation: str | None = None  # of the roster that was told all of them
@@ -160,7 +165,7 @@ class Pack:
         first = min(m.trainer.step for m in active)
         last = max(m.config.steps for m in active)
         place = Place(
-            name=self.plan.pack,
+            name=reader_name(self.plan.pack, self.ranks.rank),
             hook_index=self.plan.hook_index,
             order=self.plan.order,
             d_in=self.plan.d_in,
@@ -184,11 +189,14 @@ class Pack:
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
 
                 if wants:
-                    gone = self.report(due, metrics, step, reader)
+                    gone = self.ranks.first_says(
+                        self.report(due, metrics, step, reader) if self.ranks.is_first else None
+                    )
                     active = [m for m in active if m.name not in gone]
                     if not active:
                         break
-                self.save([m for m in due if m in active], step)
+                if self.ranks.is_first:
+                    self.save([m for m in due if m in active], step)
             self.wait_until_settled()
         finally:
             reader.close()

@@ -39,12 +39,10 @@ class Place(NamedTuple):
     d_in: int
     dtype: torch.dtype  # of the activations
     batch_rows: int
-    rank: int = 0
-    n_ranks: int = 1
 
 
 class Reader:
-    """Iterates over batches [batch_rows / n_ranks, d_in] from a position on, to the stream's end.
+    """Iterates over batches [batch_rows, d_in] from a position on, to the stream's end.
 
     The position is a number of batches, so resuming is starting at another number. The last rows of
     the stream that do not fill a batch are left out.
@@ -125,22 +123,20 @@ class Reader:
         place, order = self.place, self.place.order
         rows = place.batch_rows
         position, end = self.first_batch * rows, (self.first_batch + self.n_batches) * rows
-        # Each rank takes its own slice of every batch.
-        lo, hi = rows * place.rank // place.n_ranks, rows * (place.rank + 1) // place.n_ranks
         window = Window(self, order.window_of(position))
         while position < end:
-            batch = self.new_batch(hi - lo)
-            a, stop = position + lo, position + hi  # rows of the stream
+            batch = self.new_batch(rows)
+            a, stop = position, position + rows  # rows of the stream
             while a < stop:
                 while a >= window.stop:
                     next_window = window.index + 1
                     del window  # its blocks must be gone before the next ones are asked for
                     window = Window(self, next_window)
                 b = min(stop, window.stop)
-                window.gather(a, b, out=batch[a - position - lo : b - position - lo])
+                window.gather(a, b, out=batch[a - position : b - position])
                 a = b
             yield batch
-            position += rows
+            position = stop
 
     def new_batch(self, rows: int) -> Tensor:
         return torch.empty(

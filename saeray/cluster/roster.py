@@ -23,9 +23,10 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -66,6 +67,7 @@ from saeray.messages import (
     Result,
     SAERow,
     SweepStatus,
+    reader_name,
 )
 from saeray.plan import Fitted, cut_packs, fit, wants_gpu
 from saeray.storage import Folder
@@ -142,6 +144,11 @@ class PackState:
     @property
     def members(self) -> list[str]:
         return list(self.about.configs)
+
+    @property
+    def readers(self) -> list[str]:
+        ranks = range(self.about.fitted.num_workers)
+        return [reader_name(self.about.name, rank) for rank in ranks]
 
 
 class Roster:
@@ -536,14 +543,24 @@ class Roster:
             pack.task = self.do(self.follow(pack, saes[0].config))
 
     async def follow(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
-        """One pack from its launch to its end."""
+        """One pack from its launch to its end; no SAE of it is left without one."""
+        try:
+            await self.follow_through(pack, config)
+        except Exception as error:
+            logger.exception("following %s", pack.about.name)
+            for name in pack.members:
+                if not self.entries[name].ended:
+                    self.end(self.entries[name], INTERRUPTED, f"{name}: {error!r}")
+
+    async def follow_through(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         problem: str | None = None
         try:
             pack.first_tokens = await asyncio.to_thread(self.saved_tokens, pack.members)
             stream = await self.stream_called(pack.about.stream)
             order = stream.about.plan.order
             first_window = order.window_of(pack.first_tokens)
-            await stream.buffer.expect.remote(pack.about.name, first_window)
+            for reader in pack.readers:
+                await steadily(partial(stream.buffer.expect.remote, reader, first_window))
             pack.stream = stream
         except Exception as error:
             problem = str(error)
@@ -559,10 +576,12 @@ class Roster:
         left = [self.entries[n] for n in pack.members if not self.entries[n].ended]
         problem = pack.problem or problem or ended or "its trainer ended early"
         if pack.stream is not None:
-            await pack.stream.buffer.leave.remote(pack.about.name)
+            for reader in pack.readers:
+                await steadily(partial(pack.stream.buffer.leave.remote, reader))
         if left and pack.problem is None and self.error is None:
             saved = await asyncio.to_thread(self.saved_tokens, [e.name for e in left])
-            if saved > pack.first_tokens:  # it got further than its last start
+            # One that got no further than at its last start would not next time either.
+            if saved > pack.first_tokens:
                 await self.warn(f"{pack.about.name}: {problem}; started again.")
                 saes = [SAE(e.name, e.config) for e in left]
                 self.queue.appendleft((pack.about.stream, saes, pack.about.fitted))
@@ -591,10 +610,7 @@ class Roster:
         deadline = time.monotonic() + limit
         while True:
             try:
-                outcome = await pack.launcher.outcome.remote()
-            except ActorUnavailableError:
-                await asyncio.sleep(0.2)
-                continue
+                outcome = await steadily(pack.launcher.outcome.remote)
             except RayError as error:
                 return f"its launcher died ({type(error).__name__})"
             if not isinstance(outcome, NotYet):
@@ -802,6 +818,15 @@ class Roster:
 
 async def as_future(ref: Any) -> Any:
     return await ref
+
+
+async def steadily(call: Callable[[], Any]) -> Any:
+    """A call that is repeated while its actor is being started again."""
+    while True:
+        try:
+            return await call()
+        except ActorUnavailableError:
+            await asyncio.sleep(0.2)
 
 
 async def nowhere(stream: str) -> Stream:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from saeray.sae.losses import EPSILON, mse_normaliser
+from saeray.sae.ranks import Ranks
 from saeray.sae.standard import StandardSAE
 
 # Part of what a run is a function of: changing either changes results in their last bits.
@@ -35,9 +36,9 @@ Lane = tuple[int, int]  # rows from, to
 RunLanes = Callable[[Callable[[Lane], Any], Iterable[Lane]], Iterator[Any]]  # `map`, or a pool's
 
 
-def lanes_of(n_rows: int, device: torch.device) -> list[Lane]:
-    """The fixed cuts of a batch. A GPU takes the whole batch at once."""
-    step = LANE_ROWS if device.type == "cpu" else n_rows
+def lanes_of(n_rows: int, device: torch.device, n_ranks: int = 1) -> list[Lane]:
+    """The fixed cuts of a batch. A GPU takes its whole share at once."""
+    step = min(LANE_ROWS if device.type == "cpu" else n_rows, -(-n_rows // n_ranks))
     return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
 
 
@@ -63,6 +64,10 @@ class Gradients:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1)
+
+    def zero_(self) -> None:
+        for mine in self.tensors():
+            mine.zero_()
 
     def add_(self, other: Gradients) -> None:
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
@@ -145,6 +150,7 @@ def ghost_gradients(
     normalization: str,
     grad: Gradients,
     run_lanes: RunLanes,
+    ranks: Ranks,
 ) -> Tensor:
     """Adds the ghost term's gradient for the dead features (indices, [n]); returns its value.
 
@@ -175,12 +181,17 @@ def ghost_gradients(
         dh = torch.mm(dg, W_dec.t()).mul_(E)
         return x_centred.t() @ dh, dW_dec, dh.sum(dim=0), value
 
-    total: tuple[Tensor, ...] | None = None
-    for part in run_lanes(lane_ghost, lanes_of(len(errors), errors.device)):
-        total = (
-            part if total is None else tuple(t.add_(p) for t, p in zip(total, part, strict=True))
-        )
-    assert total is not None
+    total = (
+        torch.zeros_like(W_enc),
+        torch.zeros_like(W_dec),
+        torch.zeros_like(b_enc),
+        errors.new_zeros(()),
+    )
+    lanes = ranks.own(lanes_of(len(errors), errors.device, ranks.size))
+    for i, part in enumerate(run_lanes(lane_ghost, lanes)):
+        for t, p in zip(total, part, strict=True):
+            t.copy_(p) if i == 0 else t.add_(p)
+    ranks.sum_(total)
     dW_enc, dW_dec, db_enc, value = total
     grad.W_enc.index_add_(1, dead, dW_enc)
     grad.W_dec.index_add_(0, dead, dW_dec)

@@ -32,6 +32,7 @@ from saeray.sae.gradients import (
     lanes_of,
 )
 from saeray.sae.metrics import Reconstruction, log10_frequency, reconstruction
+from saeray.sae.ranks import Ranks
 from saeray.sae.schedules import lr_multiplier
 from saeray.sae.standard import StandardSAE, remove_parallel_component, scale_rows_to_unit_norm
 
@@ -229,7 +230,9 @@ class PackStep:
     Neither changes a bit of the result.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, ranks: Ranks | None = None) -> None:
+        """ranks: with others that step the same SAEs on the same batches; None: alone."""
+        self.ranks = ranks or Ranks()
         if threads < 1:
             raise ValueError(f"threads = {threads}: at least 1")
         self.threads = threads
@@ -255,6 +258,8 @@ class PackStep:
 
         if x.device.type != "cpu" or self.threads == 1:
             return [advance(t, map) for t in trainers]
+        if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
+            return [advance(t, self.pool.map) for t in trainers]
         whole = len(trainers) - len(trainers) % self.threads
         results = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
         return results + [advance(t, self.pool.map) for t in trainers[whole:]]
@@ -270,6 +275,8 @@ class PackStep:
         spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
         residuals = self.free("errors", kind, lambda: torch.empty_like(batch.x))
         errors = residuals.take()
+        if self.ranks.size > 1:
+            errors.zero_()
         l1_coefficient = t.options.l1_coefficient
 
         def lane_sum(lane: Lane) -> Gradients:
@@ -288,18 +295,26 @@ class PackStep:
             return out
 
         total: Gradients | None = None
-        for part in run_lanes(lane_sum, lanes_of(len(batch.x), batch.x.device)):
+        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
+        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
             if total is None:
                 total = part
             else:
                 total.add_(part)
                 grads.put(part)
-        assert total is not None
+        if total is None:  # fewer lanes than ranks
+            total = grads.take()
+            total.zero_()
+        has_dead = dead is not None and len(dead) > 0
+        self.ranks.sum_(total.tensors())
+        if has_dead or want_metrics:
+            self.ranks.sum_((errors,))  # the others' rows are zeros here
         ghost = batch.x.new_zeros(())
-        if dead is not None and len(dead):
+        if dead is not None and has_dead:
             ghost = ghost_gradients(
-                t.sae, batch, errors, dead, t.options.mse_normalization, total, run_lanes
-            )
+                t.sae, batch, errors, dead, t.options.mse_normalization, total, run_lanes,
+                self.ranks,
+            )  # fmt: skip
         total.b_dec.sub_(total.b_enc @ t.sae.W_enc.t())
         metrics = None
         if want_metrics:

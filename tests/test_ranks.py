@@ -1,0 +1,89 @@
+"""Several ranks per pack: the same SAE as one rank, to rounding."""
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+import saeray
+from saeray.sae.ranks import Ranks
+from saeray.sae.standard import initial_sae
+from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, TrainingOptions
+
+B, D, L, STEPS = 100, 12, 40, 12
+# Gradients are added in another order: float32 rounding (6e-8), carried through Adam's division.
+TOLERANCE = dict(rtol=1e-4, atol=2e-6)
+
+
+def trained(ranks):
+    """Two SAEs after some steps with ghost gradients, and what was measured on the way."""
+    options = dict(lr=1e-3, lr_warm_up_steps=0, total_steps=100, use_ghost_grads=True,
+                   dead_feature_window=2)  # fmt: skip
+    trainers = [
+        SAETrainer(
+            initial_sae(D, L, seed=i, b_dec=torch.zeros(D), dtype=torch.float32),
+            TrainingOptions(l1_coefficient=l1, **options),
+        )
+        for i, l1 in enumerate((1e-2, 3e-1))
+    ]
+    for t in trainers:
+        t.sae.b_enc[: L // 4] = -10.0  # dead from the start
+    step = PackStep(1, ranks)
+    generator = torch.Generator().manual_seed(3)
+    measured = []
+    for _ in range(STEPS):
+        x = torch.randn(B, D, generator=generator)
+        for m in step.step(trainers, x, want_metrics=True):
+            measured += [m.mse, m.l1, m.ghost, m.overall, m.l0, m.reconstruction.explained_variance]
+    assert any(float(g) > 0 for g in measured[2::6])  # there were ghosts
+    weights = [getattr(t.sae, name) for t in trainers for name in PARAMETERS]
+    return [w.clone() for w in weights], torch.stack(measured)
+
+
+def one_rank(rank, size, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+    )
+    torch.save(trained(Ranks(rank, size)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_make_the_steps_of_one(tmp_path, size):
+    torch.multiprocessing.spawn(one_rank, (size, str(tmp_path)), nprocs=size)
+    alone, measured = trained(Ranks())
+    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    for weights, figures in by_rank:
+        for mine, theirs in zip(weights, alone, strict=True):
+            torch.testing.assert_close(mine, theirs, **TOLERANCE)
+        torch.testing.assert_close(figures, measured, rtol=1e-4, atol=1e-5)
+    for weights, _ in by_rank[1:]:  # and among each other not a bit differs
+        assert all(torch.equal(a, b) for a, b in zip(weights, by_rank[0][0], strict=True))
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (7, 2), (2, 3)])
+def test_lanes_are_shared_out_whole(n, size):
+    shares = [list(Ranks(rank, size).own(range(n))) for rank in range(size)]
+    assert [lane for share in shares for lane in share] == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_sweep_of_two_ranks(ray_instance, tiny, tmp_path):
+    def result(name, **resources):
+        done = saeray.sweep(
+            tiny | dict(resources=resources, eval_every=8, n_checkpoints=2),
+            name=name, storage_path=tmp_path, live=False,
+        )  # fmt: skip
+        assert done.ok
+        return done
+
+    two = result("two", num_workers=2)
+    one = result("one", num_workers=1)
+    assert two.status.harvested_tokens == 16 * 1024
+    (row,), (other,) = two.rows, one.rows
+    mine, theirs = two.load(row["trial"]), one.load(other["trial"])
+    for name in PARAMETERS:
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **TOLERANCE)
+    assert row["ce_loss_score"] == pytest.approx(other["ce_loss_score"], rel=1e-3)
+    log = (tmp_path / "two" / "trials" / row["trial"] / "metrics.jsonl").read_text()
+    assert len(log.splitlines()) == 4  # one rank reports, not two
