@@ -135,7 +135,6 @@ def test_one_reader_ten_times_slower(small_store, actors):
     readers = {name: make(Consumer) for name in ("fast-1", "fast-2", "slow")}
     ray.get([r.pid.remote() for r in readers.values()])
     ray.get([b.expect.remote(name, 0) for name in readers])
-    started = time.time()
     runs = {
         name: r.read.remote(b, name, order, 0.25 if name == "slow" else 0.025)
         for name, r in readers.items()
@@ -150,11 +149,10 @@ def test_one_reader_ten_times_slower(small_store, actors):
     # Every row once and in the same order for all: the batches' sums say so.
     assert read["slow"][0] == read["fast-1"][0] == read["fast-2"][0]
     assert sum(read["slow"][0]) == sum(range(order.n_blocks)) * ROWS
-    # The fast ones waited for the slow one no longer than the lag, beside what it took itself.
-    took = {name: times[-1] - started for name, (_, times) in read.items()}
-    gaps = [b - a for a, b in zip(read["fast-1"][1], read["fast-1"][1][1:], strict=False)]
-    assert max(gaps) < lag + 5.0, max(gaps)
-    assert took["fast-1"] < took["slow"] / 2, took
+    # The fast ones were not held to its pace: when they were through, it was further behind than
+    # all that the buffer holds.
+    through = read["fast-1"][1][-1]
+    assert sum(t < through for t in read["slow"][1]) < order.n_blocks - slots
     assert ray.get(b.gauges.remote()).detached == ["slow"]
 
 

@@ -352,7 +352,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
         param_space=tiny
         | {
             # Long enough for Tune to decide while the pack trains.
-            "training_tokens": 400 * 1024,
+            "training_tokens": 1000 * 1024,
             "expansion_factor": 8,
             "wandb_log_frequency": 5,
             "lr": tune.grid_search([1e-5, 1e-3, 2e-3, 4e-3]),
@@ -362,7 +362,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
             mode="min",
             scheduler=tune.schedulers.ASHAScheduler(
                 time_attr="n_training_tokens",
-                max_t=400 * 1024,
+                max_t=1000 * 1024,
                 grace_period=20 * 1024,
                 reduction_factor=2,
             ),
@@ -371,8 +371,8 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     ).fit()
     assert not results.errors
     tokens = {r.config["lr"]: r.metrics["n_training_tokens"] for r in results}
-    assert max(tokens.values()) == 400 * 1024
-    assert tokens[1e-5] < 400 * 1024  # the worst was stopped
+    assert max(tokens.values()) == 1000 * 1024
+    assert tokens[1e-5] < 1000 * 1024  # the worst was stopped
     import time
 
     deadline = time.monotonic() + 60
