@@ -121,6 +121,8 @@ def sweep(
     assert config.name is not None and config.storage_path is not None
     saes = expand(config)
     folder = Folder.at(config.storage_path) / config.name
+    if config.activation_cache is not None:
+        Folder.at(config.activation_cache, "activation_cache")
     if folder.names():
         raise bad_value(
             "name",
@@ -213,13 +215,16 @@ def with_absolute_paths(config: LanguageModelSAERunnerConfig) -> LanguageModelSA
             return str(Path(path).expanduser().absolute())
         return path
 
-    storage = config.storage_path
-    if storage is not None and "://" not in storage:
-        storage = str(Path(storage).expanduser().absolute())
+    def to_be_made(path: str | None) -> str | None:
+        if path is not None and "://" not in path:
+            return str(Path(path).expanduser().absolute())
+        return path
+
     return config.replace(
         model_name=absolute(config.model_name),
         dataset_path=absolute(config.dataset_path),
-        storage_path=storage,
+        storage_path=to_be_made(config.storage_path),
+        activation_cache=to_be_made(config.activation_cache),
     )
 
 

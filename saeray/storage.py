@@ -27,8 +27,8 @@ class Folder:
         self.uri = uri
 
     @classmethod
-    def at(cls, uri: str | os.PathLike[str]) -> Folder:
-        """Opens a path or URI; nothing is created yet.
+    def at(cls, uri: str | os.PathLike[str], field: str = "storage_path") -> Folder:
+        """Opens a path or URI, which stands in `field`; nothing is created yet.
 
         Raises:
             ConfigError: a scheme that neither pyarrow nor fsspec knows, no access to it, or a
@@ -40,7 +40,7 @@ class Folder:
             return cls(fs.LocalFileSystem(), path, path)
         if re.search(r"://[^/]*:[^/]*@|[?&](access_key|secret_key|session_token)=", text):
             raise bad_value(
-                "storage_path",
+                field,
                 re.sub(r"://.*", "://…", text),
                 "a key in a URI would be written into the results; use the environment "
                 "(AWS_ACCESS_KEY_ID …) or a credentials file.",
@@ -55,7 +55,7 @@ class Folder:
                 filesystem = fs.PyFileSystem(fs.FSSpecHandler(handler))
             except (ValueError, ImportError, OSError):
                 raise bad_value(
-                    "storage_path", text, f"neither pyarrow.fs nor fsspec opens it ({error})."
+                    field, text, f"neither pyarrow.fs nor fsspec opens it ({error})."
                 ) from None
         return cls(filesystem, path, text.rstrip("/"))
 

@@ -196,3 +196,10 @@ def test_a_key_in_a_uri_is_refused_and_not_repeated(uri):
     with pytest.raises(ConfigError, match=r"storage_path.*environment") as refused:
         Folder.at(uri)
     assert "topsecret" not in str(refused.value)
+
+
+def test_a_cache_nobody_can_open_is_refused_by_its_own_name(tiny, tmp_path):
+    import saeray
+
+    with pytest.raises(ConfigError, match="activation_cache = 'nosuch://x'"):
+        saeray.sweep(tiny | dict(activation_cache="nosuch://x"), storage_path=tmp_path, name="x")
