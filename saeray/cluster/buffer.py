@@ -27,13 +27,12 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from saeray.cluster.waiting import NotYet
+from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
 from saeray.messages import CacheKey, Gauges
 from saeray.shuffle import StreamOrder
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
-POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
 LAG_SECONDS = 300.0  # how long fast readers wait for a slow one, in all, before it is on its own
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame

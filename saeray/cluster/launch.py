@@ -25,7 +25,7 @@ from saeray.cache import identity_of
 from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvester
 from saeray.cluster.token_server import TokenServer
-from saeray.cluster.waiting import NotYet
+from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.messages import CacheKey
 from saeray.plan import Cluster, Fitted, StreamPlan, check_fits, plan_stream
@@ -35,7 +35,6 @@ RESTARTS = 3  # of a pack's worker group, by Ray Train
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
-POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
 HEAD = "node:__internal_head__"
 # What the user's own environment says to wandb and the hub. It travels to the actors that need it
 # in their arguments: Ray writes a runtime_env, and with it every key, into its logs.

@@ -45,7 +45,7 @@ from saeray.cluster.launch import (
     start_launcher,
     start_stream,
 )
-from saeray.cluster.waiting import NotYet
+from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.errors import ConfigError, SaerayError
 from saeray.grid import SAE, refuse_duplicates
@@ -77,7 +77,6 @@ from saeray.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 GATHER_SECONDS = 8.0  # without a new trial: those that are there are all there are
-POLL_SECONDS = 2.0  # a call never waits longer than this; callers ask again
 CLOSE_SECONDS = 60.0  # for packs to save what they have and end
 LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned
 
@@ -540,7 +539,12 @@ class Roster:
                 (self.folder / ".ray").uri,
                 saes[0].config.wait_limit_s,
             )
-            pack.task = self.do(self.follow(pack, saes[0].config))
+            self.begin_following(pack, saes[0].config)
+
+    def begin_following(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
+        """However it ends, the pack's room is then free for the next one."""
+        pack.task = self.do(self.follow(pack, config))
+        pack.task.add_done_callback(lambda _: self.launch_next())
 
     async def follow(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         """One pack from its launch to its end; no SAE of it is left without one."""
@@ -588,8 +592,6 @@ class Roster:
                 left = []
         for entry in left:
             self.end(entry, INTERRUPTED, f"{entry.name}: {problem}")
-        # `follow` of this pack is all but over: its room is free.
-        asyncio.get_running_loop().call_soon(self.launch_next)
 
     async def stream_called(self, name: str) -> Stream:
         for stream in self.streams:
@@ -770,7 +772,7 @@ class Roster:
             else:
                 self.starting[about.stream] = self.do(nowhere(about.stream))
             first = LanguageModelSAERunnerConfig.from_dict(next(iter(about.configs.values())))
-            pack.task = self.do(self.follow(pack, first))
+            self.begin_following(pack, first)
         if any(e.state == WAITING for e in self.entries.values()):
             self.start_gathering()
 

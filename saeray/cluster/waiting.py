@@ -15,6 +15,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from saeray.errors import Late, SaerayError
 
+POLL_SECONDS = 2.0  # a call never waits longer than this for news; callers ask again
 RETRY_SECONDS = 0.2  # between calls to an actor that is being started again
 
 
