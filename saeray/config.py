@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin, get_type_hints
@@ -50,9 +51,19 @@ class Resources:
     num_workers: int = 1  # ranks of each worker group
     trainer_cpus: float | str = AUTO  # threads of each rank; reserved with Ray
     trainer_gpus: float | str = AUTO
+    # Custom resources and node labels, as the cluster's nodes have them: {harvester: 1},
+    # {market: spot}; of labels also {market: "!spot"}, {zone: "in(a, b)"}
+    harvester_resources: dict[str, float] = field(default_factory=dict)
+    trainer_resources: dict[str, float] = field(default_factory=dict)
+    harvester_labels: dict[str, str] = field(default_factory=dict)
+    trainer_labels: dict[str, str] = field(default_factory=dict)
+    node_wait_s: float = 1200.0  # how long nodes that an autoscaler starts are waited for
 
     def __post_init__(self) -> None:
         check_types(self, "resources.")
+        check_custom_resources(self)
+        if self.node_wait_s <= 0:
+            raise bad_value("resources.node_wait_s", self.node_wait_s, "above 0.")
         for name in ("harvesters", "saes_per_trainer", "num_workers"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -61,16 +72,50 @@ class Resources:
             value = getattr(self, name)
             if isinstance(value, str):
                 continue
-            if value < 0 or (value > 1 and value != int(value)):
-                raise bad_value(
-                    f"resources.{name}",
-                    value,
-                    "Ray takes a fraction up to 1 (0.5) or a whole number above it (2).",
-                )
+            refuse_amount(f"resources.{name}", value)
         for name in ("harvesters", "saes_per_trainer", "trainer_cpus"):
             value = getattr(self, name)
             if isinstance(value, str) and value != AUTO:
                 raise bad_value(f"resources.{name}", value, 'a number or "auto".')
+
+
+def refuse_amount(name: str, value: float) -> None:
+    if value < 0 or (value > 1 and value != int(value)):
+        raise bad_value(
+            name, value, "Ray takes a fraction up to 1 (0.5) or a whole number above it (2)."
+        )
+
+
+LABEL_VALUE = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL = re.compile(rf"!?{LABEL_VALUE}|!?in\({LABEL_VALUE}(?:, ?{LABEL_VALUE})*\)")
+
+
+def check_custom_resources(resources: Resources) -> None:
+    """`{name: amount}` and `{label: value}` hold what their names say."""
+    for name in ("harvester_resources", "trainer_resources"):
+        checked = {}
+        for key, value in getattr(resources, name).items():
+            of_type(f"resources.{name}", key, (str,))
+            if key in ("CPU", "GPU"):
+                raise bad_value(
+                    f"resources.{name}",
+                    key,
+                    f"has its own field, {name.split('_')[0]}_{key.lower()}s.",
+                )
+            checked[key] = of_type(f"resources.{name}.{key}", value, (float,))
+            refuse_amount(f"resources.{name}.{key}", checked[key])
+        object.__setattr__(resources, name, checked)
+    for name in ("harvester_labels", "trainer_labels"):
+        for key, value in getattr(resources, name).items():
+            of_type(f"resources.{name}", key, (str,))
+            of_type(f"resources.{name}.{key}", value, (str,))
+            if not LABEL.fullmatch(value):
+                raise bad_value(
+                    f"resources.{name}.{key}",
+                    value,
+                    "a label's value is wanted, of letters, digits and - _ . inside it, or one of "
+                    "Ray's selectors: !a, in(a, b), !in(a, b).",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +172,7 @@ class LanguageModelSAERunnerConfig:
     data_seed: int | None = None  # saeray: seeds the order of text and rows; None: seed
     activation_cache: str | None = None  # saeray: path or URI to keep harvested blocks in
     reader_lag_s: float = 300.0  # saeray: how long fast packs wait, in all, for a slow one
+    share_stream: bool = False  # saeray: with other sweeps of the cluster that say so, too
 
     # Dead features
     use_ghost_grads: bool = False
@@ -200,6 +246,16 @@ class LanguageModelSAERunnerConfig:
         """Optimizer steps between evaluations during training; 0: only at the end."""
         return 10 * self.wandb_log_frequency if self.eval_every is None else self.eval_every
 
+    def logs_at(self, step: int) -> bool:
+        """Whether an uninterrupted run has a line of this optimizer step in its log."""
+        logs = step % self.wandb_log_frequency == 0 or step == self.steps
+        return logs or self.evaluates_at(step)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an uninterrupted run is evaluated after this optimizer step."""
+        every = self.resolved_eval_every
+        return step == self.steps or (bool(every) and step % every == 0)
+
     def d_sae(self, d_in: int) -> int:
         """Width of the SAE: d_in * expansion_factor."""
         return round(d_in * self.expansion_factor)
@@ -260,6 +316,7 @@ NOT_AN_AXIS = frozenset(
         "stream_tokens",
         "activation_cache",
         "reader_lag_s",
+        "share_stream",
         "checkpoint_every_s",
         "wait_limit_s",
     }
@@ -359,6 +416,8 @@ def check_types(config: Any, prefix: str = "") -> None:
 
 
 def allowed_types(hint: Any) -> tuple[type, ...]:
+    if get_origin(hint) is dict:
+        return (dict,)
     return get_args(hint) if get_origin(hint) is not None else (hint,)
 
 
@@ -377,7 +436,10 @@ def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
             return int(value)
         if float in allowed and math.isfinite(value):
             return float(value)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false",
+        dict: "`name: value` pairs",
+    }  # fmt: skip
     what = " or ".join(words.get(t, "none" if t is type(None) else t.__name__) for t in allowed)
     raise bad_value(name, value, f"{what} is wanted here, not {type(value).__name__}.")
 

@@ -54,6 +54,7 @@ class PackPlan:
     order: StreamOrder
     buffer: Any  # actor handle
     threads: int
+    marker: str = ""  # tells the disk of `folder` from others (`head_folder`)
 
 
 def reader_name(pack: str, rank: int) -> str:
@@ -135,4 +136,5 @@ class SweepStatus:
     skipped_rows: int = 0
     evaluation_tokens: int = 0
     packs: list[list[str]] = field(default_factory=list)
+    placement: str = ""  # what was chosen of the cluster, and why
     training_since: float | None = None  # time.time() of the first optimizer step's report

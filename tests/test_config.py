@@ -5,7 +5,8 @@ import pytest
 from saeray.config import LanguageModelSAERunnerConfig, Resources, resolve, stream_key
 from saeray.errors import ConfigError
 from saeray.grid import SAE, derived_name, expand
-from saeray.plan import Cluster, check_fits, cut_packs, fit, plan_stream
+from saeray.placement import Cluster, fit
+from saeray.plan import check_fits, cut_packs, plan_stream
 
 HOOK = "blocks.2.hook_resid_pre"
 
@@ -154,7 +155,7 @@ def test_names_are_derived_and_safe():
 
 # --- plan ------------------------------------------------------------------------------------
 
-MACHINE = Cluster(cpus=2, gpus=0, object_store_bytes=2 * 10**9)
+MACHINE = Cluster.one_machine(cpus=2)
 
 
 def guide_stream(**changes):
@@ -176,8 +177,8 @@ def test_the_buffers_size_counts_every_factor():
 
 def test_a_buffer_that_can_not_fit_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match=r"2,415,919,104 bytes .* 2,000,000,000"):
-        check_fits(guide_stream(), MACHINE)
-    check_fits(guide_stream(), Cluster(2, 0, 4 * 10**9))
+        check_fits(guide_stream(), 2 * 10**9)
+    check_fits(guide_stream(), 4 * 10**9)
 
 
 def test_buffer_bytes_below_the_least_is_refused():
@@ -190,9 +191,9 @@ def test_auto_fits_the_machine():
     fitted = fit(Resources(), MACHINE, n_saes=6, use_gpu=False)
     assert (fitted.harvesters, fitted.saes_per_trainer, fitted.threads) == (1, 6, 2)
     assert fitted.harvesters * fitted.harvester_cpus + fitted.trainer_cpus <= 2
-    gpus = fit(Resources(harvesters=2), Cluster(16, 8, 10**9), n_saes=12, use_gpu=True)
+    gpus = fit(Resources(harvesters=2), Cluster.one_machine(16, 8), n_saes=12, use_gpu=True)
     assert (gpus.trainer_gpus, gpus.saes_per_trainer) == (1.0, 2)
-    alone = fit(Resources(), Cluster(16, 1, 10**9), n_saes=12, use_gpu=True)
+    alone = fit(Resources(), Cluster.one_machine(16, 1), n_saes=12, use_gpu=True)
     assert alone.harvester_gpus + alone.trainer_gpus <= 1
     assert alone.saes_per_trainer == 12
 
