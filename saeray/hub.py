@@ -1,13 +1,43 @@
-"""Names of models and datasets: local paths or the Hugging Face hub. Imports no torch."""
+"""Names of models and datasets: local paths or the Hugging Face hub. Imports no torch.
+
+`saeray:models/tiny-python` is a path inside the package, wherever a process has it: what is bundled
+is found on every node of a cluster.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import bad_value
+
+PACKAGE = Path(__file__).resolve().parent
+BUNDLED = "saeray:"
+
+
+def here(name: str) -> str:
+    """A name with `saeray:` replaced by where this process has the package."""
+    return str(PACKAGE / name.removeprefix(BUNDLED)) if name.startswith(BUNDLED) else name
+
+
+def portable(path: Path) -> str:
+    """A path as other machines can have it too, if it is one inside the package."""
+    absolute = path.expanduser().absolute()
+    try:
+        return BUNDLED + absolute.resolve().relative_to(PACKAGE).as_posix()
+    except ValueError:
+        return str(absolute)
+
+
+def nowhere(kind: str) -> str:
+    """What to say of a path that is not there, on whichever machine this is."""
+    return (
+        f"there is no such {kind} on {platform.node()}; on a cluster local paths are those of its "
+        "own nodes (a hub name or s3:// is the same everywhere)."
+    )
 
 
 def looks_local(name: str) -> bool:
@@ -21,10 +51,11 @@ def official_name(model_name: str) -> str:
     Raises:
         ConfigError: a local path that is not a Hugging Face directory.
     """
-    path = Path(model_name).expanduser()
-    if looks_local(model_name):
+    name = here(model_name)
+    path = Path(name).expanduser()
+    if looks_local(name):
         if not path.is_dir():
-            raise bad_value("model_name", model_name, "there is no such directory.")
+            raise bad_value("model_name", model_name, nowhere("directory"))
         if not (path / "config.json").is_file():
             raise bad_value(
                 "model_name",

@@ -91,9 +91,22 @@ class Folder:
         selector = fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
-    def read(self, name: str) -> bytes:
-        with self.filesystem.open_input_stream(str(PurePosixPath(self.path) / name)) as stream:
-            return stream.read()
+    def files(self) -> dict[str, int]:
+        """Every file below it, by its path from here, with its size in bytes."""
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        root = PurePosixPath(self.path)
+        return {
+            str(PurePosixPath(info.path).relative_to(root)): info.size
+            for info in self.filesystem.get_file_info(selector)
+            if info.is_file
+        }
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """The bytes of one file, or `length` of them from `start` on."""
+        with self.filesystem.open_input_file(str(PurePosixPath(self.path) / name)) as file:
+            if start:
+                file.seek(start)
+            return file.read(length)
 
     def write(self, name: str, data: bytes) -> None:
         """One file, there whole or not at all."""

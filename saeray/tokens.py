@@ -26,7 +26,7 @@ import numpy as np
 
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import ConfigError, SaerayError, bad_value
-from saeray.hub import looks_local
+from saeray.hub import here, looks_local, nowhere
 from saeray.shuffle import permutation
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, split = config.dataset_path, config.dataset_split
+    path, split = here(config.dataset_path), config.dataset_split
     if not looks_local(path):
         streaming = True if config.streaming is None else config.streaming
         try:
@@ -75,7 +75,7 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
             ) from None
     local = Path(path).expanduser()
     if not local.exists():
-        raise bad_value("dataset_path", path, "there is no such file or directory.")
+        raise bad_value("dataset_path", path, nowhere("file or directory"))
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
         saved = datasets.load_from_disk(str(local))
         if isinstance(saved, datasets.DatasetDict):
