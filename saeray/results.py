@@ -34,6 +34,8 @@ COLUMNS = {
     "n_training_tokens": "details/n_training_tokens",
 }
 
+MOST_LABELS = 100  # points of the frontier that are labelled
+
 
 def result_row(
     name: str,
@@ -76,10 +78,7 @@ def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> None:
     """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     drawn = [
@@ -90,7 +89,9 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
             for k in ("l0", "ce_loss_score", "explained_variance")
         )
     ]
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = drawn if len(drawn) <= MOST_LABELS else []  # more cover each other, and take seconds
     for panel, key, label in (
         (panels[0], "ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)"),
         (panels[1], "explained_variance", "explained variance"),
@@ -100,14 +101,14 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
             panel.plot(
                 [r["l0"] for r in line], [r[key] for r in line], marker="o", label=f"lr {lr:g}"
             )
-            for r in line:
-                panel.annotate(
-                    f"{r['l1_coefficient']:g}",
-                    (r["l0"], r[key]),
-                    textcoords="offset points",
-                    xytext=(4, -10),
-                    fontsize=7,
-                )
+        for r in labels:
+            panel.annotate(
+                f"{r['l1_coefficient']:g}",
+                (r["l0"], r[key]),
+                textcoords="offset points",
+                xytext=(4, -10),
+                fontsize=7,
+            )
         panel.set_xlabel("L0 (mean active features per token)")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
@@ -115,9 +116,8 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(ScalarFormatter())  # 30 and 200, not powers of ten
             panel.xaxis.set_minor_formatter(ScalarFormatter())
-            panel.legend(title="labels: l1_coefficient", title_fontsize=7)
+            panel.legend(title="labels: l1_coefficient" if labels else None, title_fontsize=7)
     figure.suptitle(title)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
-    pyplot.close(figure)
     folder.write("pareto.png", png.getvalue())

@@ -172,6 +172,11 @@ class Tracker:
             log.flush()
         return log.written_step
 
+    def flush(self, name: str) -> int:
+        """Writes what waits to be written; the step up to which all lines survive this process."""
+        self.logs[name].flush()
+        return self.logs[name].written_step
+
     def finish(self, name: str, failed: bool) -> None:
         if name not in self.runs:  # it had ended before this session
             return

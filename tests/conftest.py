@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -43,13 +44,13 @@ def tiny():
 @pytest.fixture(scope="module")
 def ray_instance():
     """Ray on this machine, shared. What a test leaves behind there, the next one would see."""
-    from saeray.runner import start_ray
+    from saeray.connect import end_ray, start_ray
 
     assert start_ray(None)
     import ray
 
     yield ray
-    ray.shutdown()
+    end_ray()
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,8 @@ def weights(result):
 
 def test_a_second_sweep_harvests_nothing(s3, ray_instance, tiny, tmp_path):
     """On S3. The server is started before Ray, whose processes inherit the keys."""
-    tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2))
+    # Checkpoints on an object store, where lines of the log are written from time to time only.
+    tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2), checkpoint_every_s=0.1)
     # The results of the first go to S3 as well, those of the second to a local folder.
     first = saeray.sweep(tiny, name="first", storage_path=s3("results"), live=False)
     assert first.status.harvested_tokens == 16 * 1024

@@ -107,6 +107,37 @@ def test_ctrl_c_then_a_killed_driver_then_a_damaged_checkpoint(undisturbed, tmp_
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == stamps
 
 
+def test_the_step_it_is_stopped_at_is_logged_as_if_it_had_gone_on(ray_instance, tmp_path):
+    """It is an evaluation, or lies between two lines of the SAE with the longer pace."""
+    from saeray.cluster.registry import read_all
+    from saeray.listing import stop
+
+    frequencies, n_steps = [5, 4], 120
+    running = Running(
+        tmp_path,
+        "stopped",
+        lr=1e-3,
+        wandb_log_frequency=frequencies,
+        eval_every=5,
+        training_tokens=n_steps * 1024,
+    )
+    running.wait_for(60)
+    (record,) = [r for r in read_all() if r.name == "stopped"]
+    stop(record)
+    result = running.end()
+    assert [row["status"] for row in result.rows] == ["interrupted"] * 2
+    stopped_at = int(result.rows[0]["n_training_tokens"]) // 1024
+    assert stopped_at < n_steps
+
+    saeray.resume(tmp_path / "stopped")
+    steps = range(1, n_steps + 1)
+    logs = sorted(running.logs().values(), key=len)
+    for every, lines in zip(frequencies, logs, strict=True):
+        assert [r["step"] for r in lines] == [s for s in steps if s % 5 == 0 or s % every == 0]
+        evaluated = [r["step"] for r in lines if "eval/n_tokens" in r]
+        assert evaluated == [s for s in steps if s % 5 == 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", VICTIMS)
 def test_one_kill(undisturbed, tmp_path, capsys, kind):

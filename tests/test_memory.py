@@ -15,7 +15,7 @@ from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvested
 from saeray.cluster.reader import Place, Reader
 from saeray.errors import ConfigError
-from saeray.plan import STORE_SHARE, Cluster, check_fits, plan_stream
+from saeray.plan import STORE_SHARE, check_fits, plan_stream
 from saeray.shuffle import StreamOrder
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -126,6 +126,7 @@ def wait_until_empty(limit=30.0):
     return store()[0]
 
 
+@pytest.mark.slow
 def test_one_reader_ten_times_slower(small_store, actors):
     make, buffer = actors
     order = StreamOrder(n_blocks=120, block_rows=ROWS, group_blocks=6, seed=1)
@@ -180,9 +181,9 @@ def test_a_store_below_the_minimum_is_refused_with_the_numbers(tiny):
     config = resolve(LanguageModelSAERunnerConfig(**tiny))
     plan = plan_stream(config, [config.hook_point], {config.hook_point: D})
     enough = int(plan.buffer_bytes / STORE_SHARE) + 2
-    check_fits(plan, Cluster(2, 0, enough))
+    check_fits(plan, enough)
     with pytest.raises(ConfigError, match=f"{plan.buffer_bytes:,} bytes"):
-        check_fits(plan, Cluster(2, 0, enough - 10))
+        check_fits(plan, enough - 10)
 
 
 @pytest.mark.slow

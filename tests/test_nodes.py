@@ -7,7 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 from running import Running, assert_same
 
-from saeray.runner import start_ray
+from saeray.connect import start_ray
 
 
 def node_of(kind):

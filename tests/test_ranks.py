@@ -68,6 +68,7 @@ def test_lanes_are_shared_out_whole(n, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_ranks(ray_instance, tiny, tmp_path):
     def result(name, **resources):
         done = saeray.sweep(

@@ -231,6 +231,7 @@ def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instance):
     from ray import tune
 

@@ -20,7 +20,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its
 LAG_SECONDS = 300.0  # how long fast readers wait for a slow one, in all, before it is on its own
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
+USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
 FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
 
 
@@ -51,13 +52,13 @@ class ReaderState:
 
 
 class WindowBlocks(NamedTuple):
-    """What a reader gets: the references of a window's blocks, in order of the stream.
+    """What a reader gets: the references of a window's blocks that it lacks, in the stream's order.
 
     They travel inside lists, so Ray does not fetch them on the way.
     """
 
-    blocks: range
-    refs: list[Any]
+    blocks: range  # all of the window
+    refs: list[Any]  # of the last ones of them
 
 
 @dataclass
@@ -77,32 +78,41 @@ class Policy:
     held: set[int] = field(default_factory=set)  # blocks under way or ready
     ready: set[int] = field(default_factory=set)
 
-    def window_blocks(self, reader: ReaderState) -> set[int]:
-        return set(self.order.blocks_of(min(reader.window, self.order.n_windows - 1)))
+    def window_blocks(self, reader: ReaderState) -> range:
+        return self.order.blocks_of(min(reader.window, self.order.n_windows - 1))
 
-    def attached(self) -> dict[str, ReaderState]:
-        return {n: r for n, r in self.readers.items() if not r.detached}
+    def has(self, reader: ReaderState) -> bool:
+        """Whether the window it reads or asks for is there."""
+        return self.is_ready(min(reader.window, self.order.n_windows - 1))
+
+    def is_ready(self, window: int) -> bool:
+        return self.ready.issuperset(self.order.blocks_of(window))
 
     def served_alone(self) -> ReaderState | None:
         """The detached reader whose turn it is: of those that wait, the one waiting longest."""
         waiting = [
             r
             for r in self.readers.values()
-            if r.detached and r.asks_since is not None and not self.window_blocks(r) <= self.ready
+            if r.detached and r.asks_since is not None and not self.has(r)
         ]
         return min(waiting, key=lambda r: r.asks_since or 0.0, default=None)
 
     def stretch(self) -> range:
         """The blocks that attached readers share: from the slowest one's window, as slots reach."""
-        attached = self.attached().values()
-        if not attached:
+        windows = self.windows()
+        if not windows:
             return range(0)
         reach = self.slots
-        if len(attached) < len(self.readers):  # some are detached
+        if any(r.detached for r in self.readers.values()):
             group = self.order.group_blocks
             reach = max(2 * group, self.slots + group - max(2 * group, len(self.apart())))
-        slowest = min(min(self.window_blocks(r)) for r in attached)
+        slowest = self.order.blocks_of(windows[0]).start
         return range(slowest, min(slowest + reach, self.order.n_blocks))
+
+    def windows(self) -> list[int]:
+        """The windows of attached readers, each once, from the slowest one's on."""
+        last = self.order.n_windows - 1
+        return sorted({min(r.window, last) for r in self.readers.values() if not r.detached})
 
     def apart(self) -> set[int]:
         """Held blocks of detached readers: those being read, and those of the one whose turn it is.
@@ -112,37 +122,36 @@ class Policy:
         blocks: set[int] = set()
         turn = self.served_alone()
         for r in self.readers.values():
-            if r.detached and (r is turn or self.window_blocks(r) <= self.ready):
-                blocks |= self.window_blocks(r)
+            if r.detached and (r is turn or self.has(r)):
+                blocks.update(self.window_blocks(r))
         return blocks & self.held
 
     def kept(self) -> set[int]:
-        return (self.held & set(self.stretch())) | self.apart()
+        return self.held.intersection(self.stretch()) | self.apart()
 
     def next_block(self) -> int | None:
         """What to harvest now: what is asked for first, then ahead of the fastest reader."""
         stretch = self.stretch()
-        attached = self.attached().values()
-        missing = set().union(*map(self.window_blocks, attached)) - self.held
-        missing &= set(stretch)
-        if missing:
-            return min(missing)
+        windows = self.windows()
+        for window in windows:
+            for block in self.order.blocks_of(window):
+                if block not in self.held and block in stretch:
+                    return block
         turn = self.served_alone()
         if turn is not None:
-            lacking = self.window_blocks(turn) - self.held
+            lacking = set(self.window_blocks(turn)) - self.held
             if lacking and len(self.apart()) < 2 * self.order.group_blocks:
                 return min(lacking)
-        front = max((max(self.window_blocks(r)) for r in attached), default=0)
-        return next((b for b in stretch if b > front and b not in self.held), None)
+        ahead = max(stretch.start, self.order.blocks_of(windows[-1]).stop) if windows else 0
+        return next((b for b in range(ahead, stretch.stop) if b not in self.held), None)
 
     def stragglers(self) -> set[str]:
         """Attached readers at the oldest window, while another's window is out of slots' reach."""
-        attached = self.attached()
-        stretch = self.stretch()
-        if not any(max(self.window_blocks(r)) >= stretch.stop for r in attached.values()):
+        windows = self.windows()
+        if not windows or self.order.blocks_of(windows[-1]).stop <= self.stretch().stop:
             return set()
-        slowest = min(r.window for r in attached.values())
-        return {name for name, r in attached.items() if r.window == slowest}
+        slowest = min(r.window for r in self.readers.values() if not r.detached)
+        return {n for n, r in self.readers.items() if not r.detached and r.window == slowest}
 
     def watch_lag(self, now: float, limit: float = LAG_SECONDS) -> list[str]:
         """Detaches readers that others have waited for longer than `limit` in all; names them.
@@ -160,14 +169,23 @@ class Policy:
                 detached.append(name)
         return detached
 
+    def welcome(self, name: str, window: int) -> None:
+        """A new reader; detached at once where the others are ahead of it by more than slots."""
+        reader = ReaderState(window)
+        windows = self.windows()
+        if windows:
+            slowest = self.order.blocks_of(windows[0]).start
+            reader.detached = self.window_blocks(reader).start + self.slots <= slowest
+        self.readers[name] = reader
+
     def ask(self, name: str, window: int, now: float) -> ReaderState:
         """A reader asks for a window and has done with all before it."""
         r = self.readers.setdefault(name, ReaderState(window))
         if r.window != window or r.asks_since is None:
             r.window, r.asks_since = window, now
-        others = [o.window for n, o in self.attached().items() if n != name]
-        if r.detached and (not others or window >= min(others)):
-            r.detached = False  # caught up
+        if r.detached:
+            others = [o.window for n, o in self.readers.items() if n != name and not o.detached]
+            r.detached = bool(others) and window < min(others)  # or it has caught up
         return r
 
 
@@ -186,8 +204,13 @@ class ActivationBuffer:
         room: int | None = None,
         cache: CacheKey | None = None,
         about: Any = None,
+        absent: Sequence[int] = (),
+        shared: bool = False,
     ) -> None:
         """token_server, harvesters: actors; they outlive this one. about: see `describe`.
+
+        absent: harvesters that wait for a node; they join in when they get it.
+        shared: by several sweeps. It ends with its actors when the last one has left.
 
         room: blocks the object store can hold, those included that are released and not yet freed;
         at least `slots`. None: there is no need to look.
@@ -204,12 +227,12 @@ class ActivationBuffer:
         self.about = about
         self.incarnation = uuid.uuid4().hex
         self.in_flight = [0] * len(harvesters)
-        self.down: set[int] = set()  # harvesters that are being started again
+        self.down: set[int] = set()  # harvesters that are being started (again)
         self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
         self.failures: Counter[int] = Counter()  # of the forward pass, by block
         self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
         self.blocks: dict[int, list[Any]] = {}  # one reference per hook point
-        self.changed = asyncio.Event()
+        self.awaited: dict[int, asyncio.Event] = {}  # by window: set once it is ready
         self.error: SaerayError | None = None
         self.harvested_tokens = 0
         self.cached_tokens = 0
@@ -220,6 +243,14 @@ class ActivationBuffer:
         self.will_look_again = False
         self.detached: list[str] = []
         self.warnings: list[str] = []
+        self.users: dict[str, float] = {}  # sweep -> when it was last heard of
+        self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
+        self.closing = False
+        for at in absent:
+            self.down.add(at)
+            self.do(self.revive(at))
+        if shared:
+            self.do(self.watch_users())
 
     # --- what readers and the roster call ---------------------------------------------------
 
@@ -227,17 +258,37 @@ class ActivationBuffer:
         """What it was told about itself: for a roster that has lost its memory."""
         return self.about
 
-    async def expect(self, reader: str, window: int) -> None:
-        """Announces a reader that will start at `window`: its blocks are kept from now on."""
-        self.policy.readers.setdefault(reader, ReaderState(window))
+    async def expect(self, reader: str, window: int, user: str = "") -> None:
+        """Announces a reader that will start at `window`: its blocks are kept from now on.
+
+        One of another sweep that comes late is served on its own, so that those that are far
+        ahead need not wait for it.
+        """
+        if reader not in self.policy.readers:
+            self.policy.welcome(reader, window)
+        self.readers_of.setdefault(user, set()).add(reader)
         self.pump()
 
+    async def join(self, user: str) -> bool:
+        """A sweep uses this stream, or still does; False when it is just being closed."""
+        if not self.closing:
+            self.users[user] = time.monotonic()
+        return not self.closing
+
+    async def part(self, user: str) -> None:
+        """A sweep has done with this stream; the last one to go closes it."""
+        self.forget_user(user)
+        if not self.users:
+            self.close()
+
     async def window(
-        self, reader: str, window: int, lost: Iterable[str] = ()
+        self, reader: str, window: int, lost: Iterable[str] = (), have: int = 0
     ) -> WindowBlocks | NotYet:
         """The blocks of a window; all before it the reader has done with, and they are released.
 
         `lost`: references (in hex) that could not be fetched; their blocks are harvested again.
+        `have`: blocks at the window's beginning that the reader kept from the one before.
+        References are what a buffer with many readers spends its time on, and this halves them.
         Answers `NotYet` after `POLL_SECONDS` when the window is not ready: ask again.
 
         Raises:
@@ -246,10 +297,12 @@ class ActivationBuffer:
         self.forget(set(lost))
         self.policy.ask(reader, window, time.monotonic())
         blocks = self.order.blocks_of(window)
-        if not await self.until_ready(blocks):
-            return NotYet(self.late(blocks))
-        self.policy.readers[reader].asks_since = None
-        return WindowBlocks(blocks, [self.blocks[b] for b in blocks])
+        state = self.policy.readers[reader]
+        if not await self.until_ready(window, state if have else None):
+            # For one that is served alone a half window may be given up: it shall not keep any.
+            return NotYet(self.late(blocks), let_go=state.detached)
+        state.asks_since = None
+        return WindowBlocks(blocks, [self.blocks[b] for b in blocks[have:]])
 
     async def leave(self, reader: str) -> None:
         """A reader that is done, or gone: nothing is kept for it any more."""
@@ -265,7 +318,7 @@ class ActivationBuffer:
             name = f"initial b_dec at {hook_point}"
             reader = self.policy.ask(name, 0, time.monotonic())
             reader.detached = all(r.window > 1 for r in self.policy.readers.values() if r != reader)
-            if not await self.until_ready(self.order.blocks_of(0)):
+            if not await self.until_ready(0):
                 return NotYet(self.late(self.order.blocks_of(0)))
             if key not in self.b_dec:  # no other call came first while this one waited
                 at = self.hook_points.index(hook_point)
@@ -286,6 +339,32 @@ class ActivationBuffer:
 
     async def sampled_b_dec(self, method: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
         return await self.harvesters[0].initial_b_dec.remote(method, n_rows, seed, *refs)
+
+    def forget_user(self, user: str) -> None:
+        self.users.pop(user, None)
+        for reader in self.readers_of.pop(user, set()):
+            self.policy.readers.pop(reader, None)
+        self.pump()
+
+    async def watch_users(self) -> None:
+        """Forgets sweeps that are gone without a word, and closes when there is none left."""
+        alone_since = time.monotonic()
+        while not self.closing:
+            await asyncio.sleep(USER_LEASE_SECONDS / 10)
+            now = time.monotonic()
+            for user, seen in list(self.users.items()):
+                if now - seen > USER_LEASE_SECONDS:
+                    self.forget_user(user)
+            if self.users:
+                alone_since = now
+            elif now - alone_since > USER_LEASE_SECONDS:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the stream's actors, this one last."""
+        self.closing = True
+        for a in (*self.harvesters, self.token_server, ray.get_runtime_context().current_actor):
+            ray.kill(a)
 
     async def gauges(self) -> Gauges:
         return Gauges(
@@ -310,7 +389,10 @@ class ActivationBuffer:
         kept = self.policy.kept()
         for block in self.policy.ready - kept:
             self.release(block)  # the last reference here; Ray frees the memory
-        self.detached += self.policy.watch_lag(time.monotonic(), self.lag_s)
+        detached = self.policy.watch_lag(time.monotonic(), self.lag_s)
+        if detached:
+            self.detached += detached
+            self.wake(list(self.awaited))
         while self.error is None:
             up = [i for i in range(len(self.harvesters)) if i not in self.down]
             at = min(up, key=self.in_flight.__getitem__, default=None)
@@ -344,6 +426,11 @@ class ActivationBuffer:
         self.will_look_again = False
         self.pump()
 
+    def do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
     def release(self, block: int) -> None:
         if self.room is not None:
             self.released.append(time.monotonic())
@@ -368,9 +455,7 @@ class ActivationBuffer:
             self.started = time.monotonic()
         self.policy.held.add(block)
         self.in_flight[at] += 1
-        task = asyncio.ensure_future(self.harvest(block, at))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.do(self.harvest(block, at))
 
     async def harvest(self, block: int, at: int) -> None:
         """One block at one harvester; when that fails the block is wanted again."""
@@ -404,8 +489,7 @@ class ActivationBuffer:
                 self.warn(text)
             self.deaths.pop(block, None)
             self.failures.pop(block, None)
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self.tell(block)
         self.pump()
 
     async def tokens(self, block: int) -> Any:
@@ -426,9 +510,7 @@ class ActivationBuffer:
             return
         self.warn(f"harvester {at} died; its blocks are harvested elsewhere or again.")
         self.down.add(at)
-        task = asyncio.ensure_future(self.revive(at))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.do(self.revive(at))
 
     async def revive(self, at: int) -> None:
         """Waits until Ray has started a harvester again."""
@@ -480,19 +562,36 @@ class ActivationBuffer:
             f"{name} at window {r.window}" for name, r in slowest
         )
 
-    async def until_ready(self, blocks: range) -> bool:
-        """Waits for blocks, `POLL_SECONDS` at most; whether they are all there."""
+    def tell(self, block: int) -> None:
+        """Wakes those who wait for a window that is now ready; all of them after an error."""
+        group = block // self.order.group_blocks
+        if self.error is not None:
+            self.wake(list(self.awaited))
+        else:
+            self.wake([window for window in (group, group + 1) if self.policy.is_ready(window)])
+
+    def wake(self, windows: Iterable[int]) -> None:
+        for window in windows:
+            if window in self.awaited:
+                self.awaited.pop(window).set()
+
+    async def until_ready(self, window: int, attached: ReaderState | None = None) -> bool:
+        """Waits for a window's blocks, `POLL_SECONDS` at most; whether they are all there.
+
+        attached: no longer than this reader is.
+        """
         deadline = time.monotonic() + POLL_SECONDS
+        self.pump()
         while True:
-            self.pump()
             if self.error is not None:
                 raise type(self.error)(*self.error.args)
-            if all(b in self.policy.ready for b in blocks):
+            if self.policy.is_ready(window):
                 return True
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or (attached is not None and attached.detached):
                 return False
+            event = self.awaited.setdefault(window, asyncio.Event())
             try:
-                await asyncio.wait_for(self.changed.wait(), left)
+                await asyncio.wait_for(event.wait(), left)
             except (TimeoutError, asyncio.TimeoutError):
                 return False

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import ray
 
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.messages import CacheKey
@@ -82,6 +83,10 @@ class Harvester:
 
     def ping(self) -> None:
         """Answers when the actor is up."""
+
+    def node(self) -> str:
+        """The id of the node it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def harvest(
         self, index: int, tokens: np.ndarray, cache_key: CacheKey | None = None

@@ -7,8 +7,9 @@ the roster that created them, which finds them again by their names when it was 
     <roster>/<stream>/token-server  <roster>/<stream>/harvester-<i>  <roster>/<stream>/buffer
     <roster>/<pack>
 
-All but the harvesters live on the head node, whose loss ends the cluster anyway; they take next to
-no CPU, and the loss of any other node leaves them alone.
+(A stream that sweeps share is called `stream:<key>` instead of `<roster>/<stream>`.) All but the
+harvesters live on the head node, whose loss ends the cluster anyway; they take next to no CPU, and
+the loss of any other node leaves them alone.
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saeray.cache import identity_of
 from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvester
+from saeray.cluster.nodes import cluster_now, namespace, on_head
 from saeray.cluster.token_server import TokenServer
 from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.config import LanguageModelSAERunnerConfig
+from saeray.errors import Late
 from saeray.messages import CacheKey
-from saeray.plan import Cluster, Fitted, StreamPlan, check_fits, plan_stream
+from saeray.placement import Fitted, Need, shown, store_of
+from saeray.plan import StreamPlan, check_fits, plan_stream
 
-NAMESPACE = "saeray"
 RESTARTS = 3  # of a pack's worker group, by Ray Train
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
-HEAD = "node:__internal_head__"
+STRAGGLER_SECONDS = 5.0  # that a stream's start waits for its other harvesters
 # What the user's own environment says to wandb and the hub. It travels to the actors that need it
 # in their arguments: Ray writes a runtime_env, and with it every key, into its logs.
 PASSED_ON = ("WANDB_", "HF_", "HUGGING_FACE_")
@@ -50,7 +55,7 @@ def actor(cls: type, name: str, **options: Any) -> Any:
     """A class as an actor that belongs to no process and is started again when it dies."""
     standard = {
         "name": name,
-        "namespace": NAMESPACE,
+        "namespace": namespace(),
         "lifetime": "detached",
         "num_cpus": 0,
         "max_restarts": -1,
@@ -59,17 +64,22 @@ def actor(cls: type, name: str, **options: Any) -> Any:
     return ray.remote(cls).options(**(standard | options))
 
 
-def on_head() -> dict[str, Any]:
-    """Options that place an actor on the head node. (A soft affinity is not always kept.)"""
-    return {"resources": {HEAD: 0.001}} if HEAD in ray.cluster_resources() else {}
+def placed(need: Need) -> dict[str, Any]:
+    """Options of an actor that needs this of its node."""
+    custom = {k: v for k, v in need.resources.items() if k not in ("CPU", "GPU")}
+    options: dict[str, Any] = {
+        "num_cpus": need.resources.get("CPU", 0),
+        "num_gpus": need.resources.get("GPU", 0),
+    }
+    if custom:
+        options["resources"] = custom
+    if need.labels:
+        options["label_selector"] = dict(need.labels)
+    return options
 
 
-def cluster_now() -> Cluster:
-    """What the cluster has at this moment."""
-    total = ray.cluster_resources()
-    return Cluster(
-        total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("object_store_memory", 0))
-    )
+class NameTaken(Exception):
+    """A stream of that name is being started, or runs."""
 
 
 # --- streams --------------------------------------------------------------------------------
@@ -95,7 +105,10 @@ class Stream:
     token_server: Any
     harvesters: list[Any]
     buffer: Any
+    ready: list[int]  # harvesters that were up when it began
+    shared: bool = False  # with other sweeps
     evaluations: int = 0  # handed out so far; spreads them over the harvesters
+    nodes: list[str] = field(default_factory=list)  # of harvesters that this sweep has started
     held_out: Any = None  # reference of the held-out windows, once they are asked for
 
     @property
@@ -111,35 +124,44 @@ async def start_stream(
 ) -> Stream:
     """Starts the actors of one stream and has them check model, hooks, widths and dataset.
 
+    It begins with the harvesters that have a node; others join it when they get theirs.
+
     Raises:
         ConfigError: something of it is wrong; the actors are gone again.
+        Late: no harvester got a node in time.
+        NameTaken: somebody else is starting it, or has.
     """
     config = configs[0]
     hook_points = sorted({c.resolved_hook_point for c in configs})
     as_data = config.to_dict()
-    token_server = actor(
-        TokenServer,
-        f"{name}/token-server",
-        max_task_retries=TASK_RETRIES,
-        **on_head(),
-    ).remote(as_data, passed_on())
+    try:
+        token_server = actor(
+            TokenServer,
+            f"{name}/token-server",
+            max_task_retries=TASK_RETRIES,
+            **on_head(),
+        ).remote(as_data, passed_on())
+    except ValueError as error:
+        raise NameTaken(f"{name}: {error}") from None
     harvesters = [
         actor(
             Harvester,
             f"{name}/harvester-{i}",
             max_task_retries=TASK_RETRIES,
-            num_cpus=fitted.harvester_cpus,
-            num_gpus=fitted.harvester_gpus,
+            **placed(fitted.harvester),
+            **near(fitted, i),
         ).remote(as_data, hook_points, passed_on())
         for i in range(fitted.harvesters)
     ]
     try:
+        nodes = await nodes_of(harvesters, config, fitted)
+        first = harvesters[min(nodes)]
         facts, _ = await asyncio.gather(
-            harvesters[0].check.options(max_task_retries=0).remote([c.to_dict() for c in configs]),
+            first.check.options(max_task_retries=0).remote([c.to_dict() for c in configs]),
             token_server.check.options(max_task_retries=0).remote(),
         )
         plan = plan_stream(config, hook_points, facts.d_in)
-        room = check_fits(plan, cluster_now())
+        room = check_fits(plan, store_of(cluster_now(), list(nodes.values())))
         cache = None
         if config.activation_cache is not None:
             identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
@@ -164,8 +186,80 @@ async def start_stream(
         room=room,
         cache=cache,
         about=about,
+        absent=sorted(set(range(fitted.harvesters)) - set(nodes)),
+        shared=config.share_stream,
     )
-    return Stream(about, token_server, harvesters, buffer)
+    return Stream(
+        about,
+        token_server,
+        harvesters,
+        buffer,
+        sorted(nodes),
+        config.share_stream,
+        nodes=list(nodes.values()),
+    )
+
+
+async def running_stream(name: str) -> Stream | None:
+    """The stream of that name, if it runs."""
+    try:
+        buffer = ray.get_actor(f"{name}/buffer", namespace())
+        about: AboutStream = await buffer.describe.remote()
+        token_server = ray.get_actor(f"{name}/token-server", namespace())
+        harvesters = [
+            ray.get_actor(f"{name}/harvester-{i}", namespace()) for i in range(about.n_harvesters)
+        ]
+    except (ValueError, RayActorError):
+        return None  # not there, or just gone
+    config = LanguageModelSAERunnerConfig.from_dict(about.config)
+    ready = list(range(about.n_harvesters))
+    return Stream(about, token_server, harvesters, buffer, ready, config.share_stream)
+
+
+async def join_stream(stream: Stream, user: str) -> bool:
+    """Whether this sweep is now one of a shared stream's; it may just be closing."""
+    try:
+        return bool(await stream.buffer.join.remote(user))
+    except RayActorError:
+        return False
+
+
+def near(fitted: Fitted, i: int) -> dict[str, Any]:
+    """Where the plan saw harvester i: elsewhere it might take a trainer's only place."""
+    if fitted.harvester_labels or i >= len(fitted.harvester_nodes):
+        return {}
+    node = fitted.harvester_nodes[i]
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+
+
+async def nodes_of(
+    harvesters: list[Any], config: LanguageModelSAERunnerConfig, fitted: Fitted
+) -> dict[int, str]:
+    """The node of each harvester that has one: all of them, or those that came in time.
+
+    Raises:
+        Late: none came; says what it needs, and what there is.
+    """
+    calls = {asyncio.ensure_future(as_future(h.node.remote())): i for i, h in enumerate(harvesters)}
+    limit = config.resources.node_wait_s if fitted.waits_for else config.wait_limit_s
+    done, late = await asyncio.wait(calls, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+    if late and done:
+        more, late = await asyncio.wait(late, timeout=STRAGGLER_SECONDS)
+        done |= more
+    for call in late:
+        call.cancel()
+    if not done:
+        which = "resources.node_wait_s" if fitted.waits_for else "wait_limit_s"
+        raise Late(
+            f"no harvester has started within {limit:g} s ({which}): each needs "
+            f"{fitted.harvester}, and the cluster has {cluster_now()}, of which "
+            f"{shown(ray.available_resources())} is free."
+        )
+    return {calls[call]: call.result() for call in done}
+
+
+async def as_future(ref: Any) -> Any:
+    return await ref
 
 
 # --- packs ----------------------------------------------------------------------------------
@@ -229,9 +323,7 @@ def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: flo
     from saeray.cluster.pack import train_pack
 
     fitted = about.fitted
-    per_worker = {"CPU": fitted.trainer_cpus}
-    if fitted.trainer_gpus:
-        per_worker["GPU"] = fitted.trainer_gpus
+    per_worker = dict(fitted.trainer.resources)
     TorchTrainer(
         train_pack,
         train_loop_config={"roster": roster, "pack": about.name, "wait_limit_s": wait_limit_s},
@@ -239,6 +331,7 @@ def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: flo
             num_workers=fitted.num_workers,
             use_gpu=fitted.trainer_gpus > 0,
             resources_per_worker=per_worker,
+            label_selector=dict(fitted.trainer_labels) or None,
         ),
         run_config=train.RunConfig(
             name=about.name,
@@ -252,27 +345,30 @@ def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: flo
 
 
 async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:
-    """The streams and packs of a roster that was started again; halves of a stream are ended."""
+    """The streams and packs of a roster that was started again; halves of a stream are ended.
+
+    Streams that it shares with other sweeps are those that its packs read.
+    """
     prefix = f"{roster}/"
     listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
     names = [
-        a["name"] for a in listed if a["namespace"] == NAMESPACE and a["name"].startswith(prefix)
+        a["name"] for a in listed if a["namespace"] == namespace() and a["name"].startswith(prefix)
     ]
     handles = {}
     for name in names:
         try:
-            handles[name] = ray.get_actor(name, NAMESPACE)
+            handles[name] = ray.get_actor(name, namespace())
         except ValueError:
             continue  # just gone
-    streams, packs = [], []
-    for name, handle in handles.items():
-        if name.endswith("/buffer"):
-            about = await handle.describe.remote()
-            stream = name.removesuffix("/buffer")
-            harvesters = [handles[f"{stream}/harvester-{i}"] for i in range(about.n_harvesters)]
-            streams.append(Stream(about, handles[f"{stream}/token-server"], harvesters, handle))
-        elif name.count("/") == prefix.count("/"):
-            packs.append((await handle.describe.remote(), handle))
+    packs = [
+        (await handle.describe.remote(), handle)
+        for name, handle in handles.items()
+        if name.count("/") == prefix.count("/")
+    ]
+    wanted = {n.removesuffix("/buffer") for n in handles if n.endswith("/buffer")}
+    wanted |= {about.stream for about, _ in packs}
+    found = [await running_stream(name) for name in sorted(wanted)]
+    streams = [stream for stream in found if stream is not None]
     whole = {s.about.name for s in streams}
     for name, handle in handles.items():
         if name.count("/") > prefix.count("/") and name.rpartition("/")[0] not in whole:

@@ -21,6 +21,7 @@ from torch import Tensor
 from saeray.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.cluster import waiting
 from saeray.cluster.blocks import to_array
+from saeray.cluster.head_folder import seen_from_here
 from saeray.cluster.reader import Place, Reader
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import SaerayError
@@ -80,13 +81,6 @@ class Member:
     def n_training_tokens(self) -> int:
         return self.trainer.step * self.config.train_batch_size
 
-    def wants_log(self, step: int) -> bool:
-        return step % self.config.wandb_log_frequency == 0 or self.wants_evaluation(step)
-
-    def wants_evaluation(self, step: int) -> bool:
-        every = self.config.resolved_eval_every
-        return bool(every) and step % every == 0 and step < self.config.steps
-
 
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
@@ -109,6 +103,7 @@ class Pack:
 
     def __init__(self, plan: PackPlan, roster: Any, ranks: Ranks) -> None:
         self.plan = plan
+        self.folder = seen_from_here(plan.folder, plan.marker)
         self.ranks = ranks
         self.roster = roster
         self.configs = {
@@ -128,7 +123,7 @@ class Pack:
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
-        folder = Folder.at(self.plan.folder) / "trials" / name
+        folder = self.folder / "trials" / name
         found, damaged = newest_checkpoint(folder / "checkpoints")
         for reason in damaged:
             self.warn(f"{name}: checkpoint passed over: {reason}")
@@ -185,7 +180,7 @@ class Pack:
             for step, x in enumerate(reader, start=first + 1):
                 # One that was resumed from a later checkpoint waits until the others are there.
                 due = [m for m in active if m.trainer.step == step - 1]
-                wants = any(m.wants_log(step) or step == m.config.steps for m in due)
+                wants = any(m.config.logs_at(step) for m in due)
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
 
                 if wants:
@@ -232,14 +227,14 @@ class Pack:
         withdrawn = self.take_answer()
         for m, of_step in zip(due, metrics, strict=True):
             finished = step == m.config.steps
-            if not (finished or m.wants_log(step) or m.name in withdrawn):
+            if not (m.config.logs_at(step) or m.name in withdrawn):
                 continue
             assert of_step is not None
             report = self.report_of(m, of_step, step)
             if report.state != FAILED:
                 if finished or m.name in withdrawn:
                     report = self.publish(m, report, DONE if finished else STOPPED)
-                elif m.wants_evaluation(step):
+                elif m.config.evaluates_at(step):
                     report = report._replace(snapshot=[self.snapshot(m)])
             if report.state in (DONE, STOPPED, FAILED):
                 gone.add(m.name)
@@ -325,6 +320,7 @@ class Pack:
 
     def publish(self, m: Member, report: Report, state: str) -> Report:
         if state == STOPPED:  # a paused trial may come back to it
+            self.wait_until_settled()
             self.save_one(m)
         final = m.folder / "final"
         save_final(final, m.config, m.trainer)

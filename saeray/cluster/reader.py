@@ -129,9 +129,9 @@ class Reader:
             a, stop = position, position + rows  # rows of the stream
             while a < stop:
                 while a >= window.stop:
-                    next_window = window.index + 1
-                    del window  # its blocks must be gone before the next ones are asked for
-                    window = Window(self, next_window)
+                    next_window, kept = window.index + 1, window.blocks_of_next()
+                    del window  # its other blocks must be gone before the next ones are asked for
+                    window = Window(self, next_window, kept)
                 b = min(stop, window.stop)
                 window.gather(a, b, out=batch[a - position : b - position])
                 a = b
@@ -158,18 +158,27 @@ def is_lost(ref: Any) -> bool:
 class Window:
     """One window's blocks, mapped from shared memory, and the order to read them in."""
 
-    def __init__(self, reader: Reader, index: int) -> None:
+    def __init__(self, reader: Reader, index: int, kept: list[Tensor] | None = None) -> None:
+        """kept: of the window before, what belongs to this one too; taken over from the caller."""
         place = reader.place
         self.index = index
         self.start = place.order.window_start(index)
         self.stop = place.order.window_start(index + 1)
+        self.own = len(place.order.group(index))
+        self.blocks: list[Tensor] = [] if kept is None else kept
         answer, arrays = self.fetch(reader)
         self.first_block = answer.blocks.start
-        self.blocks = [to_tensor(a, place.dtype) for a in arrays]
+        self.blocks += [to_tensor(a, place.dtype) for a in arrays]
         self.order = place.order.order(index)
 
+    def blocks_of_next(self) -> list[Tensor]:
+        """Takes out the blocks that the next window needs too: those of this one's own group."""
+        kept = self.blocks[len(self.blocks) - self.own :]
+        self.blocks = []
+        return kept
+
     def fetch(self, reader: Reader) -> tuple[WindowBlocks, list[np.ndarray]]:
-        """The window's blocks in shared memory, however often they are lost on the way.
+        """Those of the window's blocks that are not here, however often they are lost on the way.
 
         Raises:
             Late: not within the limit; names who is waited for.
@@ -179,10 +188,14 @@ class Window:
         lost: list[str] = []
 
         def ask() -> Any:
-            return reader.buffer.window.remote(place.name, self.index, lost)
+            return reader.buffer.window.remote(place.name, self.index, lost, len(self.blocks))
+
+        def not_yet(answer: waiting.NotYet) -> None:
+            if answer.let_go:
+                self.blocks.clear()
 
         while True:
-            answer = waiting.poll(ask, limit, "activation buffer")
+            answer = waiting.poll(ask, limit, "activation buffer", not_yet)
             refs = [refs[place.hook_index] for refs in answer.refs]
             try:
                 return answer, waiting.get(refs, limit, "object store")

@@ -20,6 +20,7 @@ from ray import tune
 from ray.exceptions import RayError
 
 from saeray.cluster import waiting
+from saeray.cluster.nodes import HEAD, HEAD_SHARE, has_head
 from saeray.cluster.roster import find_or_create
 from saeray.cluster.waiting import NotYet
 from saeray.config import LanguageModelSAERunnerConfig, resolve
@@ -121,5 +122,8 @@ class SAETrial(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """Next to nothing: Tune refuses zero."""
-        return tune.PlacementGroupFactory([{"CPU": 0.001}])
+        """Next to nothing (Tune refuses zero), and on the head node.
+
+        Tune's own files are seen there even on a cluster without shared storage.
+        """
+        return tune.PlacementGroupFactory([{HEAD: HEAD_SHARE} if has_head() else {"CPU": 0.001}])

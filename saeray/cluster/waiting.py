@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayTaskError,
+)
 
 from saeray.errors import Late, SaerayError
 
@@ -23,6 +29,7 @@ class NotYet(NamedTuple):
     """The answer of a call that waited a little and shall be repeated."""
 
     late: str  # who is waited for, in words
+    let_go: bool = False  # the caller shall give up what it still has for this
 
 
 def get(ref: Any, limit_s: float, who: str) -> Any:
@@ -64,8 +71,15 @@ def ask(call: Callable[[], Any], limit_s: float, who: str) -> Any:
             time.sleep(RETRY_SECONDS)
 
 
-def poll(call: Callable[[], Any], limit_s: float, who: str) -> Any:
+def poll(
+    call: Callable[[], Any],
+    limit_s: float,
+    who: str,
+    not_yet: Callable[[NotYet], None] = lambda _: None,
+) -> Any:
     """Repeats a call that answers `NotYet` until it answers, for `limit_s` at most.
+
+    not_yet: is told of every such answer.
 
     Raises:
         Late: it was "not yet" for the whole time; names who its last answer was waiting for.
@@ -75,8 +89,40 @@ def poll(call: Callable[[], Any], limit_s: float, who: str) -> Any:
         answer = ask(call, limit_s, who)
         if not isinstance(answer, NotYet):
             return answer
+        not_yet(answer)
         if time.monotonic() > deadline:
             raise Late(
                 f"nothing came from {answer.late} for {limit_s:g} s (wait_limit_s); raise it if "
                 "the machine is only slow."
             )
+
+
+def one_that_takes(
+    call: Callable[[Any], Any],
+    make: Callable[[], Any],
+    limit_s: float,
+    who: str,
+    past: Callable[[Any], None] = lambda _: None,
+) -> tuple[Any, Any]:
+    """A named actor, found or made, that takes a call; and what it answered.
+
+    One of an earlier session may just be ending: it answers None, or is gone under the call. It is
+    waited for, and then another one made.
+
+    past: is given one that has answered None.
+
+    Raises:
+        Late: the earlier one did not end within `limit_s`.
+    """
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        actor = make()
+        try:
+            answer = ask(partial(call, actor), limit_s, who)
+            if answer is not None:
+                return actor, answer
+            past(actor)
+        except RayActorError:
+            pass  # it has just gone
+        time.sleep(RETRY_SECONDS)
+    raise Late(f"{who} of an earlier session did not end within {limit_s:g} s (wait_limit_s).")

@@ -1,0 +1,149 @@
+"""A running sweep as it stands: its SAEs, its packs, and what has been said of it.
+
+The roster's own file (`roster.py`) speaks with trials and drivers, `dispatch.py` gets packs and
+streams running, `settling.py` turns their reports into results. This is what the three share. An
+SAE's life:
+
+    waiting ──pack launched──► training ──last step──► evaluating ──► done
+                                  │── withdrawn ──► stopped      └── NaN ──► failed
+                                  └── sweep or pack ended ──► interrupted ──resumed──► waiting
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from saeray import __version__
+from saeray.cluster.head_folder import MARKER
+from saeray.cluster.launch import AboutPack, Stream
+from saeray.config import LanguageModelSAERunnerConfig, digest
+from saeray.errors import SaerayError
+from saeray.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
+from saeray.storage import Folder
+from saeray.sweep_folder import Memory, SweepFolder
+
+
+@dataclass
+class Entry:
+    """One SAE."""
+
+    name: str
+    config: LanguageModelSAERunnerConfig
+    state: str = WAITING
+    step: int = 0
+    n_training_tokens: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    path: str | None = None
+    attached: bool = False  # a trial is there for it
+    withdrawn: bool = False  # it shall leave its pack
+    pending: deque[tuple[Report, asyncio.Task[Any] | None]] = field(default_factory=deque)
+    settling: asyncio.Task[None] | None = None
+    settled: int = 0  # step up to which its reports are evaluated and written
+    row_written: bool = False  # of its end: only then anyone hears of it
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDS
+
+    @property
+    def number(self) -> int:
+        """Of its newest result: counts up, and is the same after the roster was started again."""
+        return 2 * self.step + self.ended
+
+
+@dataclass
+class PackState:
+    """A launched pack."""
+
+    about: AboutPack
+    launcher: Any = None
+    task: Any = None  # that follows it to its end
+    stream: Stream | None = None  # once it is there
+    nothing_to_do: bool = False  # its stream did not come about
+    reader: ReaderGauges | None = None
+    heard_of: bool = False  # its trainer is up and has asked for the plan
+    problem: str | None = None  # why it can't go on, in its own words
+    first_tokens: int = 0  # the least of its SAEs' newest checkpoints when it was launched
+
+    @property
+    def members(self) -> list[str]:
+        return list(self.about.configs)
+
+    @property
+    def readers(self) -> list[str]:
+        ranks = range(self.about.fitted.num_workers)
+        return [reader_name(self.about.name, rank) for rank in ranks]
+
+
+class SweepState:
+    """What the parts of a roster share; all of them run on its event loop."""
+
+    def __init__(self, sweep: str, folder: str, name: str) -> None:
+        self.sweep = sweep
+        self.folder = Folder.at(folder)
+        self.files = SweepFolder(self.folder, sweep)
+        self.name = name  # the roster's
+        self.incarnation = uuid.uuid4().hex
+        # Tells this disk from others; of the sweep, not of this incarnation.
+        self.marker = digest([name, str(ray.get_runtime_context().get_node_id())])
+        self.entries: dict[str, Entry] = {}
+        self.packs: dict[str, PackState] = {}
+        self.phase = "gathering trials"
+        self.error: BaseException | None = None  # why the whole sweep can't go on
+        self.warnings: list[str] = []
+        self.provenance: dict[str, Any] = {"saeray": __version__, "ray": ray.__version__}
+        # LM tokens harvested and read from cache by each incarnation of a buffer.
+        self.tokens: dict[str, tuple[int, int]] = {}
+        self.training_since: float | None = None
+        self.interrupted = False  # nothing more is to be trained
+        self.closed = False  # closing, or closed
+        self.remembering = asyncio.Lock()
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be trained."""
+        return self.closed or self.interrupted
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            kind = type(self.error) if isinstance(self.error, SaerayError) else SaerayError
+            raise kind(str(self.error))
+
+    def do(self, work: Any) -> asyncio.Task[Any]:
+        """Work in the background; asyncio itself keeps no hold on it."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def say(self, text: str) -> bool:
+        """Adds a warning to the status; whether it is a new one."""
+        if text in self.warnings:
+            return False
+        self.warnings.append(text)
+        return True
+
+    async def warn(self, text: str) -> None:
+        """`say`, which a roster that is started again remembers."""
+        if self.say(text):
+            await self.remember()
+
+    async def remember(self) -> None:
+        """Writes down what a new incarnation needs, and what tells others which disk this is."""
+        async with self.remembering:
+            if self.closed:
+                return
+            configs = {e.name: e.config.to_dict() for e in self.entries.values()}
+            memory = Memory(configs, self.provenance, list(self.warnings), dict(self.tokens))
+            await asyncio.to_thread(self.files.remember, memory)
+            if self.folder.is_local:
+                await asyncio.to_thread((self.folder / ".ray").write, MARKER, self.marker.encode())
