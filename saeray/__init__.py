@@ -22,6 +22,7 @@ _WHERE = {
     "language_model_sae_runner": "saeray.runner",
     "load_sae": "saeray.checkpoint",
     "resume": "saeray.runner",
+    "runtime_env": "saeray.connect",
     "sweep": "saeray.runner",
 }
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from saeray.checkpoint import load_sae
     from saeray.cluster.trial import SAETrial
     from saeray.config import LanguageModelSAERunnerConfig, Resources
+    from saeray.connect import runtime_env
     from saeray.errors import ConfigError
     from saeray.runner import language_model_sae_runner, resume, sweep
     from saeray.sae.standard import StandardSAE
@@ -50,5 +52,6 @@ __all__ = [
     "language_model_sae_runner",
     "load_sae",
     "resume",
+    "runtime_env",
     "sweep",
 ]

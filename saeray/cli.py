@@ -1,4 +1,4 @@
-"""`saeray sweep FILE.yaml`: the command line.
+"""`saeray sweep FILE.yaml`, `saeray status`, `saeray fetch SWEEP DIR`: the command line.
 
 Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed or were
 interrupted, 2 bad input, 130 Ctrl-C.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import yaml
 from saeray import __version__
 from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import ConfigError, SaerayError, printable
+
+ADDRESSES = "of a Ray cluster: ray://HOST:10001, http://HOST:8265, or on a node of it auto"
 
 
 def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> dict[str, Any]:  # noqa: B006
@@ -73,7 +77,11 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     named = arguments.name or config.name
     name = named or f"{Path(arguments.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     result = sweep(
-        config, name=name, storage_path=arguments.storage_path, address=arguments.address
+        config,
+        name=name,
+        storage_path=arguments.storage_path,
+        address=arguments.address,
+        namespace=arguments.namespace,
     )
     print(printable(result.summary()))
     return 0 if result.ok else 1
@@ -95,9 +103,65 @@ def resume_command(arguments: argparse.Namespace) -> int:
             )
     from saeray.runner import resume
 
-    result = resume(arguments.resume, address=arguments.address)
+    result = resume(arguments.resume, address=arguments.address, namespace=arguments.namespace)
     print(printable(result.summary()))
     return 0 if result.ok else 1
+
+
+def status_command(arguments: argparse.Namespace) -> int:
+    from saeray.connect import chosen, connected, is_jobs
+
+    address = chosen(arguments.address)
+    if is_jobs(address):
+        from saeray.jobs import command_as_job
+
+        assert address is not None
+        return command_as_job(["status", *(["--json"] if arguments.json else [])], address)
+    with connected(address or "auto"):
+        from saeray.listing import as_json, sweeps_of_cluster, table
+
+        listed = sweeps_of_cluster()
+        print(as_json(listed) if arguments.json else printable(table(listed)))
+    return 0
+
+
+def stop_command(arguments: argparse.Namespace) -> int:
+    from saeray.connect import chosen, connected, is_jobs
+
+    address = chosen(arguments.address)
+    if is_jobs(address):
+        from saeray.jobs import command_as_job
+
+        assert address is not None
+        return command_as_job(["stop", arguments.sweep], address)
+    with connected(address or "auto"):
+        from saeray.away import find_record
+        from saeray.listing import stop
+
+        record = find_record(arguments.sweep)
+        print(stop(record))
+    return 0
+
+
+def fetch_command(arguments: argparse.Namespace) -> int:
+    from saeray.connect import chosen, connected
+    from saeray.fetch import fetch_folder
+    from saeray.storage import Folder
+
+    target = Folder.at(arguments.directory)
+    if "://" in arguments.sweep:
+        source = Folder.at(arguments.sweep, "SWEEP")
+        if "sweep.yaml" not in source.names():
+            raise ConfigError(f"{source.uri}: there is no sweep.yaml, so no sweep to fetch.")
+        fetch_folder(source, target, arguments.checkpoints)
+        return 0
+    with connected(chosen(arguments.address) or "auto"):
+        from saeray.away import find_record
+        from saeray.cluster.head_folder import seen_from_here
+
+        record = find_record(arguments.sweep)
+        fetch_folder(seen_from_here(record.folder), target, arguments.checkpoints)
+    return 0
 
 
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
@@ -133,7 +197,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume",
         metavar="DIR",
-        help="go on with an interrupted sweep: its folder, a path or s3://…, gs://…",
+        help="go on with an interrupted sweep: its folder, a path or s3://…, gs://…; or, on a "
+        "cluster, its name",
     )
     run.add_argument(
         "--set",
@@ -144,14 +209,41 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--name", help="of the sweep; default: the file's name and the time")
     run.add_argument("--storage-path", help="where its folder goes: a path or s3://…, gs://…")
-    run.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, or this machine")
+    run.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this machine")
+    run.add_argument("--namespace", help="Ray's; default: saeray")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
     run.set_defaults(command=sweep_command)
+
+    status = commands.add_parser("status", help="the sweeps of a cluster, running and finished")
+    status.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    status.add_argument("--json", action="store_true", help="for other programs")
+    status.set_defaults(command=status_command)
+
+    stop = commands.add_parser("stop", help="end a running sweep; what is trained is saved")
+    stop.add_argument("sweep", metavar="SWEEP", help="its name, or NAMESPACE/NAME")
+    stop.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    stop.set_defaults(command=stop_command)
+
+    fetch = commands.add_parser("fetch", help="bring a sweep's results home from a cluster")
+    fetch.add_argument(
+        "sweep", metavar="SWEEP", help="its name, NAMESPACE/NAME, or the URI of its folder"
+    )
+    fetch.add_argument("directory", metavar="DIR", help="where to: a local folder")
+    fetch.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    fetch.add_argument("--checkpoints", action="store_true", help="them, too")
+    fetch.set_defaults(command=fetch_command)
     return top
+
+
+def interrupt(*_: object) -> None:
+    """Any end that leaves time is a Ctrl-C: what was trained is saved."""
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # as `ray job stop` and `kill` end it
     try:
         return parsed.command(parsed)
     except ConfigError as error:
@@ -160,7 +252,15 @@ def main(arguments: list[str] | None = None) -> int:
     except SaerayError as error:
         print(printable(f"saeray: {error}"), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as left:
+        if left.args:  # the sweep's name: it was left running
+            print(
+                f"saeray: {left.args[0]} goes on; `saeray status` looks at it, `saeray sweep "
+                f"--resume {left.args[0]}` joins it, `saeray fetch {left.args[0]} DIR` brings its "
+                "results home (with the same --address).",
+                file=sys.stderr,
+            )
+            return 0
         print(
             "saeray: interrupted; what was trained so far is in the sweep's folder, and "
             "`saeray sweep --resume` of it goes on.",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console, Group
@@ -14,10 +15,33 @@ from rich.table import Table
 from rich.text import Text
 
 from saeray.errors import Late, printable
-from saeray.messages import ENDS, SweepStatus
+from saeray.messages import ENDS, Gauges, ReaderGauges, SAERow, SweepStatus
 
+# Names a file, in Ray's folder of logs, that a sweep run as a job writes its status to: see
+# `saeray.jobs`.
+STATUS_FILE = "SAERAY_STATUS_FILE"
 LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
+
+
+def status_as_data(status: SweepStatus) -> dict[str, Any]:
+    """A status as JSON has it; of the metrics only numbers."""
+    data = asdict(status)
+    for row in data["rows"]:
+        row["metrics"] = {k: v for k, v in row["metrics"].items() if isinstance(v, (int, float))}
+    data["gauges"] = [g._asdict() for g in status.gauges]
+    data["readers"] = {name: r._asdict() for name, r in status.readers.items()}
+    return data
+
+
+def status_from(data: Mapping[str, Any]) -> SweepStatus:
+    """The inverse of `status_as_data`; what else stands there is left out."""
+    known = {f.name for f in fields(SweepStatus)}
+    values = {key: value for key, value in data.items() if key in known}
+    values["rows"] = [SAERow(**row) for row in data["rows"]]
+    values["gauges"] = [Gauges(**g) for g in data["gauges"]]
+    values["readers"] = {name: ReaderGauges(**r) for name, r in data["readers"].items()}
+    return SweepStatus(**values)
 
 
 def human(n: float) -> str:
@@ -131,6 +155,8 @@ def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
         )
     notes = [Text(f"! {w}", style="yellow") for w in status.warnings[-3:]]
     head = Text(f"{status.phase} · {duration(elapsed)}")
+    if status.placement:
+        head.append(f"\n{status.placement}", style="dim")
     if status.error:
         return Group(head, Text(printable(status.error), style="red"))
     return Group(head, table, Text(summary(status, rates)), *notes)
@@ -139,8 +165,15 @@ def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
 class LiveView:
     """Looks at the sweep from a thread of its own while Tune has the main one."""
 
-    def __init__(self, look: Callable[[], SweepStatus], live: bool) -> None:
+    def __init__(
+        self,
+        look: Callable[[], SweepStatus],
+        live: bool,
+        watched: Callable[[SweepStatus], None] | None = None,
+    ) -> None:
+        """watched: is told every status that was looked at."""
         self.look = look
+        self.watched = watched
         self.live = live
         self.status = SweepStatus(rows=[], phase="starting")
         self.rates = Rates()
@@ -161,6 +194,8 @@ class LiveView:
         self.status = self.look()
         self.status.warnings = [printable(w) for w in self.status.warnings]
         self.rates.add(time.monotonic(), self.status)
+        if self.watched is not None:
+            self.watched(self.status)
 
     def run(self) -> None:
         if self.live and self.console.is_terminal:
@@ -169,23 +204,25 @@ class LiveView:
                     self.refresh(live)
                 self.refresh(live)
             return
-        said, phase = 0.0, ""
+        said, phase, placement = 0.0, "", ""
         while not self.stop.wait(LOOK_SECONDS):
             try:
                 self.update()
             except (Late, RuntimeError):
                 continue
             now = time.monotonic()
+            if self.live and self.status.placement not in ("", placement):
+                placement = self.status.placement
+                self.say(f"        {placement}")
             if self.live and (now - said > LINE_SECONDS or self.status.phase != phase):
                 said, phase = now, self.status.phase
                 elapsed = duration(now - self.started)
                 what = printable(self.status.error or "") or summary(self.status, self.rates)
-                self.console.print(
-                    f"{elapsed:>6} {phase}: {what}",
-                    highlight=False,
-                    markup=False,  # the text may have come from a dataset
-                    soft_wrap=True,
-                )
+                self.say(f"{elapsed:>6} {phase}: {what}")
+
+    def say(self, line: str) -> None:
+        # No markup: the text may have come from a dataset.
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def refresh(self, live: Live) -> None:
         try:

@@ -1,91 +1,28 @@
-"""The user's side in Python: `sweep(config)` and the guide's `language_model_sae_runner(cfg)`.
+"""The user's side in Python: `sweep(config)`, `resume(folder)` and the guide's
+`language_model_sae_runner(cfg)`.
 
-Both are thin layers over `tune.run(SAETrial, ...)`: they name the sweep, tell its roster which SAEs
-to expect, and draw the live view while Tune runs.
+They refuse bad input and say where the sweep runs: here (`saeray.session`), or on a cluster that
+this process is outside of, in an actor or a job (`saeray.away`, `saeray.jobs`).
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import subprocess
 import time
-import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeray.config import LanguageModelSAERunnerConfig, grid_axes, resolve
-from saeray.errors import ConfigError, Late, SaerayError, bad_value
-from saeray.grid import SAE, expand
-from saeray.messages import DONE, ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
+from saeray.connect import LOCAL, chosen, connected, is_jobs, is_outside
+from saeray.errors import SaerayError, bad_value
+from saeray.grid import expand
+from saeray.messages import DONE
+from saeray.session import SweepResult, absolute, done_already, refuse_existing, run, saes_of
 from saeray.storage import Folder
-from saeray.sweep_folder import SweepFolder
 
 if TYPE_CHECKING:
     from saeray.sae.standard import StandardSAE
-
-
-TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
-
-
-@dataclass
-class SweepResult:
-    """What a sweep has left behind."""
-
-    name: str
-    folder: Folder
-    rows: list[dict[str, Any]]  # results.csv, row by row
-    status: SweepStatus
-
-    @property
-    def ok(self) -> bool:
-        """Whether every SAE finished."""
-        return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
-
-    def summary(self) -> str:
-        """A table of the SAEs, the account of tokens, and where everything is."""
-        from saeray.live import human
-
-        lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
-        for row in self.rows:
-            figures = [
-                "–" if row[key] is None else format(row[key], form)
-                for key, form in (
-                    ("l0", ".1f"),
-                    ("explained_variance", ".3f"),
-                    ("ce_loss_score", ".3f"),
-                    ("dead_features", ".0f"),
-                )
-            ]
-            widths = zip(figures, (8, 9, 9, 6), strict=True)
-            lines.append(
-                f"{row['trial']:<44} {row['status']:<8} " + " ".join(f"{f:>{w}}" for f, w in widths)
-            )
-            if row["error"]:
-                lines.append(f"    {row['error']}")
-        status = self.status
-        longest = max((r.n_training_tokens for r in status.rows), default=0)
-        if longest:
-            cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
-            lines.append(
-                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE trained on "
-                f"{longest:,} ({status.harvested_tokens / longest:.3f}x); all SAEs together on "
-                f"{status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} tokens, "
-                "held out."
-            )
-        lines += [f"! {warning}" for warning in status.warnings]
-        if any(row["status"] == INTERRUPTED for row in self.rows):
-            lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
-        lines.append(f"results: {self.folder.uri}")
-        return "\n".join(lines)
-
-    def load(self, trial: str) -> StandardSAE:
-        """The trained SAE of a row's `trial`."""
-        from saeray.checkpoint import load_sae
-
-        return load_sae(self.folder / "trials" / trial / "final")
 
 
 def sweep(
@@ -94,6 +31,7 @@ def sweep(
     name: str | None = None,
     storage_path: str | os.PathLike[str] | None = None,
     address: str | None = None,
+    namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
 ) -> SweepResult:
@@ -103,8 +41,13 @@ def sweep(
         config: the guide's fields, as an object or flat data.
         name: of the sweep; its results stand in `<storage_path>/<name>`. Default: derived from the
             model, the hook point and the time.
-        storage_path: local path or URI; default: the config's.
-        address: of a Ray cluster; default: RAY_ADDRESS, or this machine.
+        storage_path: local path or URI; default: the config's. From outside a cluster (`ray://`) a
+            relative path is one below the head's home directory, and what is kept there is
+            fetched to the same path here in the end; an absolute one is the cluster's alone.
+        address: of a Ray cluster; default: RAY_ADDRESS, or a cluster that runs on this machine, or
+            this machine alone (`local`: in any case). `ray://HOST:10001` from outside the cluster,
+            `http://HOST:8265` for its job server.
+        namespace: Ray's; sweeps of different ones know nothing of each other.
         scheduler: a Ray Tune scheduler; default FIFO. Use `n_training_tokens` as time_attr.
         live: draw a table while it runs (plain lines when not a terminal).
 
@@ -117,25 +60,36 @@ def sweep(
         name=name or config.name or default_name(config),
         storage_path=str(storage_path or config.storage_path or config.checkpoint_path),
     )
-    config = resolve(with_absolute_paths(config))
-    assert config.name is not None and config.storage_path is not None
-    saes = expand(config)
-    folder = Folder.at(config.storage_path) / config.name
+    config = resolve(config)
+    expand(config)  # what is wrong with it is said before anything is started
     if config.activation_cache is not None:
         Folder.at(config.activation_cache, "activation_cache")
-    if folder.names():
-        raise bad_value(
-            "name",
-            config.name,
-            f"{folder.uri} is there already; choose another name, or go on with it by --resume.",
-        )
-    return run_on_ray(saes, folder, config.name, address, scheduler, live)
+    address = chosen(address)
+    if is_jobs(address):
+        from saeray.jobs import sweep_as_job
+
+        assert address is not None
+        if scheduler is not None:
+            raise bad_value("address", address, "a job takes no scheduler; use ray://HOST:10001.")
+        return sweep_as_job(config, address, namespace, live)
+    if is_outside(address):
+        with connected(address, namespace):
+            from saeray import away
+
+            return away.sweep(config, scheduler, live)
+    config = with_absolute_paths(config)
+    assert config.name is not None and config.storage_path is not None
+    folder = Folder.at(config.storage_path) / config.name
+    refuse_existing(folder, config.name)
+    with connected(address, namespace) as ends_ray:
+        return run(expand(config), folder, config.name, scheduler, live, ends_ray)
 
 
 def resume(
     folder: str | os.PathLike[str],
     *,
     address: str | None = None,
+    namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
 ) -> SweepResult:
@@ -146,42 +100,35 @@ def resume(
     it.
 
     Args:
-        folder: of the sweep: its path or URI.
+        folder: of the sweep: its path or URI (from outside a cluster: its path there), or the
+            name of a sweep that the cluster knows (`saeray status`).
 
     Raises:
         ConfigError: no sweep is there, or its sweep.yaml is damaged.
     """
+    address = chosen(address)
+    if is_jobs(address):
+        from saeray.jobs import resume_as_job
+
+        assert address is not None
+        return resume_as_job(str(folder), address, namespace, live)
+    if is_outside(address):
+        with connected(address, namespace):
+            from saeray import away
+
+            return away.resume(str(folder), scheduler, live)
     place = Folder.at(folder)
-    name = place.name
-    files = SweepFolder(place, name)
-    saes = [SAE(n, config) for n, config in files.read_configs().items()]
-    known = files.known([s.name for s in saes])
-    if all(k.state in ENDS for k in known.values()):
-        rows = [
-            SAERow(s.name, k.state, k.step, s.config.steps, k.n_training_tokens, k.metrics, k.error)
-            for s, k in ((s, known[s.name]) for s in saes)
-        ]
-        return SweepResult(name, place, files.read_rows(), SweepStatus(rows, "done already"))
-    return run_on_ray(saes, place, name, address, scheduler, live, resuming=True)
+    if address not in (None, LOCAL) and "/" not in str(folder) and not place.names():
+        with connected(address, namespace):
+            from saeray.cluster import registry
 
-
-def run_on_ray(
-    saes: list[SAE],
-    folder: Folder,
-    name: str,
-    address: str | None,
-    scheduler: Any,
-    live: bool,
-    resuming: bool = False,
-) -> SweepResult:
-    started_ray = start_ray(address)
-    try:
-        return run(saes, folder, name, scheduler, live, started_ray, resuming)
-    finally:
-        if started_ray:
-            import ray
-
-            ray.shutdown()
+            place = Folder.at(registry.folder_called(str(folder)) or folder)
+    done = done_already(place)
+    if done is not None:
+        return done
+    saes = saes_of(place)
+    with connected(address, namespace) as ends_ray:
+        return run(saes, place, place.name, scheduler, live, ends_ray, resuming=True)
 
 
 def language_model_sae_runner(
@@ -210,11 +157,6 @@ def default_name(config: LanguageModelSAERunnerConfig) -> str:
 def with_absolute_paths(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
     """Actors run in other working directories: local paths are made absolute here."""
 
-    def absolute(path: Any) -> Any:
-        if isinstance(path, str) and "://" not in path and Path(path).expanduser().exists():
-            return str(Path(path).expanduser().absolute())
-        return path
-
     def to_be_made(path: str | None) -> str | None:
         if path is not None and "://" not in path:
             return str(Path(path).expanduser().absolute())
@@ -226,151 +168,3 @@ def with_absolute_paths(config: LanguageModelSAERunnerConfig) -> LanguageModelSA
         storage_path=to_be_made(config.storage_path),
         activation_cache=to_be_made(config.activation_cache),
     )
-
-
-def start_ray(address: str | None) -> bool:
-    """Connects to a cluster or starts Ray on this machine; whether it did either."""
-    # Quiet, and without the two processes Train would start to watch for preemption.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables; the live view is ours
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # we write the metrics
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    # Not the user's keys: Ray writes a runtime_env into its logs (see `launch.passed_on`).
-    settings = {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
-    options: dict[str, Any] = {
-        "namespace": "saeray",
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": settings},
-    }
-    if address is None:
-        # The history of every call, for a dashboard: there is none, and it takes 8 KB a block.
-        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        ray.init(include_dashboard=False, **options)
-    else:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise bad_value(
-                "address",
-                address,
-                f"no Ray cluster answers there ({error}). Where the cluster uses token "
-                "authentication, set RAY_AUTH_MODE=token and bring its ~/.ray/auth_token.",
-            ) from None
-    return True
-
-
-def run(
-    saes: list[SAE],
-    folder: Folder,
-    name: str,
-    scheduler: Any,
-    live: bool,
-    ends_ray: bool,
-    resuming: bool,
-) -> SweepResult:
-    """One sweep on the Ray instance this process is connected to."""
-    import ray
-    from ray import tune
-
-    from saeray.cluster import waiting
-    from saeray.cluster.trial import INTERNAL, SAETrial
-    from saeray.live import LiveView
-
-    keep_keys_out_of_logs()
-    limit = saes[0].config.wait_limit_s
-    roster = begun(saes, folder, name, limit, resuming)
-    view = LiveView(lambda: waiting.ask(roster.status.remote, limit, "roster"), live)
-    view.update()
-    ended = {row.name for row in view.status.rows if row.state in ENDS}
-    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes if s.name not in ended]
-    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
-    try:
-        with view:
-            # Trials only wait for reports, and on few cores their start takes a while from the
-            # others: after what may yet turn out to be bad input, before the training.
-            view.wait_for_stream()
-            # A failed SAE is in the results with its reason; Tune would print its traceback too.
-            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-            if view.status.error is None:
-                tune.run(
-                    SAETrial,
-                    name=f"tune-{uuid.uuid4().hex[:6]}",
-                    storage_path=(folder / ".ray").uri,
-                    config={INTERNAL: known},
-                    scheduler=scheduler,
-                    verbose=0,
-                    max_failures=TRIAL_RESTARTS,
-                    raise_on_failed_trial=False,
-                    trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
-                    trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
-                )
-                view.wait_for_end(limit)
-    finally:
-        bad_input = view.status.error is not None
-        waiting.ask(lambda: roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
-        ray.kill(roster)
-    status = view.status
-    if status.error is not None:
-        raise (ConfigError if status.bad_input else SaerayError)(status.error)
-    return SweepResult(name, folder, SweepFolder(folder, name).read_rows(), status)
-
-
-def keep_keys_out_of_logs() -> None:
-    """Keeps Tune from handing on AWS keys in a runtime_env, which Ray writes into its logs.
-
-    On this machine trials inherit them; a cluster's nodes need their own anyway.
-    """
-    from ray.tune.execution import class_cache
-
-    handed_on: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
-    handed_on -= {name for name in handed_on if name.startswith("AWS_")}
-
-
-def begun(saes: list[SAE], folder: Folder, name: str, limit_s: float, resuming: bool) -> Any:
-    """The sweep's roster, told what to train; one that is just closing is waited for."""
-    from ray.exceptions import RayActorError
-
-    from saeray.cluster import waiting
-    from saeray.cluster.roster import find_or_create
-
-    configs = {s.name: s.config.to_dict() for s in saes}
-    versions = provenance()
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        roster = find_or_create(name, folder.uri)
-        try:
-            if waiting.ask(
-                lambda r=roster: r.begin.remote(configs, versions, resuming),  # type: ignore[misc]
-                limit_s,
-                "roster",
-            ):
-                return roster
-        except RayActorError:
-            pass  # it has just gone
-        time.sleep(0.5)
-    raise Late(f"the roster of an earlier session of {name} did not end within {limit_s:g} s.")
-
-
-def provenance() -> dict[str, str | None]:
-    """What the sweep was run with, for sweep.yaml."""
-    from importlib.metadata import version
-
-    def commit() -> str | None:
-        here = Path(__file__).resolve().parent
-        try:
-            done = subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    packages = ("saeray", "ray", "torch", "transformer_lens", "transformers", "datasets")
-    return {**{name: version(name) for name in packages}, "git_commit": commit()}
