@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+TESTS ?= not slow
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint bench clean
@@ -10,7 +11,7 @@ demo: $(INSTALLED)
 	WANDB_MODE=$${WANDB_MODE:-offline} $(BIN)/saeray sweep sweeps/tiny.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m '$(TESTS)'
 
 # Whole hosts, soaks and peers: takes longer, and makes environments of its own for the peers.
 test-slow: $(INSTALLED)
