@@ -126,7 +126,6 @@ class SweepStatus:
     harvested_tokens: int = 0
     cached_tokens: int = 0
     trained_tokens: int = 0  # SAE-tokens
-    stream_tokens: int = 0  # what one SAE trains on, over the streams
     gauges: list[Gauges] = field(default_factory=list)
     readers: dict[str, ReaderGauges] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

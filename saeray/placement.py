@@ -19,6 +19,9 @@ EPSILON = 1e-6
 LEAST_CPUS = 0.1  # of a trainer: below it Ray's accounting means nothing any more
 # Fewer and larger packs are worth some idle cores: each costs a worker group of Ray Train.
 WORTH_FEWER_PACKS = 0.75
+# Of an object store, buffers may take this share: Ray begins to spill to disk at 0.8
+# (object_spilling_threshold), and snapshots of weights need some as well.
+STORE_SHARE = 0.75
 GPUS_PER_HARVESTER = 8  # trainers that one harvester feeds, where nobody says otherwise
 
 
@@ -142,6 +145,20 @@ class Room:
             placed.append(node)
         return placed
 
+    def take(self, node_id: str, need: Need) -> None:
+        """Takes the need from one node, as far as it is there."""
+        for at, node in enumerate(self.nodes):
+            if node.id == node_id:
+                for name, n in need.resources.items():
+                    self.free[at][name] = max(0.0, self.free[at].get(name, 0.0) - n)
+
+    def left(self) -> Cluster:
+        """The nodes with what is still free of them."""
+        nodes = [n._replace(resources=dict(f)) for n, f in zip(self.nodes, self.free, strict=True)]
+        return Cluster(
+            tuple(n for n in nodes if not n.planned), tuple(n for n in nodes if n.planned)
+        )
+
     def how_many(self, need: Need, at_most: int) -> int:
         """How many of this need there is room for; nothing is taken."""
         trial = Room(self.nodes)
@@ -187,13 +204,6 @@ class Fitted:
             self.trainer_cpus, self.trainer_gpus, self.trainer_resources, self.trainer_labels
         )
 
-    def packs_at_once(self, cluster: Cluster) -> int:
-        """How many packs have room beside the harvesters; at least one."""
-        room = Room((*cluster.nodes, *cluster.planned))
-        room.place_all(self.harvester, self.harvesters)
-        most = 10_000 * self.num_workers  # where a trainer needs nothing at all
-        return max(1, room.how_many(self.trainer, most) // self.num_workers)
-
     def as_data(self) -> dict[str, Any]:
         """For sweep.yaml: without what is of this moment only."""
         gone = ("waits_for", "harvester_nodes")
@@ -216,15 +226,31 @@ def need(cpus: float, gpus: float, custom: Mapping[str, float], labels: Mapping[
     return Need({name: n for name, n in resources.items() if n}, labels)
 
 
-def store_of(cluster: Cluster, nodes: Sequence[str]) -> int:
-    """Bytes of object store for the blocks of harvesters on these nodes (ids, one a harvester).
+class Store(NamedTuple):
+    """Object store for the blocks of one stream, in bytes."""
+
+    total: int
+    held: int = 0  # of it, by the buffers of other streams
+
+    @property
+    def usable(self) -> int:
+        return max(0, int(self.total * STORE_SHARE) - self.held)
+
+
+def store_of(
+    cluster: Cluster, nodes: Sequence[str], held: Mapping[str, float] | None = None
+) -> Store:
+    """What there is for the blocks of harvesters on these nodes (ids, one a harvester).
 
     A block lies on the node of the harvester that made it, and each makes about as many as the
     others: a node with h of n harvesters must hold h/n of them.
+
+    held: bytes of each node, by its id, that other streams may take.
     """
     stores = {node.id: node.store_bytes for node in cluster.nodes}
-    shares = Counter(nodes)
-    return min(int(stores[i] * len(nodes) / h) for i, h in shares.items() if i in stores)
+    shares = {i: len(nodes) / h for i, h in Counter(nodes).items() if i in stores}
+    each = [Store(int(stores[i] * n), int((held or {}).get(i, 0) * n)) for i, n in shares.items()]
+    return min(each, key=lambda store: store.usable)
 
 
 def wants_gpu(config: LanguageModelSAERunnerConfig, cluster: Cluster) -> bool:

@@ -11,12 +11,10 @@ from typing import NamedTuple
 from saeray.config import LanguageModelSAERunnerConfig, stream_key
 from saeray.errors import ConfigError
 from saeray.grid import SAE
+from saeray.placement import Store
 from saeray.shuffle import StreamOrder
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-# Of the object store the buffer may take this share: Ray begins to spill to disk at 0.8
-# (object_spilling_threshold), and snapshots of weights need some as well.
-STORE_SHARE = 0.75
 
 
 class StreamPlan(NamedTuple):
@@ -64,22 +62,22 @@ def plan_stream(
     return StreamPlan(order, list(hook_points), block_bytes, slots)
 
 
-def check_fits(plan: StreamPlan, store_bytes: int) -> int:
+def check_fits(plan: StreamPlan, store: Store) -> int:
     """Refuses a buffer that the object store can't hold; how many blocks it could hold.
 
-    store_bytes: of the object stores of the harvesters' nodes, where the blocks lie
-    (`placement.store_of`).
+    store: of the harvesters' nodes, where the blocks lie (`placement.store_of`).
 
     Raises:
         ConfigError: with the numbers.
     """
-    limit = int(store_bytes * STORE_SHARE)
+    limit = store.usable
     if plan.buffer_bytes > limit:
         group = plan.order.group_blocks * plan.block_bytes
+        others = f" beside {store.held:,} of other streams" if store.held else ""
         raise ConfigError(
             f"n_batches_in_buffer: the buffer takes {plan.buffer_bytes:,} bytes ({plan.slots} "
             f"blocks of {plan.block_bytes:,}), but the object store has "
-            f"{store_bytes:,}, of which {limit:,} may be used. Lower "
+            f"{store.total:,}, of which {limit:,} may be used{others}. Lower "
             "n_batches_in_buffer or store_batch_size, use activation_dtype: bfloat16, set "
             f"buffer_bytes (at least {2 * group:,}), or give Ray a larger object store."
         )

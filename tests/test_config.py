@@ -5,7 +5,7 @@ import pytest
 from saeray.config import LanguageModelSAERunnerConfig, Resources, resolve, stream_key
 from saeray.errors import ConfigError
 from saeray.grid import SAE, derived_name, expand
-from saeray.placement import Cluster, fit
+from saeray.placement import Cluster, Store, fit
 from saeray.plan import check_fits, cut_packs, plan_stream
 
 HOOK = "blocks.2.hook_resid_pre"
@@ -177,8 +177,12 @@ def test_the_buffers_size_counts_every_factor():
 
 def test_a_buffer_that_can_not_fit_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match=r"2,415,919,104 bytes .* 2,000,000,000"):
-        check_fits(guide_stream(), 2 * 10**9)
-    check_fits(guide_stream(), 4 * 10**9)
+        check_fits(guide_stream(), Store(2 * 10**9))
+    # 0.75 * 4e9 = 3e9 bytes are 238 blocks of 12,582,912; beside 5e8 of others 198.
+    assert check_fits(guide_stream(), Store(4 * 10**9)) == 238
+    assert check_fits(guide_stream(), Store(4 * 10**9, 5 * 10**8)) == 198
+    with pytest.raises(ConfigError, match=r"2,000,000,000 may be used beside 1,000,000,000 of oth"):
+        check_fits(guide_stream(), Store(4 * 10**9, 10**9))
 
 
 def test_buffer_bytes_below_the_least_is_refused():

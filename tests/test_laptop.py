@@ -69,9 +69,12 @@ def wait_for(condition, what, limit=150.0):
 
 @pytest.fixture
 def laptop(tmp_path, monkeypatch):
-    """A folder to be in, with a sweep file."""
+    """A folder to be in, with a sweep file.
+
+    So many checkpoints slow it down: it must still run when another client has connected.
+    """
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config()))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config() | dict(checkpoint_every_s=0.01)))
     return tmp_path
 
 
@@ -93,8 +96,6 @@ def test_a_killed_laptop_disturbs_nothing_and_results_are_fetched(cluster, undis
     process = command(
         "sweep", "sweep.yaml", "--name", "killed", "--storage-path", "kept",
         "--address", cluster.client,
-        # So many checkpoints slow it down: it must still run when `saeray status` has connected.
-        "--set", "checkpoint_every_s=0.01",
     )  # fmt: skip
     wait_for(lambda: there.steps() >= 40, "it did not begin")
     process.kill()

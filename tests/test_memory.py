@@ -15,7 +15,8 @@ from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvested
 from saeray.cluster.reader import Place, Reader
 from saeray.errors import ConfigError
-from saeray.plan import STORE_SHARE, check_fits, plan_stream
+from saeray.placement import STORE_SHARE, Store
+from saeray.plan import check_fits, plan_stream
 from saeray.shuffle import StreamOrder
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -181,9 +182,9 @@ def test_a_store_below_the_minimum_is_refused_with_the_numbers(tiny):
     config = resolve(LanguageModelSAERunnerConfig(**tiny))
     plan = plan_stream(config, [config.hook_point], {config.hook_point: D})
     enough = int(plan.buffer_bytes / STORE_SHARE) + 2
-    check_fits(plan, enough)
+    check_fits(plan, Store(enough))
     with pytest.raises(ConfigError, match=f"{plan.buffer_bytes:,} bytes"):
-        check_fits(plan, enough - 10)
+        check_fits(plan, Store(enough - 10))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 
 from saeray.config import Resources
 from saeray.errors import ConfigError
-from saeray.placement import Cluster, Node, Room, fit, label_fits, need, store_of
+from saeray.placement import Cluster, Node, Room, Store, fit, label_fits, need, store_of
 
 GIB = 2**30
 
@@ -12,6 +12,12 @@ GIB = 2**30
 def cluster(*cpus, gpus=0, planned=()):
     nodes = [Node(f"n{i}", {"CPU": c, "GPU": gpus}, GIB, id=f"id{i}") for i, c in enumerate(cpus)]
     return Cluster(tuple(nodes), tuple(planned))
+
+
+def packs_at_once(fitted, cluster):
+    room = Room(cluster.nodes)
+    assert room.place_all(fitted.harvester, fitted.harvesters) is not None
+    return room.how_many(fitted.trainer, 100)
 
 
 def test_a_trainer_must_fit_on_one_node_and_not_into_the_sum_of_all():
@@ -36,9 +42,9 @@ def test_auto_makes_use_of_every_node_with_as_few_packs_as_that_takes():
 def test_given_packs_get_as_many_cpus_as_let_all_of_them_run():
     # 0.5 for the harvester leaves 1.5 + 2: one CPU for each of three packs, for six 0.5.
     three = fit(Resources(saes_per_trainer=2), cluster(2, 2), 6, use_gpu=False)
-    assert (three.trainer_cpus, three.packs_at_once(cluster(2, 2))) == (1.0, 3)
+    assert (three.trainer_cpus, packs_at_once(three, cluster(2, 2))) == (1.0, 3)
     six = fit(Resources(saes_per_trainer=1), cluster(2, 2), 6, use_gpu=False)
-    assert (six.trainer_cpus, six.packs_at_once(cluster(2, 2))) == (0.5, 7)
+    assert (six.trainer_cpus, packs_at_once(six, cluster(2, 2))) == (0.5, 7)
 
 
 def test_harvesters_go_where_they_leave_room_for_the_trainers():
@@ -95,8 +101,28 @@ def test_a_stream_that_runs_already_needs_no_room_for_harvesters():
 
 def test_the_store_is_that_of_the_harvesters_nodes():
     # Two harvesters on n0 make two thirds of the blocks: n0 must hold those, so 1.5 GiB in all.
-    assert store_of(cluster(2, 2), ["id0", "id0", "id1"]) == int(1.5 * GIB)
-    assert store_of(cluster(2, 2), ["id1"]) == GIB
+    assert store_of(cluster(2, 2), ["id0", "id0", "id1"]) == Store(int(1.5 * GIB))
+    assert store_of(cluster(2, 2), ["id1"]) == Store(GIB)
+
+
+def test_what_other_streams_may_take_of_the_store_is_not_there():
+    # n0 has 0.75 GiB to use and nothing else on it; n1 has 0.75 - 0.5 = 0.25.
+    both = store_of(cluster(2, 2), ["id0", "id1"], {"id1": GIB // 2})
+    assert both == Store(2 * GIB, GIB)
+    assert both.usable == GIB // 2  # twice what n1 can hold: the other half lies on n0
+    assert Store(GIB, GIB).usable == 0
+
+
+def test_room_without_what_is_held_of_a_node_that_is_known():
+    room = Room((*cluster(2, 2).nodes, Node("more", {"CPU": 8}, planned=True)))
+    room.take("id1", need(1.5, 0, {}, {}))
+    room.take("gone", need(1, 0, {}, {}))
+    left = room.left()
+    assert [n.cpus for n in left.nodes] == [2, 0.5]
+    assert [n.cpus for n in left.planned] == [8]
+    room.take("id1", need(1.5, 0, {}, {}))
+    assert [n.cpus for n in room.left().nodes] == [2, 0]
+    assert [n.cpus for n in left.nodes] == [2, 0.5]
 
 
 def test_room_takes_the_tightest_node_and_nothing_when_it_only_counts():

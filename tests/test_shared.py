@@ -1,15 +1,18 @@
 """Several sweeps on one cluster at once: they share an LM pass where they want to, and no more."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
 
 import pytest
+import ray
 import yaml
 from ray.cluster_utils import Cluster
 from running import Ended, config
 
+from saeray.cluster.launch import held_by_buffers
 from saeray.connect import connected
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -133,6 +136,11 @@ def test_one_pass_serves_both(cluster, undisturbed, tmp_path):
         sweeps = [
             Sweep(cluster, tmp_path, name, lr, "both") for name, lr in (("c", 1e-3), ("d", 3e-3))
         ]
+        sweeps[0].wait_for(20)
+        # 3 half buffers of 4 blocks of 16 * 64 rows of 128 floats; on the node that harvests.
+        held = asyncio.run(held_by_buffers())
+        assert list(held.values()) == [12 * 16 * 64 * 128 * 4]
+        assert next(iter(held)) in {n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")}
         texts = [said(sweep.process) for sweep in sweeps]
         for sweep in sweeps:
             assert_like(sweep, undisturbed)

@@ -230,6 +230,29 @@ def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
     assert result.status.harvested_tokens <= 2 * 16 * 1024
 
 
+def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
+    tiny, tmp_path, ray_instance
+):
+    everything = ray_instance.cluster_resources()["CPU"]
+    config = tiny | dict(
+        context_size=[32, 64],
+        resources=dict(harvester_cpus=1, trainer_cpus=everything - 1),
+        wait_limit_s=60,
+    )
+    result = saeray.sweep(config, name="streams", storage_path=tmp_path, live=False)
+    assert [row["status"] for row in result.rows] == ["done", "done"]
+    # Each made a pass of its own, and both are accounted for.
+    assert result.status.harvested_tokens == 2 * 16 * 1024
+    assert result.status.trained_tokens == 2 * 16 * 1024
+    alone = saeray.sweep(
+        config | dict(context_size=64), name="alone", storage_path=tmp_path, live=False
+    )
+    (second,) = [row["trial"] for row in result.rows if "64" in row["trial"]]
+    assert weights(tmp_path / "streams", second) == weights(
+        tmp_path / "alone", alone.rows[0]["trial"]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instance):

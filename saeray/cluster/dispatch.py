@@ -1,7 +1,8 @@
 """From SAEs to running packs and the streams they read: what is placed, launched and followed.
 
 Packs wait in a queue until the cluster has room for them. Each is followed to its end, so that none
-of its SAEs is left without one; a pack that fails further on than it began is queued again.
+of its SAEs is left without one; a pack that fails further on than it began is queued again. SAEs
+whose stream has no room beside this sweep's other streams wait until those are through.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from saeray.cluster.launch import (
+    SETTLE_SECONDS,
     AboutPack,
     NameTaken,
     Stream,
@@ -37,14 +39,20 @@ from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.errors import ConfigError, Late, SaerayError
 from saeray.grid import SAE
-from saeray.messages import INTERRUPTED, NOTHING, TRAINING, PackPlan
-from saeray.placement import Cluster, Fitted, Need, fit, shown, wants_gpu
+from saeray.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, Gauges, PackPlan
+from saeray.placement import Cluster, Fitted, Room, fit, shown, wants_gpu
 from saeray.plan import cut_packs
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0  # for packs to save what they have and end
-SETTLE_SECONDS = 3.0  # for what an earlier sweep held to be given back, before it counts as taken
+
+
+class Own(NamedTuple):
+    """The harvesters of a stream that this sweep has started."""
+
+    fitted: Fitted
+    nodes: Sequence[str]  # of those that have one, as far as it is known
 
 
 class Dispatch:
@@ -56,9 +64,10 @@ class Dispatch:
         self.streams: list[Stream] = []
         self.starting: dict[str, asyncio.Task[Stream]] = {}  # by the stream's name
         self.queue: deque[tuple[str, list[SAE], Fitted]] = deque()  # packs that wait for room
+        self.put_off: set[str] = set()  # SAEs that wait until other streams are through
+        self.launching = asyncio.Lock()
         self.placement = ""  # what was chosen, and why
-        # The need of our own harvesters and the nodes they are on, by stream.
-        self.own: dict[str, tuple[Need, Sequence[str]]] = {}
+        self.own: dict[str, Own] = {}  # by stream
         # What others held of each node when this sweep began: not there to be planned with.
         self.taken: dict[str, dict[str, float]] | None = None
 
@@ -73,6 +82,8 @@ class Dispatch:
                         self.state.entries[name].state = TRAINING
             else:
                 self.starting[about.stream] = self.state.do(nowhere(about.stream))
+            if about.fitted.harvesters:
+                self.own[about.stream] = Own(about.fitted, about.fitted.harvester_nodes)
             first = LanguageModelSAERunnerConfig.from_dict(next(iter(about.configs.values())))
             self.begin_following(pack, first)
 
@@ -82,78 +93,120 @@ class Dispatch:
         Trainers take as long to come up as a language model, so both start at once; a trainer then
         asks for its plan, which is made when the stream is there.
         """
-        queued = {s.name for _, saes, _ in self.queue for s in saes}
-        try:
-            by_stream: dict[str, list[SAE]] = {}
-            for e in entries:
-                if e.name not in queued:
-                    by_stream.setdefault(stream_key(e.config), []).append(SAE(e.name, e.config))
-            for key, saes in by_stream.items():
-                stream, fitted = await self.place(key, saes)
-                for members in cut_packs(saes, fitted.saes_per_trainer):
-                    self.queue.append((stream, members, fitted))
-            self.launch_next()
-        except Exception as error:
-            self.give_up(error)
+        async with self.launching:
+            queued = {s.name for _, saes, _ in self.queue for s in saes}
+            try:
+                by_stream: dict[str, list[SAE]] = {}
+                for e in entries:
+                    if e.state == WAITING and e.name not in queued:
+                        by_stream.setdefault(stream_key(e.config), []).append(SAE(e.name, e.config))
+                for key, saes in by_stream.items():
+                    placed = await self.place(key, saes)
+                    if placed is None:
+                        self.put_off.update(s.name for s in saes)
+                        self.placement += f"; {len(saes)} on another stream later"
+                        continue
+                    stream, fitted = placed
+                    for members in cut_packs(saes, fitted.saes_per_trainer):
+                        self.queue.append((stream, members, fitted))
+                self.launch_next()
+            except Exception as error:
+                self.give_up(error)
 
-    async def place(self, key: str, saes: list[SAE]) -> tuple[str, Fitted]:
-        """The stream that serves these SAEs, running or to be started, and where all of it fits."""
+    async def launch_put_off(self) -> None:
+        """Those that waited for other streams, once these are through."""
+        names, self.put_off = self.put_off, set()
+        await self.launch([self.state.entries[name] for name in sorted(names)])
+
+    async def place(self, key: str, saes: list[SAE]) -> tuple[str, Fitted] | None:
+        """The stream that serves these SAEs, running or to be started, and where all of it fits.
+
+        None: it fits, but not now, beside the other streams of this sweep.
+        """
         config = saes[0].config
         hooks = sorted({s.config.resolved_hook_point for s in saes})
         running = await self.stream_for(key, hooks, config)
         if self.taken is None:
             self.taken = await settled_holdings()
-        fitted = self.fitted(config, len(saes), harvest=running is None)
+        fitted = None
+        if running is None and self.own:
+            fitted = self.fitted_beside(config, len(saes))
+            if fitted is None:
+                if self.busy:
+                    return None
+                await self.end_own_streams()
+        if fitted is None:
+            fitted = self.fitted(config, len(saes), harvest=running is None)
         self.placement = str(fitted)
         if running is not None:
-            self.state.do(self.write_sweep_yaml(fitted))
+            first = self.own[running].fitted if running in self.own else fitted
+            self.state.do(self.write_sweep_yaml(first))
             return running, fitted
         if config.share_stream:
             name = shared_name(key, hooks)
         else:
             name = f"{self.state.name}/stream-{uuid.uuid4().hex[:6]}"
-        self.own[name] = fitted.harvester, fitted.harvester_nodes
+        self.own[name] = Own(fitted, fitted.harvester_nodes)
         self.starting[name] = self.state.do(self.start(name, key, [s.config for s in saes], fitted))
         return name, fitted
 
+    @property
+    def busy(self) -> bool:
+        """Whether any pack trains, or waits for its room."""
+        return bool(self.queue) or any(not p.task.done() for p in self.state.packs.values())
+
     def fitted(self, config: LanguageModelSAERunnerConfig, n_saes: int, harvest: bool) -> Fitted:
         """`fit` beside what others hold of the cluster; where there is no room, in their place."""
-        everything = cluster_now(None if harvest else self.held_by_harvesters())
-        use_gpu = wants_gpu(config, everything)
+        use_gpu = wants_gpu(config, cluster_now())
         if self.taken:
-            free = Cluster(self.cluster(harvest).nodes)
+            free = Cluster(self.room().left().nodes)
             try:
                 return fit(config.resources, free, n_saes, use_gpu, harvest)
             except ConfigError:
                 pass  # other work has the room now
+        everything = self.room(others=False).left()
         fitted = fit(config.resources, everything, n_saes, use_gpu, harvest)
         if self.taken and not fitted.waits_for:
             fitted = replace(fitted, waits_for="room that other work on the cluster holds")
         return fitted
 
-    def cluster(self, harvest: bool) -> Cluster:
-        """The cluster without what others hold of it.
+    def fitted_beside(self, config: LanguageModelSAERunnerConfig, n_saes: int) -> Fitted | None:
+        """Where one more stream fits beside the others of this sweep and all their packs.
 
-        Nor, without `harvest`, what this sweep's harvesters do: where nobody else plans for them.
+        None where it would get less than alone: one after the other then takes no longer, needs no
+        more nodes, and each buffer has the object store to itself.
+
+        Raises:
+            ConfigError: it would not fit alone either.
         """
-        held: dict[str, Counter[str]] = {}
-        if self.taken:
+        use_gpu = wants_gpu(config, cluster_now())
+        alone = fit(config.resources, cluster_now(), n_saes, use_gpu)
+        room = self.room()
+        following = [p.about.fitted for p in self.state.packs.values() if not p.task.done()]
+        for fitted in (*following, *(fitted for _, _, fitted in self.queue)):
+            if room.place_all(fitted.trainer, fitted.num_workers) is None:
+                return None
+        try:
+            beside = fit(config.resources, Cluster(room.left().nodes), n_saes, use_gpu)
+        except ConfigError:
+            return None
+        same = (beside.harvester, beside.trainer) == (alone.harvester, alone.trainer)
+        return beside if same else None
+
+    def room(self, others: bool = True) -> Room:
+        """The cluster without what others (unless not `others`) and our own harvesters hold."""
+        held: dict[str, dict[str, float]] = {}
+        if others and self.taken:
             now = held_by_others()  # with what this sweep holds itself by now
             for node, of_node in self.taken.items():
-                still = {k: min(v, now.get(node, {}).get(k, 0.0)) for k, v in of_node.items()}
-                held[node] = Counter(still)
-        if not harvest:
-            for node, ours in self.held_by_harvesters().items():
-                held[node] = held.get(node, Counter()) + ours
-        return cluster_now(held)
-
-    def held_by_harvesters(self) -> dict[str, Counter[str]]:
-        """What the harvesters of this sweep's own streams hold of each node."""
-        held: dict[str, Counter[str]] = {}
-        for need, nodes in self.own.values():
-            for node in nodes:
-                held[node] = held.get(node, Counter()) + Counter(need.resources)
-        return held
+                held[node] = {k: min(v, now.get(node, {}).get(k, 0.0)) for k, v in of_node.items()}
+        cluster = cluster_now(held)
+        room = Room((*cluster.nodes, *cluster.planned))
+        for own in self.own.values():
+            for node in own.nodes:
+                room.take(node, own.fitted.harvester)
+            room.place_all(own.fitted.harvester, own.fitted.harvesters - len(own.nodes))
+        return room
 
     async def stream_for(
         self, key: str, hooks: list[str], config: LanguageModelSAERunnerConfig
@@ -182,7 +235,7 @@ class Dispatch:
             self.give_up(error)
             raise
         self.streams.append(stream)
-        self.own[name] = fitted.harvester, stream.nodes or fitted.harvester_nodes
+        self.own[name] = Own(fitted, stream.nodes or fitted.harvester_nodes)
         await self.write_sweep_yaml(fitted)
         if self.state.training_since is None:
             self.state.phase = "starting trainers"
@@ -216,14 +269,19 @@ class Dispatch:
 
     def launch_next(self) -> None:
         """Launches waiting packs while the cluster has room for them."""
-        # Looked up once: each look asks Ray for all its nodes.
-        free = {h: self.cluster(harvest=h) for h in {f.harvesters > 0 for _, _, f in self.queue}}
-        while self.queue and not self.state.over and self.state.error is None:
+        if not self.queue or self.state.over or self.state.error is not None:
+            return
+        running = [p.about.fitted for p in self.state.packs.values() if not p.task.done()]
+        room = self.room()  # looked up once: each look asks Ray for all its nodes
+        for fitted in running:
+            room.place_all(fitted.trainer, fitted.num_workers)
+        while self.queue:
             stream, saes, fitted = self.queue[0]
-            running = sum(not p.task.done() for p in self.state.packs.values())
-            if running >= fitted.packs_at_once(free[fitted.harvesters > 0]):
+            # One at least: Ray, and an autoscaler, shall see what is waited for.
+            if room.place_all(fitted.trainer, fitted.num_workers) is None and running:
                 return
             self.queue.popleft()
+            running.append(fitted)
             name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"
             configs = {s.name: s.config.to_dict() for s in saes}
             about = AboutPack(name, stream, configs, fitted)
@@ -242,7 +300,12 @@ class Dispatch:
     def begin_following(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         """However it ends, the pack's room is then free for the next one."""
         pack.task = self.state.do(self.follow(pack, config))
-        pack.task.add_done_callback(lambda _: self.launch_next())
+        pack.task.add_done_callback(lambda _: self.after_a_pack())
+
+    def after_a_pack(self) -> None:
+        self.launch_next()
+        if self.put_off and not self.busy and not self.state.over and self.state.error is None:
+            self.state.do(self.launch_put_off())
 
     async def follow(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         """One pack from its launch to its end; no SAE of it is left without one."""
@@ -403,6 +466,33 @@ class Dispatch:
                 for a in stream.actors():
                     ray.kill(a)
         self.streams.clear()
+        self.own.clear()
+
+    async def end_own_streams(self) -> None:
+        """Streams that no pack reads any more make room for the next one."""
+        await asyncio.gather(*self.starting.values(), return_exceptions=True)
+        self.starting.clear()
+        await self.write_caches()
+        for stream in self.streams:
+            await self.look(stream)
+        await self.end_streams()
+
+    async def look(self, stream: Stream) -> Gauges | None:
+        """A stream's gauges, of which is kept what would be gone with its buffer.
+
+        None where it is busy or being started again; the next look will tell.
+        """
+        try:
+            gauges: Gauges = await asyncio.wait_for(stream.buffer.gauges.remote(), POLL_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError, RayError):
+            return None
+        new = gauges.incarnation not in self.state.tokens
+        self.state.tokens[gauges.incarnation] = (gauges.harvested_tokens, gauges.cached_tokens)
+        for text in gauges.warnings:
+            await self.state.warn(text)
+        if new and len(self.state.tokens) > 1:
+            await self.state.remember()
+        return gauges
 
     async def part_from(self, stream: Stream) -> None:
         try:

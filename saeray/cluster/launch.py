@@ -17,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saeray.cache import identity_of
@@ -31,7 +33,7 @@ from saeray.cluster.nodes import cluster_now, namespace, on_head
 from saeray.cluster.token_server import TokenServer
 from saeray.cluster.waiting import POLL_SECONDS, NotYet
 from saeray.config import LanguageModelSAERunnerConfig
-from saeray.errors import Late
+from saeray.errors import ConfigError, Late
 from saeray.messages import CacheKey
 from saeray.placement import Fitted, Need, shown, store_of
 from saeray.plan import StreamPlan, check_fits, plan_stream
@@ -41,6 +43,7 @@ RESTARTS = 3  # of a pack's worker group, by Ray Train
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
 STRAGGLER_SECONDS = 5.0  # that a stream's start waits for its other harvesters
+SETTLE_SECONDS = 3.0  # for what an earlier sweep held to be given back, before it counts as taken
 # What the user's own environment says to wandb and the hub. It travels to the actors that need it
 # in their arguments: Ray writes a runtime_env, and with it every key, into its logs.
 PASSED_ON = ("WANDB_", "HF_", "HUGGING_FACE_")
@@ -95,6 +98,7 @@ class AboutStream(NamedTuple):
     widths: dict[str, int]
     plan: StreamPlan
     n_harvesters: int
+    nodes: list[str]  # of the harvesters that were up when it began: where its blocks lie
 
 
 @dataclass
@@ -161,7 +165,7 @@ async def start_stream(
             token_server.check.options(max_task_retries=0).remote(),
         )
         plan = plan_stream(config, hook_points, facts.d_in)
-        room = check_fits(plan, store_of(cluster_now(), list(nodes.values())))
+        room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:
             identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
@@ -170,7 +174,16 @@ async def start_stream(
         for a in (token_server, *harvesters):
             ray.kill(a)
         raise
-    about = AboutStream(name, key, as_data, hook_points, facts.d_in, plan, fitted.harvesters)
+    about = AboutStream(
+        name,
+        key,
+        as_data,
+        hook_points,
+        facts.d_in,
+        plan,
+        fitted.harvesters,
+        list(nodes.values()),
+    )
     buffer = actor(
         ActivationBuffer,
         f"{name}/buffer",
@@ -198,6 +211,39 @@ async def start_stream(
         config.share_stream,
         nodes=list(nodes.values()),
     )
+
+
+async def store_room(plan: StreamPlan, nodes: list[str]) -> int:
+    """Blocks for which there is object store beside what other streams may take of it.
+
+    Raises:
+        ConfigError: not enough; with the numbers.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        store = store_of(cluster_now(), nodes, await held_by_buffers())
+        try:
+            return check_fits(plan, store)
+        except ConfigError:
+            if not store.held or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.5)  # the one that holds it may just be going
+
+
+async def held_by_buffers() -> Counter[str]:
+    """What the buffers of all streams of the cluster may take of each node's store, in bytes."""
+    held: Counter[str] = Counter()
+    for a in await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True):
+        if "stream" not in a["name"] or not a["name"].endswith("/buffer"):
+            continue
+        try:
+            buffer = ray.get_actor(a["name"], a["namespace"])
+            about = await asyncio.wait_for(as_future(buffer.describe.remote()), POLL_SECONDS)
+        except (ValueError, TimeoutError, asyncio.TimeoutError, RayError):
+            continue  # just gone, or being started again
+        for node in about.nodes:
+            held[node] += about.plan.buffer_bytes // len(about.nodes)
+    return held
 
 
 async def running_stream(name: str) -> Stream | None:

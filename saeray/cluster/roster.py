@@ -173,10 +173,11 @@ class Roster:
             self.seen()
         now: list[Gauges] = []
         for stream in self.dispatch.streams:
+            gauges = await self.dispatch.look(stream)
+            if gauges is None:
+                continue
+            now.append(gauges)
             try:
-                gauges = await asyncio.wait_for(stream.buffer.gauges.remote(), POLL_SECONDS)
-                now.append(gauges)
-                await self.note(gauges)
                 self.token_counts = await asyncio.wait_for(
                     stream.token_server.counts.remote(), POLL_SECONDS
                 )
@@ -195,7 +196,6 @@ class Roster:
             harvested_tokens=sum(harvested for harvested, _ in self.state.tokens.values()),
             cached_tokens=sum(cached for _, cached in self.state.tokens.values()),
             trained_tokens=sum(e.n_training_tokens for e in self.state.entries.values()),
-            stream_tokens=sum(s.config.stream_tokens or 0 for s in self.dispatch.streams),
             gauges=now,
             readers={n: p.reader for n, p in self.state.packs.items() if p.reader is not None},
             warnings=[
@@ -212,15 +212,6 @@ class Roster:
             training_since=self.state.training_since,
             placement=self.dispatch.placement,
         )
-
-    async def note(self, gauges: Gauges) -> None:
-        """Keeps what would be gone with a buffer."""
-        new = gauges.incarnation not in self.state.tokens
-        self.state.tokens[gauges.incarnation] = (gauges.harvested_tokens, gauges.cached_tokens)
-        for text in gauges.warnings:
-            await self.state.warn(text)
-        if new and len(self.state.tokens) > 1:
-            await self.state.remember()
 
     async def interrupt(self) -> None:
         """Ends the training: packs save what they have, trials hear of it and end.
