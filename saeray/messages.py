@@ -135,5 +135,7 @@ class SweepStatus:
     skipped_rows: int = 0
     evaluation_tokens: int = 0
     packs: list[list[str]] = field(default_factory=list)
+    # What one pass for each stream comes to: the tokens of its SAE that is furthest.
+    pass_tokens: list[int] = field(default_factory=list)
     placement: str = ""  # what was chosen of the cluster, and why
     training_since: float | None = None  # time.time() of the first optimizer step's report

@@ -67,14 +67,16 @@ class SweepResult:
             if row["error"]:
                 lines.append(f"    {row['error']}")
         status = self.status
-        longest = max((r.n_training_tokens for r in status.rows), default=0)
-        if longest and (status.harvested_tokens or status.cached_tokens):  # not all done already
+        one_pass = sum(status.pass_tokens)
+        if one_pass and (status.harvested_tokens or status.cached_tokens):  # not all done already
+            n_streams = len(status.pass_tokens)
+            each = f" of each of {n_streams} streams" if n_streams > 1 else ""
             cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
             lines.append(
-                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE trained on "
-                f"{longest:,} ({status.harvested_tokens / longest:.3f}x); all SAEs together on "
-                f"{status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} tokens, "
-                "held out."
+                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE{each} trained "
+                f"on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); all SAEs together "
+                f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
+                "tokens, held out."
             )
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):

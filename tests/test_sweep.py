@@ -244,6 +244,7 @@ def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
     # Each made a pass of its own, and both are accounted for.
     assert result.status.harvested_tokens == 2 * 16 * 1024
     assert result.status.trained_tokens == 2 * 16 * 1024
+    assert "one SAE of each of 2 streams trained on 32,768 (1.000x)" in result.summary()
     alone = saeray.sweep(
         config | dict(context_size=64), name="alone", storage_path=tmp_path, live=False
     )

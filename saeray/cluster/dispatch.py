@@ -36,7 +36,7 @@ from saeray.cluster.nodes import cluster_now, held_by_others, namespace
 from saeray.cluster.settling import Settling
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.cluster.waiting import POLL_SECONDS, NotYet
-from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
+from saeray.config import LanguageModelSAERunnerConfig, digest
 from saeray.errors import ConfigError, Late, SaerayError
 from saeray.grid import SAE
 from saeray.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, Gauges, PackPlan
@@ -99,7 +99,7 @@ class Dispatch:
                 by_stream: dict[str, list[SAE]] = {}
                 for e in entries:
                     if e.state == WAITING and e.name not in queued:
-                        by_stream.setdefault(stream_key(e.config), []).append(SAE(e.name, e.config))
+                        by_stream.setdefault(e.stream_key, []).append(SAE(e.name, e.config))
                 for key, saes in by_stream.items():
                     placed = await self.place(key, saes)
                     if placed is None:

@@ -184,6 +184,9 @@ class Roster:
             except (TimeoutError, asyncio.TimeoutError, RayError):
                 continue  # busy or being started again; the next look will tell
         counts = self.token_counts
+        passes: dict[str, int] = {}
+        for e in self.state.entries.values():
+            passes[e.stream_key] = max(passes.get(e.stream_key, 0), e.n_training_tokens)
         return SweepStatus(
             rows=[
                 SAERow(
@@ -209,6 +212,7 @@ class Roster:
             skipped_rows=counts.skipped_rows if counts else 0,
             evaluation_tokens=self.settling.evaluation_tokens,
             packs=[p.members for p in self.state.packs.values()],
+            pass_tokens=list(passes.values()),
             training_since=self.state.training_since,
             placement=self.dispatch.placement,
         )

@@ -15,6 +15,7 @@ import asyncio
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -22,7 +23,7 @@ import ray
 from saeray import __version__
 from saeray.cluster.head_folder import MARKER
 from saeray.cluster.launch import AboutPack, Stream
-from saeray.config import LanguageModelSAERunnerConfig, digest
+from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.errors import SaerayError
 from saeray.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
 from saeray.storage import Folder
@@ -48,6 +49,10 @@ class Entry:
     settled: int = 0  # step up to which its reports are evaluated and written
     row_written: bool = False  # of its end: only then anyone hears of it
     news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def stream_key(self) -> str:
+        return stream_key(self.config)
 
     @property
     def ended(self) -> bool:
