@@ -407,7 +407,7 @@ def cluster() -> Iterator[str]:
     """A head without CPUs and some nodes, all of them here; this process is its driver."""
     from ray.cluster_utils import Cluster
 
-    from saeray.connect import start_ray
+    from saeray.connect import all_ended, start_ray
 
     os.environ["RAY_task_events_report_interval_ms"] = "0"  # noqa: SIM112 (as `start_ray` does)
     store = dict(object_store_memory=300_000_000)
@@ -421,8 +421,9 @@ def cluster() -> Iterator[str]:
         start_ray(made.address)
         yield made.address
     finally:
-        ray.shutdown()
-        made.shutdown()
+        with all_ended(made.list_all_nodes()):
+            ray.shutdown()
+            made.shutdown()
 
 
 def config_of(size: Size, folder: str) -> LanguageModelSAERunnerConfig:

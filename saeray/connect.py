@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,23 +122,32 @@ def connected(address: str | None, namespace: str | None = None) -> Iterator[boo
 
 
 def end_ray() -> None:
-    """Ends the connection, and with a Ray of this process's own each of its processes.
-
-    Now and then a worker of Ray 2.60 that has shut down by itself hangs in its last destructors
-    (2 of some thousand, seen on 2 slow cores); it would be there for ever, with all its memory.
-    """
-    import psutil  # Ray brings it
+    """Ends the connection, and with a Ray of this process's own each of its processes."""
     import ray
     from ray._private import worker
 
+    with all_ended([worker._global_node] if is_own() else []):
+        ray.shutdown()
+
+
+@contextmanager
+def all_ended(nodes: Sequence[Any]) -> Iterator[None]:
+    """With the end of these Ray nodes, which this process has started, every worker of them ends.
+
+    Now and then a worker of Ray 2.60 that has shut down by itself hangs in its last destructors
+    (`ray::pubsub::Publisher`'s posts to an event loop that is being destroyed; 4 of some thousand,
+    on 2 slow cores); it would be there for ever, with all its memory.
+    """
+    import psutil  # Ray brings it
+
     workers = []
-    if is_own():
-        for raylet in worker._global_node.all_processes.get("raylet", []):
+    for node in nodes:
+        for raylet in node.all_processes.get("raylet", []):
             try:
                 workers += psutil.Process(raylet.process.pid).children(recursive=True)
             except psutil.NoSuchProcess:
                 continue
-    ray.shutdown()
+    yield
     left = psutil.wait_procs(workers, timeout=EXIT_SECONDS)[1]
     for process in left:
         try:

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from running import Ended, assert_same, config
 
 import saeray
-from saeray.connect import connected
+from saeray.connect import all_ended, connected
 from saeray.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -42,7 +42,8 @@ def cluster(tmp_path_factory):
         made.add_node(num_cpus=2, object_store_memory=200_000_000)
         made.home, made.client = home, f"ray://127.0.0.1:{PORT}"
         yield made
-        made.shutdown()
+        with all_ended(made.list_all_nodes()):
+            made.shutdown()
 
 
 def command(*arguments, **options):

@@ -14,6 +14,7 @@ import torch
 from saeray.cluster.buffer import ActivationBuffer
 from saeray.cluster.harvester import Harvested
 from saeray.cluster.reader import Place, Reader
+from saeray.connect import end_ray
 from saeray.errors import ConfigError
 from saeray.placement import STORE_SHARE, Store
 from saeray.plan import check_fits, plan_stream
@@ -40,7 +41,7 @@ def small_store():
         namespace="saeray",
     )
     yield
-    ray.shutdown()
+    end_ray()
 
 
 def store():

@@ -7,7 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 from running import Running, assert_same
 
-from saeray.connect import start_ray
+from saeray.connect import all_ended, start_ray
 
 
 def node_of(kind):
@@ -30,8 +30,9 @@ def cluster():
     )
     assert start_ray(cluster.address)
     yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with all_ended(cluster.list_all_nodes()):
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, undisturbed, tmp_path, capsys):

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from running import Ended, config
 
 from saeray.cluster.launch import held_by_buffers
-from saeray.connect import connected
+from saeray.connect import all_ended, connected
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -35,7 +35,8 @@ def cluster():
         )
         made.add_node(num_cpus=8, object_store_memory=300_000_000)
         yield made
-        made.shutdown()
+        with all_ended(made.list_all_nodes()):
+            made.shutdown()
 
 
 def command(cluster, *arguments):
