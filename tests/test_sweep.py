@@ -230,6 +230,8 @@ def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
     assert result.status.harvested_tokens <= 2 * 16 * 1024
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
     tiny, tmp_path, ray_instance
 ):
