@@ -151,9 +151,14 @@ class Dispatch:
         return name, fitted
 
     @property
+    def running(self) -> list[PackState]:
+        """Packs that were launched and are not through."""
+        return [pack for pack in self.state.packs.values() if not pack.task.done()]
+
+    @property
     def busy(self) -> bool:
         """Whether any pack trains, or waits for its room."""
-        return bool(self.queue) or any(not p.task.done() for p in self.state.packs.values())
+        return bool(self.queue or self.running)
 
     def fitted(self, config: LanguageModelSAERunnerConfig, n_saes: int, harvest: bool) -> Fitted:
         """`fit` beside what others hold of the cluster; where there is no room, in their place."""
@@ -179,11 +184,12 @@ class Dispatch:
         Raises:
             ConfigError: it would not fit alone either.
         """
-        use_gpu = wants_gpu(config, cluster_now())
-        alone = fit(config.resources, cluster_now(), n_saes, use_gpu)
+        everything = cluster_now()
+        use_gpu = wants_gpu(config, everything)
+        alone = fit(config.resources, everything, n_saes, use_gpu)
         room = self.room()
-        following = [p.about.fitted for p in self.state.packs.values() if not p.task.done()]
-        for fitted in (*following, *(fitted for _, _, fitted in self.queue)):
+        packs = [pack.about.fitted for pack in self.running]
+        for fitted in (*packs, *(fitted for _, _, fitted in self.queue)):
             if room.place_all(fitted.trainer, fitted.num_workers) is None:
                 return None
         try:
@@ -271,17 +277,15 @@ class Dispatch:
         """Launches waiting packs while the cluster has room for them."""
         if not self.queue or self.state.over or self.state.error is not None:
             return
-        running = [p.about.fitted for p in self.state.packs.values() if not p.task.done()]
         room = self.room()  # looked up once: each look asks Ray for all its nodes
-        for fitted in running:
-            room.place_all(fitted.trainer, fitted.num_workers)
+        for pack in self.running:
+            room.place_all(pack.about.fitted.trainer, pack.about.fitted.num_workers)
         while self.queue:
             stream, saes, fitted = self.queue[0]
             # One at least: Ray, and an autoscaler, shall see what is waited for.
-            if room.place_all(fitted.trainer, fitted.num_workers) is None and running:
+            if room.place_all(fitted.trainer, fitted.num_workers) is None and self.running:
                 return
             self.queue.popleft()
-            running.append(fitted)
             name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"
             configs = {s.name: s.config.to_dict() for s in saes}
             about = AboutPack(name, stream, configs, fitted)
@@ -449,7 +453,7 @@ class Dispatch:
         """
         for entry in self.state.entries.values():
             entry.withdrawn = not entry.ended
-        following = [pack.task for pack in self.state.packs.values() if not pack.task.done()]
+        following = [pack.task for pack in self.running]
         if following and wait:
             await asyncio.wait(following, timeout=CLOSE_SECONDS)
         self.settling.interrupt_rest("the sweep was ended before it was trained")
