@@ -113,7 +113,7 @@ def run_saeray(d_sae: int) -> dict[str, float]:
         file.write_text(json.dumps(sweep))  # JSON is YAML
         started = time.time()
         done = subprocess.run(
-            [sys.executable, "-m", "saeray.cli", "sweep", str(file), "--name", "bench"],
+            [sys.executable, "-m", "saeray", "sweep", str(file), "--name", "bench"],
             capture_output=True,
             text=True,
             env=os.environ | {"RAY_AUTH_MODE": "disabled"},

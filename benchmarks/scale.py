@@ -38,15 +38,16 @@ import numpy as np
 import psutil
 import ray
 
-from saeray.cluster import dispatch, launch, roster, waiting
-from saeray.cluster.harvester import Harvested
+from saeray.actors import waiting
+from saeray.actors.waiting import NotYet
+from saeray.cluster import dispatch, launch, roster
 from saeray.cluster.roster import Roster
-from saeray.cluster.waiting import NotYet
-from saeray.config import LanguageModelSAERunnerConfig
 from saeray.errors import SaerayError
-from saeray.grid import expand
-from saeray.messages import DONE, ENDS, NOTHING, ReaderGauges, Report, reader_name
-from saeray.storage import Folder
+from saeray.files.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.grid import expand
+from saeray.spec.messages import DONE, ENDS, NOTHING, ReaderGauges, Report, reader_name
+from saeray.stream.harvester import Harvested
 
 # A worker process can't import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -407,7 +408,7 @@ def cluster() -> Iterator[str]:
     """A head without CPUs and some nodes, all of them here; this process is its driver."""
     from ray.cluster_utils import Cluster
 
-    from saeray.connect import all_ended, start_ray
+    from saeray.client.connect import all_ended, start_ray
 
     os.environ["RAY_task_events_report_interval_ms"] = "0"  # noqa: SIM112 (as `start_ray` does)
     store = dict(object_store_memory=300_000_000)
@@ -456,7 +457,7 @@ def config_of(size: Size, folder: str) -> LanguageModelSAERunnerConfig:
 def run(size: Size, folder: str) -> tuple[Watch, list[dict[str, Any]]]:
     """One sweep of this size on the cluster that is there; its results, row by row."""
     import saeray
-    from saeray.sweep_folder import SweepFolder
+    from saeray.files.sweep_folder import SweepFolder
 
     config = config_of(size, folder)
     place = Folder.at(folder) / size.name
@@ -495,7 +496,7 @@ def measured(size: Size) -> dict[str, str]:
             started = time.monotonic()
             watch, rows = run(size, folder)
             took = time.monotonic() - started
-        from saeray.sweep_folder import SweepFolder
+        from saeray.files.sweep_folder import SweepFolder
 
         files = SweepFolder(Folder.at(folder) / size.name, size.name)
         last = [files.metrics_lines(row["trial"])[-1] for row in rows]

@@ -2,8 +2,9 @@
 
     from saeray import LanguageModelSAERunnerConfig, language_model_sae_runner, sweep, SAETrial
 
-Names are resolved when they are first used, so that `import saeray.config` or `import saeray.sae`
-brings in neither Ray nor a language model.
+Names are resolved when they are first used, so that `import saeray.spec` or `import saeray.sae`
+brings in neither Ray nor a language model. Each folder is a floor, and imports go down only:
+client, cluster, stream, actors, files, lm, spec, sae.
 """
 
 from __future__ import annotations
@@ -11,29 +12,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from saeray.version import __version__
 
 _WHERE = {
     "ConfigError": "saeray.errors",
-    "LanguageModelSAERunnerConfig": "saeray.config",
-    "Resources": "saeray.config",
+    "LanguageModelSAERunnerConfig": "saeray.spec.config",
+    "Resources": "saeray.spec.config",
     "SAETrial": "saeray.cluster.trial",
     "StandardSAE": "saeray.sae.standard",
-    "language_model_sae_runner": "saeray.runner",
-    "load_sae": "saeray.checkpoint",
-    "resume": "saeray.runner",
-    "runtime_env": "saeray.connect",
-    "sweep": "saeray.runner",
+    "language_model_sae_runner": "saeray.client.runner",
+    "load_sae": "saeray.files.checkpoint",
+    "resume": "saeray.client.runner",
+    "runtime_env": "saeray.client.connect",
+    "sweep": "saeray.client.runner",
 }
 
 if TYPE_CHECKING:
-    from saeray.checkpoint import load_sae
+    from saeray.client.connect import runtime_env
+    from saeray.client.runner import language_model_sae_runner, resume, sweep
     from saeray.cluster.trial import SAETrial
-    from saeray.config import LanguageModelSAERunnerConfig, Resources
-    from saeray.connect import runtime_env
     from saeray.errors import ConfigError
-    from saeray.runner import language_model_sae_runner, resume, sweep
+    from saeray.files.checkpoint import load_sae
     from saeray.sae.standard import StandardSAE
+    from saeray.spec.config import LanguageModelSAERunnerConfig, Resources
 
 
 def __getattr__(name: str) -> Any:

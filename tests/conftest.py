@@ -1,18 +1,14 @@
 """Fixtures: the bundled model and text, and one Ray instance for all tests of a file."""
 
 import os
-from pathlib import Path
 
 import pytest
+from support.bundled import HOOK, MODEL
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("WANDB_SILENT", "true")
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "saeray" / "models" / "tiny-python"
-HOOK = "blocks.2.hook_resid_pre"
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def ray_instance():
     """Ray on this machine, shared. What a test leaves behind there, the next one would see."""
-    from saeray.connect import end_ray, start_ray
+    from saeray.client.connect import end_ray, start_ray
 
     assert start_ray(None)
     import ray
@@ -55,8 +51,8 @@ def ray_instance():
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """What a sweep of `running.config()` gives when nothing happens to it."""
-    from running import left_alone
+    """What a sweep of `support.running.config()` gives when nothing happens to it."""
+    from support.running import left_alone
 
     return left_alone(tmp_path_factory.mktemp("undisturbed"))
 

@@ -1,9 +1,8 @@
-"""The Ray roles. Each class is plain; `saeray.cluster.launch` decides where and with what it runs.
+"""One sweep's control, in Ray: its trials, their roster, and the packs that train its SAEs.
 
-    TokenServer -> Harvesters -> ActivationBuffer -> Readers in packs -> Roster -> SAETrials
+    Readers in packs -> Roster -> SAETrials
 
-The roster is in four: `sweep_state` is what it knows, `settling` makes results of reports,
-`dispatch` gets packs and streams running, `roster` itself is what others may ask.
-
-References travel through actors, tensors do not: the buffer and the roster never touch the bytes.
+The roster is in parts: `sweep_state` is what it knows, `reports` makes results of packs' reports,
+`dispatch` gets packs running and `streams` what they read, `roster` itself is what others may ask.
+Uses `stream`, `actors`, `files`, `lm`, `spec`, `sae`.
 """

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from saeray.actors.nodes import cluster_now, held_by_others, namespace
+from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster.launch import (
     SETTLE_SECONDS,
     AboutPack,
@@ -32,16 +34,14 @@ from saeray.cluster.launch import (
     start_launcher,
     start_stream,
 )
-from saeray.cluster.nodes import cluster_now, held_by_others, namespace
-from saeray.cluster.settling import Settling
+from saeray.cluster.reports import Settling
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
-from saeray.cluster.waiting import POLL_SECONDS, NotYet
-from saeray.config import LanguageModelSAERunnerConfig, digest
 from saeray.errors import ConfigError, Late, SaerayError
-from saeray.grid import SAE
-from saeray.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, Gauges, PackPlan
-from saeray.placement import Cluster, Fitted, Room, fit, shown, wants_gpu
-from saeray.plan import cut_packs
+from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.grid import SAE
+from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, Gauges, PackPlan
+from saeray.spec.placement import Cluster, Fitted, Room, fit, shown, wants_gpu
+from saeray.spec.plan import cut_packs
 
 logger = logging.getLogger(__name__)
 

@@ -26,17 +26,17 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from saeray.cache import identity_of
-from saeray.cluster.buffer import ActivationBuffer
-from saeray.cluster.harvester import Harvester
-from saeray.cluster.nodes import cluster_now, namespace, on_head
-from saeray.cluster.token_server import TokenServer
-from saeray.cluster.waiting import POLL_SECONDS, NotYet
-from saeray.config import LanguageModelSAERunnerConfig
+from saeray.actors.nodes import cluster_now, namespace, on_head
+from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import ConfigError, Late
-from saeray.messages import CacheKey
-from saeray.placement import Fitted, Need, shown, store_of
-from saeray.plan import StreamPlan, check_fits, plan_stream
+from saeray.files.cache import identity_of
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import CacheKey
+from saeray.spec.placement import Fitted, Need, shown, store_of
+from saeray.spec.plan import StreamPlan, check_fits, plan_stream
+from saeray.stream.buffer import ActivationBuffer
+from saeray.stream.harvester import Harvester
+from saeray.stream.token_server import TokenServer
 
 RESTARTS = 3  # of a pack's worker group, by Ray Train
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was

@@ -18,19 +18,19 @@ from ray import train
 from ray.exceptions import ActorUnavailableError
 from torch import Tensor
 
-from saeray.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
-from saeray.cluster import waiting
-from saeray.cluster.blocks import to_array
-from saeray.cluster.head_folder import seen_from_here
-from saeray.cluster.reader import Place, Reader
-from saeray.config import LanguageModelSAERunnerConfig
+from saeray.actors import waiting
+from saeray.actors.head_folder import seen_from_here
 from saeray.errors import SaerayError
-from saeray.lm import choose_device
-from saeray.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report, reader_name
+from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
+from saeray.files.storage import Folder
+from saeray.lm.model import choose_device
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
-from saeray.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report, reader_name
+from saeray.stream.arrays import to_array
+from saeray.stream.reader import Place, Reader
 
 
 def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from saeray.cluster.nodes import namespace, on_head
+from saeray.actors.nodes import namespace, on_head
 
 TABLE = b"saeray-sweeps"
 

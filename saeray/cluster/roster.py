@@ -19,17 +19,18 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from saeray.actors.nodes import namespace, on_head
+from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster import registry
 from saeray.cluster.dispatch import Dispatch
 from saeray.cluster.launch import actor, passed_on
-from saeray.cluster.nodes import namespace, on_head
-from saeray.cluster.settling import Settling
+from saeray.cluster.reports import Settling
 from saeray.cluster.sweep_state import Entry, SweepState
-from saeray.cluster.waiting import POLL_SECONDS, NotYet
-from saeray.config import LanguageModelSAERunnerConfig, digest
 from saeray.errors import ConfigError
-from saeray.grid import SAE, refuse_duplicates
-from saeray.messages import (
+from saeray.files.sweep_folder import Known
+from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.grid import SAE, refuse_duplicates
+from saeray.spec.messages import (
     FAILED,
     INTERRUPTED,
     STOPPED,
@@ -43,7 +44,6 @@ from saeray.messages import (
     SAERow,
     SweepStatus,
 )
-from saeray.sweep_folder import Known
 
 GATHER_SECONDS = 8.0  # without a new trial: those that are there are all there are
 LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned

@@ -20,14 +20,14 @@ from typing import Any
 
 import ray
 
-from saeray import __version__
-from saeray.cluster.head_folder import MARKER
+from saeray.actors.head_folder import MARKER
 from saeray.cluster.launch import AboutPack, Stream
-from saeray.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.errors import SaerayError
-from saeray.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
-from saeray.storage import Folder
-from saeray.sweep_folder import Memory, SweepFolder
+from saeray.files.storage import Folder
+from saeray.files.sweep_folder import Memory, SweepFolder
+from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
+from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
+from saeray.version import __version__
 
 
 @dataclass

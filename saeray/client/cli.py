@@ -1,0 +1,269 @@
+"""`saeray sweep FILE.yaml`, `saeray status`, `saeray fetch SWEEP DIR`: the command line.
+
+Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed or were
+interrupted, 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saeray.errors import ConfigError, SaerayError, printable
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.version import __version__
+
+ADDRESSES = "of a Ray cluster: ray://HOST:10001, http://HOST:8265, or on a node of it auto"
+
+
+def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> dict[str, Any]:  # noqa: B006
+    """The flat YAML of a sweep, with `key=value` overrides (values are YAML too).
+
+    Paths of the model and the dataset may be relative to the file.
+
+    Raises:
+        ConfigError: no such file, not a mapping, or not YAML.
+    """
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: can't be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: `field: value` lines are wanted, at the top level.")
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"--set {override!r}: key=value is wanted.")
+        target, *rest = key.split(".")
+        value = yaml.safe_load(text)
+        if rest:
+            inner = data.setdefault(target, {})
+            if len(rest) > 1 or not isinstance(inner, dict):
+                raise ConfigError(f"--set {override!r}: no such field.")
+            inner[rest[0]] = value
+        else:
+            data[target] = value
+    for key in ("model_name", "dataset_path"):
+        value = data.get(key)
+        if isinstance(value, str) and not Path(value).expanduser().is_absolute():
+            beside = file.parent / value
+            if beside.exists():
+                data[key] = str(beside.resolve())
+    return data
+
+
+def sweep_command(arguments: argparse.Namespace) -> int:
+    if arguments.resume is not None:
+        return resume_command(arguments)
+    if arguments.file is None:
+        raise ConfigError("a sweep file is wanted: saeray sweep FILE.yaml (or --resume DIR).")
+    data = load_sweep_file(arguments.file, arguments.set)
+    config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
+    if arguments.dry_run:
+        return dry_run(config)
+    from saeray.client.runner import sweep
+
+    named = arguments.name or config.name
+    name = named or f"{Path(arguments.file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = sweep(
+        config,
+        name=name,
+        storage_path=arguments.storage_path,
+        address=arguments.address,
+        namespace=arguments.namespace,
+    )
+    print(printable(result.summary()))
+    return 0 if result.ok else 1
+
+
+def resume_command(arguments: argparse.Namespace) -> int:
+    given = {
+        "FILE.yaml": arguments.file,
+        "--set": arguments.set,
+        "--name": arguments.name,
+        "--storage-path": arguments.storage_path,
+        "--dry-run": arguments.dry_run,
+    }
+    for option, value in given.items():
+        if value:
+            raise ConfigError(
+                f"--resume goes on with the sweep in {arguments.resume} as it is; {option} can't "
+                "be given beside it."
+            )
+    from saeray.client.runner import resume
+
+    result = resume(arguments.resume, address=arguments.address, namespace=arguments.namespace)
+    print(printable(result.summary()))
+    return 0 if result.ok else 1
+
+
+def status_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.connect import chosen, connected, is_jobs
+
+    address = chosen(arguments.address)
+    if is_jobs(address):
+        from saeray.client.jobs import command_as_job
+
+        assert address is not None
+        return command_as_job(["status", *(["--json"] if arguments.json else [])], address)
+    with connected(address or "auto"):
+        from saeray.client.status import as_json, sweeps_of_cluster, table
+
+        listed = sweeps_of_cluster()
+        print(as_json(listed) if arguments.json else printable(table(listed)))
+    return 0
+
+
+def stop_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.connect import chosen, connected, is_jobs
+
+    address = chosen(arguments.address)
+    if is_jobs(address):
+        from saeray.client.jobs import command_as_job
+
+        assert address is not None
+        return command_as_job(["stop", arguments.sweep], address)
+    with connected(address or "auto"):
+        from saeray.client.driver import find_record
+        from saeray.client.status import stop
+
+        record = find_record(arguments.sweep)
+        print(stop(record))
+    return 0
+
+
+def fetch_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.connect import chosen, connected
+    from saeray.files.fetch import fetch_folder
+    from saeray.files.storage import Folder
+
+    target = Folder.at(arguments.directory)
+    if "://" in arguments.sweep:
+        source = Folder.at(arguments.sweep, "SWEEP")
+        if "sweep.yaml" not in source.names():
+            raise ConfigError(f"{source.uri}: there is no sweep.yaml, so no sweep to fetch.")
+        fetch_folder(source, target, arguments.checkpoints)
+        return 0
+    with connected(chosen(arguments.address) or "auto"):
+        from saeray.actors.head_folder import seen_from_here
+        from saeray.client.driver import find_record
+
+        record = find_record(arguments.sweep)
+        fetch_folder(seen_from_here(record.folder), target, arguments.checkpoints)
+    return 0
+
+
+def dry_run(config: LanguageModelSAERunnerConfig) -> int:
+    """Checks everything that a sweep checks, model and dataset included, and prints the plan."""
+    from saeray.lm.hub import load_tokenizer
+    from saeray.lm.model import LanguageModel, check_d_in
+    from saeray.lm.tokens import TokenWindows
+    from saeray.spec.config import resolve
+    from saeray.spec.grid import expand
+    from saeray.spec.plan import describe, plan_stream
+
+    saes = expand(resolve(config))
+    first = saes[0].config
+    hook_points = sorted({s.config.resolved_hook_point for s in saes})
+    facts = LanguageModel(first, hook_points).facts
+    for s in saes:
+        check_d_in(s.config, facts)
+    TokenWindows(first, load_tokenizer(first))
+    plan = plan_stream(first, hook_points, facts.d_in)
+    print(describe(saes))
+    print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="saeray", description="Sweeps of sparse autoencoders on Ray."
+    )
+    top.add_argument("--version", action="version", version=f"saeray {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("sweep", help="train the grid of SAEs that a YAML file describes")
+    run.add_argument("file", metavar="FILE.yaml", nargs="?")
+    run.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with an interrupted sweep: its folder, a path or s3://…, gs://…; or, on a "
+        "cluster, its name",
+    )
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'",
+    )
+    run.add_argument("--name", help="of the sweep; default: the file's name and the time")
+    run.add_argument("--storage-path", help="where its folder goes: a path or s3://…, gs://…")
+    run.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this machine")
+    run.add_argument("--namespace", help="Ray's; default: saeray")
+    run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
+    run.set_defaults(command=sweep_command)
+
+    status = commands.add_parser("status", help="the sweeps of a cluster, running and finished")
+    status.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    status.add_argument("--json", action="store_true", help="for other programs")
+    status.set_defaults(command=status_command)
+
+    stop = commands.add_parser("stop", help="end a running sweep; what is trained is saved")
+    stop.add_argument("sweep", metavar="SWEEP", help="its name, or NAMESPACE/NAME")
+    stop.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    stop.set_defaults(command=stop_command)
+
+    fetch = commands.add_parser("fetch", help="bring a sweep's results home from a cluster")
+    fetch.add_argument(
+        "sweep", metavar="SWEEP", help="its name, NAMESPACE/NAME, or the URI of its folder"
+    )
+    fetch.add_argument("directory", metavar="DIR", help="where to: a local folder")
+    fetch.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
+    fetch.add_argument("--checkpoints", action="store_true", help="them, too")
+    fetch.set_defaults(command=fetch_command)
+    return top
+
+
+def interrupt(*_: object) -> None:
+    """Any end that leaves time is a Ctrl-C: what was trained is saved."""
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # as `ray job stop` and `kill` end it
+    try:
+        return parsed.command(parsed)
+    except ConfigError as error:
+        print(printable(f"saeray: {error}"), file=sys.stderr)
+        return 2
+    except SaerayError as error:
+        print(printable(f"saeray: {error}"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as left:
+        if left.args:  # the sweep's name: it was left running
+            print(
+                f"saeray: {left.args[0]} goes on; `saeray status` looks at it, `saeray sweep "
+                f"--resume {left.args[0]}` joins it, `saeray fetch {left.args[0]} DIR` brings its "
+                "results home (with the same --address).",
+                file=sys.stderr,
+            )
+            return 0
+        print(
+            "saeray: interrupted; what was trained so far is in the sweep's folder, and "
+            "`saeray sweep --resume` of it goes on.",
+            file=sys.stderr,
+        )
+        return 130

@@ -1,0 +1,315 @@
+"""A sweep on a cluster that this process is outside of: driven over there, watched from here.
+
+Over `ray://` (Ray Client) whatever a laptop starts would end with its connection. So the driver of
+a sweep, the process that runs Tune, is an actor on the head node that belongs to nobody: the laptop
+looks at it, may leave and come back, and fetches the results.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from saeray.actors import waiting
+from saeray.actors.head_folder import seen_from_here
+from saeray.actors.nodes import namespace, on_head
+from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.client.connect import quieten
+from saeray.client.session import (
+    SweepResult,
+    absolute,
+    done_already,
+    provenance,
+    refuse_existing,
+    run,
+    saes_of,
+)
+from saeray.cluster import registry
+from saeray.cluster.launch import actor, passed_on
+from saeray.cluster.roster import roster_name
+from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.files.fetch import fetch_folder
+from saeray.files.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.grid import SAE, expand
+from saeray.spec.messages import SweepStatus
+
+COLLECT_SECONDS = 120.0  # that a finished driver waits for somebody to look, before it goes
+CALL_SECONDS = 60.0  # for one answer over the client
+
+
+@dataclass
+class Outcome:
+    """How a driven sweep ended."""
+
+    rows: list[dict[str, Any]]
+    status: SweepStatus
+    error: str | None = None
+    bad_input: bool = False
+
+
+class Driver:
+    """The actor: runs one sweep in a thread and tells how it stands."""
+
+    def __init__(
+        self,
+        configs: dict[str, dict[str, Any]],
+        folder: str,
+        scheduler: Any,
+        resuming: bool,
+        versions: Mapping[str, Any],
+        environment: dict[str, str],
+        begun_by: str,
+    ) -> None:
+        os.environ.update(environment)
+        self.begun_by = begun_by
+        quieten()
+        self.saes = [SAE(n, LanguageModelSAERunnerConfig.from_dict(c)) for n, c in configs.items()]
+        self.folder = Folder.at(folder)
+        self.scheduler = scheduler
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self.resuming = resuming or again
+        self.versions = versions
+        self.status = SweepStatus(rows=[], phase="starting")
+        self.ended: Outcome | None = None
+        self.news = threading.Event()
+        self.me = ray.get_runtime_context().current_actor
+        threading.Thread(target=self.drive, name="driver", daemon=True).start()
+
+    def look(self) -> SweepStatus:
+        return self.status
+
+    def takes(self, asking: str) -> bool | None:
+        """None when what it drove has ended, and was begun by somebody else than who asks."""
+        return None if self.news.is_set() and self.begun_by != asking else True
+
+    def outcome(self) -> Outcome | NotYet:
+        """How the sweep ended, once it has."""
+        if not self.news.wait(POLL_SECONDS):
+            return NotYet("the sweep")
+        assert self.ended is not None
+        return self.ended
+
+    def stop(self) -> None:
+        """Ends the training; the outcome follows once what was trained is saved."""
+        roster = ray.get_actor(roster_name(self.folder.name, self.folder.uri), namespace())
+        waiting.ask(roster.interrupt.remote, self.saes[0].config.wait_limit_s, "roster")
+
+    def drive(self) -> None:
+        def note(status: SweepStatus) -> None:
+            self.status = status
+
+        try:
+            result = run(
+                self.saes,
+                self.folder,
+                self.folder.name,
+                self.scheduler,
+                live=False,
+                ends_ray=False,
+                resuming=self.resuming,
+                versions=self.versions,
+                watched=note,
+            )
+            self.ended = Outcome(result.rows, result.status)
+        except Exception as error:
+            text = str(error) if isinstance(error, SaerayError) else repr(error)
+            self.ended = Outcome([], self.status, text, isinstance(error, ConfigError))
+        self.news.set()
+        time.sleep(COLLECT_SECONDS)
+        ray.kill(self.me)
+
+
+def driver_name(folder: str) -> str:
+    name = Folder.at(folder).name
+    return roster_name(name, folder).replace("roster:", "driver:")
+
+
+def sweep(config: LanguageModelSAERunnerConfig, scheduler: Any, live: bool) -> SweepResult:
+    """`saeray.sweep` on the cluster this process is a client of."""
+    assert config.name is not None and config.storage_path is not None
+    home, there = home_copy(config.storage_path), over_there(config.storage_path)
+    config = config.replace(
+        model_name=absolute(config.model_name),
+        dataset_path=absolute(config.dataset_path),
+        storage_path=there,
+        activation_cache=config.activation_cache and over_there(config.activation_cache),
+    )
+    assert config.name is not None
+    folder = seen_from_here((Folder.at(there) / config.name).uri)
+    refuse_existing(folder, config.name)
+    if home is not None:
+        refuse_existing(home / config.name, config.name)
+    return drive(expand(config), folder, scheduler, live, home and home / config.name)
+
+
+def resume(folder: str, scheduler: Any, live: bool) -> SweepResult:
+    """`saeray.resume` on the cluster this process is a client of; joins a sweep that still runs."""
+    place = seen_from_here(registry.folder_called(folder.rstrip("/")) or over_there(folder))
+    home = None if "://" in place.uri or Path(folder).is_absolute() else Folder.at(folder)
+    done = done_already(place)
+    if done is not None:
+        return done
+    return drive(saes_of(place), place, scheduler, live, home, resuming=True)
+
+
+def home_copy(storage_path: str) -> Folder | None:
+    """Where on this side results kept on the head's own disk shall come to in the end."""
+    relative = "://" not in storage_path and not storage_path.startswith(("/", "~"))
+    return Folder.at(storage_path) if relative else None
+
+
+def over_there(path: str) -> str:
+    """A storage path as the cluster has it: relative ones are below the head's home directory."""
+    if "://" in path:
+        return path
+    task = ray.remote(expanded).options(num_cpus=0, **on_head())
+    return str(ray.get(task.remote(path), timeout=CALL_SECONDS))
+
+
+def expanded(path: str) -> str:
+    return str(Path.home() / Path(path).expanduser())
+
+
+def drive(
+    saes: list[SAE],
+    folder: Folder,
+    scheduler: Any,
+    live: bool,
+    home: Folder | None,
+    resuming: bool = False,
+) -> SweepResult:
+    """Has the sweep driven on the head node, and watches it until it ends or is left alone."""
+    limit = saes[0].config.wait_limit_s
+    driver = driver_of(saes, folder, scheduler, resuming, limit)
+    try:
+        outcome = watch(
+            lambda: waiting.ask(driver.look.remote, limit, "the driver on the cluster"),
+            lambda: waiting.ask(driver.outcome.remote, limit, "the driver on the cluster"),
+            lambda: waiting.ask(driver.stop.remote, limit, "the driver on the cluster"),
+            folder.name,
+            live,
+        )
+    except Stopped:
+        ray.kill(driver)
+        raise
+    ray.kill(driver)
+    if outcome.error is not None:
+        raise (ConfigError if outcome.bad_input else SaerayError)(outcome.error)
+    if home is not None:
+        fetch_folder(folder, home)
+        folder = home
+    return SweepResult(folder.name, folder, outcome.rows, outcome.status)
+
+
+def driver_of(
+    saes: list[SAE], folder: Folder, scheduler: Any, resuming: bool, limit_s: float
+) -> Any:
+    """The sweep's driver: the one that is at it, or a new one.
+
+    One whose sweep has ended stays a while for whoever left it; its outcome is not that of a sweep
+    which now goes on.
+    """
+    me, versions = uuid.uuid4().hex, provenance()
+    configs = {s.name: s.config.to_dict() for s in saes}
+    options = dict(get_if_exists=True, max_concurrency=8, **on_head())
+    driver, _ = waiting.one_that_takes(
+        lambda driver: driver.takes.remote(me),
+        lambda: actor(Driver, driver_name(folder.uri), **options).remote(
+            configs, folder.uri, scheduler, resuming, versions, passed_on(), me
+        ),
+        limit_s,
+        f"the driver of {folder.name}",
+        past=ray.kill,
+    )
+    return driver
+
+
+class LeftRunning(KeyboardInterrupt):
+    """The user has gone; the sweep goes on."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The user has ended the sweep; what was trained is saved."""
+
+
+def watch(
+    look: Callable[[], SweepStatus],
+    outcome: Callable[[], Any],
+    stop: Callable[[], None],
+    name: str,
+    live: bool,
+) -> Outcome:
+    """Draws a sweep that runs elsewhere until it has ended. Ctrl-C asks what to do.
+
+    Raises:
+        LeftRunning: the user goes, the sweep does not.
+        Stopped: the sweep was stopped; what was trained is saved.
+    """
+    from saeray.client.live import LiveView
+
+    def looked() -> SweepStatus:
+        try:
+            return look()
+        except RayActorError as error:
+            raise RuntimeError(str(error)) from None  # the next look will tell
+
+    stopping = False
+    while True:
+        try:
+            with LiveView(looked, live):
+                ended: Any = NotYet("")
+                while isinstance(ended, NotYet):
+                    ended = outcome()
+            if stopping:
+                raise Stopped
+            assert isinstance(ended, Outcome)
+            return ended
+        except KeyboardInterrupt:
+            if stopping:  # Stopped, too
+                raise
+            if wants_to_leave(name):
+                raise LeftRunning(name) from None
+            stopping = True
+            print("saeray: stopping; what is trained so far is being saved …", file=sys.stderr)
+            stop()
+
+
+def wants_to_leave(name: str) -> bool:
+    """Asks whether to leave a sweep running; one who can't be asked wants to stop it."""
+    if not sys.stdin.isatty():
+        return False
+    try:
+        print(
+            f"\n{name} runs on the cluster. [l]eave it running, or [s]top it? ", end="", flush=True
+        )
+        return input().strip().lower().startswith("l")
+    except (EOFError, KeyboardInterrupt):
+        return False
+
+
+def find_record(name: str) -> registry.Record:
+    """The newest sweep of that name, or NAMESPACE/NAME, which the cluster knows.
+
+    Raises:
+        ConfigError: it knows none, or some in several namespaces; names those it knows.
+    """
+    records = registry.read_all()
+    found = [r for r in records if name in (r.name, r.full_name)]
+    if not found:
+        known = ", ".join(dict.fromkeys(r.full_name for r in records)) or "none"
+        raise bad_value("SWEEP", name, f"the cluster knows {known}.")
+    full_names = list(dict.fromkeys(r.full_name for r in found))
+    if len(full_names) > 1:
+        raise bad_value("SWEEP", name, f"there are {', '.join(full_names)}: which of them?")
+    return found[-1]

@@ -1,0 +1,170 @@
+"""The user's side in Python: `sweep(config)`, `resume(folder)` and the guide's
+`language_model_sae_runner(cfg)`.
+
+They refuse bad input and say where the sweep runs: here (`session`), or on a cluster that this
+process is outside of, in an actor (`driver`) or as a job (`jobs`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
+from saeray.client.session import SweepResult, absolute, done_already, refuse_existing, run, saes_of
+from saeray.errors import SaerayError, bad_value
+from saeray.files.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve
+from saeray.spec.grid import expand
+from saeray.spec.messages import DONE
+
+if TYPE_CHECKING:
+    from saeray.sae.standard import StandardSAE
+
+
+def sweep(
+    config: LanguageModelSAERunnerConfig | Mapping[str, Any],
+    *,
+    name: str | None = None,
+    storage_path: str | os.PathLike[str] | None = None,
+    address: str | None = None,
+    namespace: str | None = None,
+    scheduler: Any = None,
+    live: bool = True,
+) -> SweepResult:
+    """Trains the grid that `config` spans (a list in a field is an axis), one LM pass for all.
+
+    Args:
+        config: the guide's fields, as an object or flat data.
+        name: of the sweep; its results stand in `<storage_path>/<name>`. Default: derived from the
+            model, the hook point and the time.
+        storage_path: local path or URI; default: the config's. From outside a cluster (`ray://`) a
+            relative path is one below the head's home directory, and what is kept there is
+            fetched to the same path here in the end; an absolute one is the cluster's alone.
+        address: of a Ray cluster; default: RAY_ADDRESS, or a cluster that runs on this machine, or
+            this machine alone (`local`: in any case). `ray://HOST:10001` from outside the cluster,
+            `http://HOST:8265` for its job server.
+        namespace: Ray's; sweeps of different ones know nothing of each other.
+        scheduler: a Ray Tune scheduler; default FIFO. Use `n_training_tokens` as time_attr.
+        live: draw a table while it runs (plain lines when not a terminal).
+
+    Raises:
+        ConfigError: bad input, before anything is spent.
+    """
+    if not isinstance(config, LanguageModelSAERunnerConfig):
+        config = LanguageModelSAERunnerConfig.from_dict(config)
+    config = config.replace(
+        name=name or config.name or default_name(config),
+        storage_path=str(storage_path or config.storage_path or config.checkpoint_path),
+    )
+    config = resolve(config)
+    expand(config)  # what is wrong with it is said before anything is started
+    if config.activation_cache is not None:
+        Folder.at(config.activation_cache, "activation_cache")
+    address = chosen(address)
+    if is_jobs(address):
+        from saeray.client.jobs import sweep_as_job
+
+        assert address is not None
+        if scheduler is not None:
+            raise bad_value("address", address, "a job takes no scheduler; use ray://HOST:10001.")
+        return sweep_as_job(config, address, namespace, live)
+    if is_outside(address):
+        with connected(address, namespace):
+            from saeray.client import driver
+
+            return driver.sweep(config, scheduler, live)
+    config = with_absolute_paths(config)
+    assert config.name is not None and config.storage_path is not None
+    folder = Folder.at(config.storage_path) / config.name
+    refuse_existing(folder, config.name)
+    with connected(address, namespace) as ends_ray:
+        return run(expand(config), folder, config.name, scheduler, live, ends_ray)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    address: str | None = None,
+    namespace: str | None = None,
+    scheduler: Any = None,
+    live: bool = True,
+) -> SweepResult:
+    """Goes on with a sweep that was interrupted, to the files an uninterrupted one gives.
+
+    SAEs that are done, were stopped by a scheduler or failed by themselves stay as they are; the
+    others go on from their newest checkpoint. On a cluster where the sweep still runs, this joins
+    it.
+
+    Args:
+        folder: of the sweep: its path or URI (from outside a cluster: its path there), or the
+            name of a sweep that the cluster knows (`saeray status`).
+
+    Raises:
+        ConfigError: no sweep is there, or its sweep.yaml is damaged.
+    """
+    address = chosen(address)
+    if is_jobs(address):
+        from saeray.client.jobs import resume_as_job
+
+        assert address is not None
+        return resume_as_job(str(folder), address, namespace, live)
+    if is_outside(address):
+        with connected(address, namespace):
+            from saeray.client import driver
+
+            return driver.resume(str(folder), scheduler, live)
+    place = Folder.at(folder)
+    if address not in (None, LOCAL) and "/" not in str(folder) and not place.names():
+        with connected(address, namespace):
+            from saeray.cluster import registry
+
+            place = Folder.at(registry.folder_called(str(folder)) or folder)
+    done = done_already(place)
+    if done is not None:
+        return done
+    saes = saes_of(place)
+    with connected(address, namespace) as ends_ray:
+        return run(saes, place, place.name, scheduler, live, ends_ray, resuming=True)
+
+
+def language_model_sae_runner(
+    cfg: LanguageModelSAERunnerConfig,
+) -> StandardSAE | list[StandardSAE]:
+    """The guide's runner: trains and returns the SAE (of a grid, all of them in grid order).
+
+    Raises:
+        ConfigError: bad input. SaerayError: training failed.
+    """
+    result = sweep(cfg)
+    failed = [row for row in result.rows if row["status"] != DONE]
+    if failed:
+        raise SaerayError("; ".join(str(row["error"]) for row in failed))
+    trained = [result.load(row["trial"]) for row in result.rows]
+    return trained if grid_axes(cfg) else trained[0]
+
+
+def default_name(config: LanguageModelSAERunnerConfig) -> str:
+    """<model>-<hook point>-<time>: readable, and new each time."""
+    model = Path(str(config.model_name)).name
+    hook = str(config.hook_point).replace("blocks.", "").replace("{layer}", "x")
+    return f"{model}-{hook}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def with_absolute_paths(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Actors run in other working directories: local paths are made absolute here."""
+
+    def to_be_made(path: str | None) -> str | None:
+        if path is not None and "://" not in path:
+            return str(Path(path).expanduser().absolute())
+        return path
+
+    return config.replace(
+        model_name=absolute(config.model_name),
+        dataset_path=absolute(config.dataset_path),
+        storage_path=to_be_made(config.storage_path),
+        activation_cache=to_be_made(config.activation_cache),
+    )

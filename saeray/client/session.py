@@ -1,0 +1,275 @@
+"""One sweep on the Ray instance that this process is connected to: from its SAEs to its results.
+
+A thin layer over `tune.run(SAETrial, ...)`: it names the sweep, tells its roster which SAEs to
+expect, and has it watched while Tune runs. Where it runs is others' business: `runner` calls it
+here, `driver` in an actor on a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
+from saeray.lm.hub import portable
+from saeray.spec.grid import SAE
+from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
+
+if TYPE_CHECKING:
+    from saeray.sae.standard import StandardSAE
+
+
+TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
+
+
+@dataclass
+class SweepResult:
+    """What a sweep has left behind."""
+
+    name: str
+    folder: Folder
+    rows: list[dict[str, Any]]  # results.csv, row by row
+    status: SweepStatus
+
+    @property
+    def ok(self) -> bool:
+        """Whether every SAE finished."""
+        return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
+
+    def summary(self) -> str:
+        """A table of the SAEs, the account of tokens, and where everything is."""
+        from saeray.client.live import human
+
+        lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
+        for row in self.rows:
+            figures = [
+                "–" if row[key] is None else format(row[key], form)
+                for key, form in (
+                    ("l0", ".1f"),
+                    ("explained_variance", ".3f"),
+                    ("ce_loss_score", ".3f"),
+                    ("dead_features", ".0f"),
+                )
+            ]
+            widths = zip(figures, (8, 9, 9, 6), strict=True)
+            lines.append(
+                f"{row['trial']:<44} {row['status']:<8} " + " ".join(f"{f:>{w}}" for f, w in widths)
+            )
+            if row["error"]:
+                lines.append(f"    {row['error']}")
+        status = self.status
+        one_pass = sum(status.pass_tokens)
+        if one_pass and (status.harvested_tokens or status.cached_tokens):  # not all done already
+            n_streams = len(status.pass_tokens)
+            each = f" of each of {n_streams} streams" if n_streams > 1 else ""
+            cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
+            lines.append(
+                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE{each} trained "
+                f"on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); all SAEs together "
+                f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
+                "tokens, held out."
+            )
+        lines += [f"! {warning}" for warning in status.warnings]
+        if any(row["status"] == INTERRUPTED for row in self.rows):
+            lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
+        lines.append(f"results: {self.folder.uri}")
+        return "\n".join(lines)
+
+    def load(self, trial: str) -> StandardSAE:
+        """The trained SAE of a row's `trial`."""
+        from saeray.files.checkpoint import load_sae
+
+        return load_sae(self.folder / "trials" / trial / "final")
+
+
+def run(
+    saes: list[SAE],
+    folder: Folder,
+    name: str,
+    scheduler: Any,
+    live: bool,
+    ends_ray: bool,
+    resuming: bool = False,
+    versions: Mapping[str, Any] | None = None,
+    watched: Callable[[SweepStatus], None] | None = None,
+) -> SweepResult:
+    """One sweep on the Ray instance this process is connected to.
+
+    ends_ray: Ray ends with it. versions: what the sweep was begun with, if not here. watched: is
+    told how it stands, about once a second.
+    """
+    import ray
+    from ray import tune
+
+    from saeray.actors import waiting
+    from saeray.actors.head_folder import seen_from_here
+    from saeray.client.live import LiveView
+    from saeray.cluster.trial import INTERNAL, SAETrial
+
+    keep_keys_out_of_logs()
+    limit = saes[0].config.wait_limit_s
+    versions = versions or provenance()
+    roster, marker = begun(saes, folder, name, limit, resuming, versions)
+    folder = seen_from_here(folder.uri, marker)
+    note = StatusFile.wanted()
+    view = LiveView(
+        lambda: waiting.ask(roster.status.remote, limit, "roster"),
+        live,
+        watched or (note.write if note is not None else None),
+    )
+    view.update()
+    ended = {row.name for row in view.status.rows if row.state in ENDS}
+    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes if s.name not in ended]
+    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
+    try:
+        with view:
+            # Trials only wait for reports, and on few cores their start takes a while from the
+            # others: after what may yet turn out to be bad input, before the training.
+            view.wait_for_stream()
+            # A failed SAE is in the results with its reason; Tune would print its traceback too.
+            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+            if view.status.error is None:
+                tune.run(
+                    SAETrial,
+                    name=f"tune-{uuid.uuid4().hex[:6]}",
+                    storage_path=(folder / ".ray").uri,
+                    config={INTERNAL: known},
+                    scheduler=scheduler,
+                    verbose=0,
+                    max_failures=TRIAL_RESTARTS,
+                    raise_on_failed_trial=False,
+                    trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+                    trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+                )
+                view.wait_for_end(limit)
+    finally:
+        bad_input = view.status.error is not None
+        waiting.ask(lambda: roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
+        ray.kill(roster)
+    status = view.status
+    if status.error is not None:
+        raise (ConfigError if status.bad_input else SaerayError)(status.error)
+    rows = SweepFolder(folder, name).read_rows()
+    if note is not None:
+        note.write(status, rows)
+    return SweepResult(name, folder, rows, status)
+
+
+class StatusFile:
+    """Where a sweep that runs as a Ray job says how it stands (`saeray.client.jobs` reads it)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def wanted(cls) -> StatusFile | None:
+        """The file that the environment names, in this node's folder of Ray's logs."""
+        from ray._private import worker
+
+        from saeray.client.live import STATUS_FILE
+
+        name, node = os.environ.get(STATUS_FILE), worker._global_node
+        return cls(Path(node.get_logs_dir_path()) / name) if name and node is not None else None
+
+    def write(self, status: SweepStatus, rows: list[dict[str, Any]] | None = None) -> None:
+        from saeray.client.live import status_as_data
+
+        data = status_as_data(status) | ({} if rows is None else {"results": rows})
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(data), encoding="utf-8")
+        os.replace(part, self.path)
+
+
+def keep_keys_out_of_logs() -> None:
+    """Keeps Tune from handing on AWS keys in a runtime_env, which Ray writes into its logs.
+
+    On this machine trials inherit them; a cluster's nodes need their own anyway.
+    """
+    from ray.tune.execution import class_cache
+
+    handed_on: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
+    handed_on -= {name for name in handed_on if name.startswith("AWS_")}
+
+
+def begun(
+    saes: list[SAE],
+    folder: Folder,
+    name: str,
+    limit_s: float,
+    resuming: bool,
+    versions: Mapping[str, Any],
+) -> tuple[Any, str]:
+    """The sweep's roster, told what to train, and what tells the disk it writes to."""
+    from saeray.actors import waiting
+    from saeray.cluster.roster import find_or_create
+
+    configs = {s.name: s.config.to_dict() for s in saes}
+    return waiting.one_that_takes(
+        lambda roster: roster.begin.remote(configs, versions, resuming),
+        lambda: find_or_create(name, folder.uri),
+        limit_s,
+        f"the roster of {name}",
+    )
+
+
+def provenance() -> dict[str, str | None]:
+    """What the sweep was run with, for sweep.yaml."""
+    from importlib.metadata import version
+
+    def commit() -> str | None:
+        here = Path(__file__).resolve().parent
+        try:
+            done = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("saeray", "ray", "torch", "transformer_lens", "transformers", "datasets")
+    return {**{name: version(name) for name in packages}, "git_commit": commit()}
+
+
+def refuse_existing(folder: Folder, name: str) -> None:
+    if folder.names():
+        raise bad_value(
+            "name",
+            name,
+            f"{folder.uri} is there already; choose another name, or go on with it by --resume.",
+        )
+
+
+def saes_of(place: Folder) -> list[SAE]:
+    """The SAEs of a sweep, as its sweep.yaml has them."""
+    configs = SweepFolder(place, place.name).read_configs()
+    return [SAE(name, config) for name, config in configs.items()]
+
+
+def done_already(place: Folder) -> SweepResult | None:
+    """The results of a sweep of which nothing is left to do."""
+    files = SweepFolder(place, place.name)
+    saes = saes_of(place)
+    known = files.known([s.name for s in saes])
+    if not all(k.state in ENDS for k in known.values()):
+        return None
+    rows = [
+        SAERow(s.name, k.state, k.step, s.config.steps, k.n_training_tokens, k.metrics, k.error)
+        for s, k in ((s, known[s.name]) for s in saes)
+    ]
+    return SweepResult(place.name, place, files.read_rows(), SweepStatus(rows, "done already"))
+
+
+def absolute(path: Any) -> Any:
+    """A path that is there, as other processes find it; anything else as it is."""
+    if isinstance(path, str) and "://" not in path and Path(path).expanduser().exists():
+        return portable(Path(path))
+    return path

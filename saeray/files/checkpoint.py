@@ -1,0 +1,168 @@
+"""Checkpoints: safetensors and JSON, loadable by sae_lens as they are, no pickle.
+
+    cfg.json  sae_weights.safetensors  sparsity.safetensors      what sae_lens reads
+    train_state.safetensors  train_state.json                    what training goes on from
+
+`train_state.json` is written last and holds a checksum of every other file, so a checkpoint that
+was cut off or damaged is noticed and an older one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from saeray.files.storage import Folder
+from saeray.sae.metrics import log10_frequency
+from saeray.sae.standard import StandardSAE
+from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.version import __version__
+
+# The newest sae_lens this format was checked with. Below 6 sae_lens drops `metadata` in silence.
+SAE_LENS_VERSION = "6.54.12"
+STATE_MARKER = "train_state.json"
+
+
+def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict[str, Any]:
+    """cfg.json as `sae_lens.SAE.load_from_disk` wants it."""
+    return {
+        "architecture": "standard",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAE_LENS_VERSION,
+            "saeray_version": __version__,
+            "model_name": config.model_name,
+            "hook_name": config.resolved_hook_point,
+            "hook_head_index": None,
+            "context_size": config.context_size,
+            "prepend_bos": config.prepend_bos,
+            "dataset_path": config.dataset_path,
+            "training_config": config.to_dict(),
+        },
+    }
+
+
+def sae_files(
+    config: LanguageModelSAERunnerConfig, sae: StandardSAE, frequency: Tensor
+) -> dict[str, bytes]:
+    """The files that sae_lens loads; frequency [L] is the features' firing frequency."""
+    weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in PARAMETERS}
+    return {
+        "cfg.json": json_bytes(sae_lens_cfg(config, sae)),
+        "sae_weights.safetensors": save(weights),
+        "sparsity.safetensors": save({"sparsity": log10_frequency(frequency).cpu()}),
+    }
+
+
+def save_final(folder: Folder, config: LanguageModelSAERunnerConfig, trainer: SAETrainer) -> None:
+    """Publishes a trained SAE."""
+    folder.publish(sae_files(config, trainer.sae, trainer.firing_frequency))
+
+
+def save_checkpoint(
+    folder: Folder, config: LanguageModelSAERunnerConfig, trainer: SAETrainer
+) -> None:
+    """Publishes an SAE in training, with everything it takes to continue bit for bit."""
+    tensors, numbers = trainer.state()
+    files = sae_files(config, trainer.sae, trainer.firing_frequency)
+    files["train_state.safetensors"] = save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    )
+    files[STATE_MARKER] = json_bytes(
+        {
+            **numbers,
+            "n_training_tokens": trainer.step * config.train_batch_size,
+            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
+    )
+    folder.publish(files)
+
+
+@dataclass
+class Checkpoint:
+    """A valid checkpoint, read."""
+
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+    def trainer(self, options: TrainingOptions, device: torch.device) -> SAETrainer:
+        sae = StandardSAE(**{name: self.weights[name].to(device) for name in PARAMETERS})
+        return SAETrainer.resumed(sae, options, self.tensors, self.numbers)
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be used, with the reason."""
+
+
+def load_checkpoint(folder: Folder) -> Checkpoint:
+    """Reads a checkpoint after comparing every file with its checksum.
+
+    Raises:
+        Damaged: a file is missing, cut off or changed.
+    """
+    try:
+        numbers = json.loads(folder.read(STATE_MARKER))
+        files = {name: folder.read(name) for name in numbers["sha256"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise Damaged(f"{folder.uri}: {error}") from None
+    for name, wanted in numbers["sha256"].items():
+        if hashlib.sha256(files[name]).hexdigest() != wanted:
+            raise Damaged(f"{folder.uri}/{name} does not have the checksum it was written with")
+    return Checkpoint(
+        load(files["sae_weights.safetensors"]), load(files["train_state.safetensors"]), numbers
+    )
+
+
+def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint below `folder`, and why newer ones were passed over."""
+    passed_over: list[str] = []
+    by_tokens = sorted((int(n) for n in folder.names() if re.fullmatch(r"\d+", n)), reverse=True)
+    for tokens in by_tokens:
+        try:
+            return load_checkpoint(folder / str(tokens)), passed_over
+        except Damaged as damage:
+            passed_over.append(str(damage))
+    return None, passed_over
+
+
+def delete_others(folder: Folder, keep: set[int]) -> None:
+    """Deletes the checkpoints below `folder` but those at `keep` tokens."""
+    for name in folder.names():
+        if re.fullmatch(r"\d+", name) and int(name) not in keep:
+            (folder / name).delete()
+    if folder.exists() and not folder.names():
+        folder.delete()
+
+
+def load_sae(folder: Folder | str) -> StandardSAE:
+    """Loads a published SAE (`…/final`, or a checkpoint).
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = folder if isinstance(folder, Folder) else Folder.at(folder)
+    return sae_from_weights(load(folder.read("sae_weights.safetensors")))
+
+
+def sae_from_weights(weights: Mapping[str, Tensor]) -> StandardSAE:
+    return StandardSAE(**{name: weights[name] for name in PARAMETERS})
+
+
+def json_bytes(data: object) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

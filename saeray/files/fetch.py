@@ -1,0 +1,48 @@
+"""Brings a sweep's folder home: file by file, in pieces, each published by rename."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path, PurePosixPath
+
+from saeray.files.storage import Folder
+
+PIECE = 16 * 2**20  # bytes at a time: what a Ray Client carries well
+
+
+def fetch_folder(source: Folder, target: Folder, checkpoints: bool = False) -> tuple[int, int]:
+    """Copies the files of a sweep to a local folder; (files, bytes) that were copied.
+
+    Files that are there with the same size are left, so a fetch that was cut off goes on. What only
+    concerns a running sweep (`.ray/`) stays, and checkpoints do unless they are asked for.
+    """
+    n_files = n_bytes = 0
+    for name, size in sorted(source.files().items()):
+        parts = PurePosixPath(name).parts
+        if (
+            parts[0] == ".ray"
+            or name.endswith(".tmp")
+            or ("checkpoints" in parts and not checkpoints)
+        ):
+            continue
+        place = Path(target.path) / name
+        growing = name.endswith(("metrics.jsonl", "results.csv", "results.parquet"))
+        if place.is_file() and place.stat().st_size == size and not growing:
+            continue
+        copy(source, name, size, place)
+        n_files, n_bytes = n_files + 1, n_bytes + size
+    print(f"fetched {n_files} files, {n_bytes:,} bytes, to {target.path}", file=sys.stderr)
+    return n_files, n_bytes
+
+
+def copy(source: Folder, name: str, size: int, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(place.name + ".part")
+    with open(part, "wb") as file:
+        while file.tell() < size:
+            piece = source.read(name, file.tell(), min(PIECE, size - file.tell()))
+            if not piece:
+                raise OSError(f"{source.uri}/{name}: ends after {file.tell()} of {size} bytes")
+            file.write(piece)
+    os.replace(part, place)

@@ -1,0 +1,123 @@
+"""The end of a sweep: one row per SAE in results.csv and results.parquet, and the frontier picture.
+
+Needs nothing of saeray's to be read. No Ray.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from saeray.files.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig
+
+# Column -> wandb key. Held-out figures, except those of the training state.
+COLUMNS = {
+    "l0": "metrics/l0",
+    "explained_variance": "metrics/explained_variance",
+    "ce_loss_score": "metrics/CE_loss_score",
+    "ce_loss_without_sae": "metrics/ce_loss_without_sae",
+    "ce_loss_with_sae": "metrics/ce_loss_with_sae",
+    "ce_loss_with_ablation": "metrics/ce_loss_with_ablation",
+    "kl_div": "metrics/kl_div_with_sae",
+    # Fired on less than dead_feature_threshold of the tokens of the last sampling window.
+    "dead_features": "sparsity/below_dead_feature_threshold",
+    "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
+    "mse_loss": "losses/mse_loss",
+    "l1_loss": "losses/l1_loss",
+    "n_training_tokens": "details/n_training_tokens",
+}
+
+MOST_LABELS = 100  # points of the frontier that are labelled
+
+
+def result_row(
+    name: str,
+    config: LanguageModelSAERunnerConfig,
+    axes: Sequence[str],
+    status: str,
+    path: str | None,
+    metrics: dict[str, Any],
+    error: str | None,
+) -> dict[str, Any]:
+    """One SAE's row: trial, status, path, the fields that vary, then the figures."""
+    row: dict[str, Any] = {"trial": name, "status": status, "path": path}
+    row.update({axis: getattr(config, axis) for axis in axes})
+    row.update({column: metrics.get(key) for column, key in COLUMNS.items()})
+    row["error"] = error
+    return row
+
+
+def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:
+    """The fields in which the configs differ; l1_coefficient and lr in any case."""
+    dicts = [c.to_dict() for c in configs]
+    varying = [key for key in dicts[0] if any(d[key] != dicts[0][key] for d in dicts)]
+    return varying + [key for key in ("l1_coefficient", "lr") if key not in varying]
+
+
+def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
+    """results.csv and results.parquet."""
+    table = pa.Table.from_pylist(list(rows))
+    # A column no SAE has a value for (yet) has no type of its own.
+    for i, column in enumerate(table.schema):
+        if pa.types.is_null(column.type):
+            kind = pa.string() if column.name in ("path", "error") else pa.float64()
+            table = table.set_column(i, column.name, table.column(i).cast(kind))
+    csv, parquet = io.BytesIO(), io.BytesIO()
+    pyarrow.csv.write_csv(table, csv)
+    pyarrow.parquet.write_table(table, parquet)
+    folder.write("results.csv", csv.getvalue())
+    folder.write("results.parquet", parquet.getvalue())
+
+
+def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    drawn = [
+        r
+        for r in rows
+        if all(
+            r.get(k) is not None and math.isfinite(r[k])
+            for k in ("l0", "ce_loss_score", "explained_variance")
+        )
+    ]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = drawn if len(drawn) <= MOST_LABELS else []  # more cover each other, and take seconds
+    for panel, key, label in (
+        (panels[0], "ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)"),
+        (panels[1], "explained_variance", "explained variance"),
+    ):
+        for lr in sorted({r["lr"] for r in drawn}):
+            line = sorted((r for r in drawn if r["lr"] == lr), key=lambda r: r["l0"])
+            panel.plot(
+                [r["l0"] for r in line], [r[key] for r in line], marker="o", label=f"lr {lr:g}"
+            )
+        for r in labels:
+            panel.annotate(
+                f"{r['l1_coefficient']:g}",
+                (r["l0"], r[key]),
+                textcoords="offset points",
+                xytext=(4, -10),
+                fontsize=7,
+            )
+        panel.set_xlabel("L0 (mean active features per token)")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        if drawn:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(ScalarFormatter())  # 30 and 200, not powers of ten
+            panel.xaxis.set_minor_formatter(ScalarFormatter())
+            panel.legend(title="labels: l1_coefficient" if labels else None, title_fontsize=7)
+    figure.suptitle(title)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    folder.write("pareto.png", png.getvalue())

@@ -1,0 +1,182 @@
+"""A sweep's folder as a whole: what is written where, and how a later session reads it back.
+
+    sweep.yaml                      every SAE's resolved config, versions
+    results.csv  results.parquet    a row per SAE, with its state
+    trials/<SAE>/metrics.jsonl      a line per report
+    .ray/                           while it runs: Ray's own files, and the roster's memory
+
+An SAE's state is what its row says; its newest figures are what its metrics.jsonl says. Nothing
+else is needed to go on with a sweep. No Ray.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow.parquet
+import yaml
+
+from saeray.errors import ConfigError
+from saeray.files.results import result_row, varying_fields, write_pareto, write_results
+from saeray.files.storage import Folder
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
+
+MEMORY = "roster.json"  # in .ray/
+
+
+class Known(NamedTuple):
+    """What the folder says of an SAE."""
+
+    state: str  # an end, or `waiting`
+    path: str | None
+    error: str | None
+    step: int  # of the newest line of its metrics.jsonl
+    n_training_tokens: int
+    metrics: dict[str, Any]  # the newest value of each
+    evaluation_tokens: int
+
+
+class Memory(NamedTuple):
+    """A roster's, beside what the rest of the folder says."""
+
+    saes: dict[str, dict[str, Any]]  # configs by name
+    versions: dict[str, Any]
+    warnings: list[str]
+    # Tokens harvested and read from cache by each incarnation of a buffer.
+    tokens: dict[str, tuple[int, int]]
+
+
+class Outcome(NamedTuple):
+    """One SAE, for its row."""
+
+    name: str
+    config: LanguageModelSAERunnerConfig
+    state: str
+    path: str | None
+    metrics: dict[str, Any]
+    error: str | None
+
+
+class SweepFolder:
+    """Reads and writes the files of one sweep that concern all its SAEs."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder = folder
+        self.name = name
+
+    def write_sweep_yaml(
+        self,
+        configs: Mapping[str, LanguageModelSAERunnerConfig],
+        versions: Mapping[str, Any],
+        resources: Mapping[str, Any],
+    ) -> None:
+        """The resolved configs and what they were run with."""
+        data = {
+            "name": self.name,
+            "versions": dict(versions),
+            "resources": dict(resources),
+            "saes": {name: config.to_dict() for name, config in configs.items()},
+        }
+        self.folder.write("sweep.yaml", yaml.safe_dump(data, sort_keys=False).encode())
+
+    def read_configs(self) -> dict[str, LanguageModelSAERunnerConfig]:
+        """Every SAE's config, from sweep.yaml.
+
+        The folder may have been moved: name and storage_path are those of where it is now.
+
+        Raises:
+            ConfigError: no sweep was begun there, or its sweep.yaml can't be read.
+        """
+        try:
+            saes = yaml.safe_load(self.folder.read("sweep.yaml"))["saes"]
+        except OSError:
+            raise ConfigError(
+                f"{self.folder.uri}: there is no sweep.yaml, so no sweep that could go on."
+            ) from None
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.folder.uri}/sweep.yaml: damaged ({error}).") from None
+        root = self.folder.parent_uri
+        return {
+            name: LanguageModelSAERunnerConfig.from_dict(
+                config | {"name": self.name, "storage_path": root},
+                source=f"{self.folder.uri}/sweep.yaml: {name}",
+            )
+            for name, config in saes.items()
+        }
+
+    def write_results(self, outcomes: Sequence[Outcome]) -> None:
+        """results.csv and results.parquet, and the frontier once all have ended."""
+        axes = varying_fields([o.config for o in outcomes])
+        rows = [
+            result_row(o.name, o.config, axes, o.state, o.path, o.metrics, o.error)
+            for o in outcomes
+        ]
+        write_results(self.folder, rows)
+        if all(o.state in ENDS for o in outcomes):
+            write_pareto(self.folder, rows, self.name)
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """results.parquet, row by row; none when nothing has ended yet."""
+        if "results.parquet" not in self.folder.names():
+            return []
+        table = pyarrow.parquet.read_table(io.BytesIO(self.folder.read("results.parquet")))
+        return table.to_pylist()
+
+    def known(self, names: Sequence[str]) -> dict[str, Known]:
+        """What was reached of each SAE. Interrupted ones wait again."""
+        rows = {row["trial"]: row for row in self.read_rows()}
+        found = {}
+        for name in names:
+            row = rows.get(name, {})
+            state = row.get("status")
+            if state not in ENDS or state == INTERRUPTED:
+                state = WAITING
+            step, n_tokens, evaluated, metrics = 0, 0, 0, {}
+            for line in self.metrics_lines(name):
+                step = max(step, line.pop("step"))
+                n_tokens = max(n_tokens, line.get("details/n_training_tokens", 0))
+                evaluated += line.get("eval/n_tokens", 0)
+                metrics.update(line)
+            ended = state != WAITING
+            found[name] = Known(
+                state,
+                row.get("path") if ended else None,
+                row.get("error") if ended else None,
+                step,
+                n_tokens,
+                metrics,
+                evaluated,
+            )
+        return found
+
+    def metrics_lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of an SAE's metrics.jsonl; one that was cut off by a crash is left out."""
+        folder = self.folder / "trials" / name
+        if "metrics.jsonl" not in folder.names():
+            return []
+        lines = []
+        for text in folder.read("metrics.jsonl").decode(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        return lines
+
+    # --- while it runs ----------------------------------------------------------------------
+
+    def remember(self, memory: Memory) -> None:
+        """What a roster must know again when it is started again."""
+        (self.folder / ".ray").write(MEMORY, json.dumps(memory._asdict()).encode())
+
+    def recall(self) -> Memory | None:
+        """What `remember` wrote last; None when it never did."""
+        folder = self.folder / ".ray"
+        if MEMORY not in folder.names():
+            return None
+        return Memory(**json.loads(folder.read(MEMORY)))

@@ -1,0 +1,526 @@
+"""The configuration: the guide's `LanguageModelSAERunnerConfig`, field by field.
+
+Plain data. This module imports neither torch nor Ray, so a laptop or a Tune trial can read a
+config in milliseconds. A *list* in any field is a grid axis (`grid` multiplies it out); a config
+without lists describes exactly one SAE, and that SAE is a function of it.
+
+Nothing is repaired in silence: an unknown key, a wrong type or a contradiction raises
+`ConfigError` with the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from saeray.errors import ConfigError, bad_value, nearest
+
+LR_SCHEDULERS = (
+    "constant",
+    "constantwithwarmup",
+    "linearwarmupdecay",
+    "cosineannealing",
+    "cosineannealingwarmup",
+    "cosineannealingwarmrestarts",
+)
+B_DEC_INIT_METHODS = ("geometric_median", "mean", "zeros")
+MSE_NORMALIZATIONS = ("centred_norm", "none")
+FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
+
+# Names the guide's own code used at one time or another for the same thing.
+ALIASES = {"total_training_tokens": "training_tokens"}
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """How much of the machine or cluster each role takes. "auto" fits what is there."""
+
+    harvesters: int | str = AUTO  # language-model actors
+    harvester_cpus: float = 0.5  # what Ray reserves for each of them
+    harvester_gpus: float | str = AUTO  # "auto": 1 where device is cuda (shared when scarce)
+    saes_per_trainer: int | str = AUTO  # SAEs that one worker group trains from one reader
+    num_workers: int = 1  # ranks of each worker group
+    trainer_cpus: float | str = AUTO  # threads of each rank; reserved with Ray
+    trainer_gpus: float | str = AUTO
+    # Custom resources and node labels, as the cluster's nodes have them: {harvester: 1},
+    # {market: spot}; of labels also {market: "!spot"}, {zone: "in(a, b)"}
+    harvester_resources: dict[str, float] = field(default_factory=dict)
+    trainer_resources: dict[str, float] = field(default_factory=dict)
+    harvester_labels: dict[str, str] = field(default_factory=dict)
+    trainer_labels: dict[str, str] = field(default_factory=dict)
+    node_wait_s: float = 1200.0  # how long nodes that an autoscaler starts are waited for
+
+    def __post_init__(self) -> None:
+        check_types(self, "resources.")
+        check_custom_resources(self)
+        if self.node_wait_s <= 0:
+            raise bad_value("resources.node_wait_s", self.node_wait_s, "above 0.")
+        for name in ("harvesters", "saes_per_trainer", "num_workers"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise bad_value(f"resources.{name}", value, 'at least 1, or "auto".')
+        for name in ("harvester_cpus", "trainer_cpus", "harvester_gpus", "trainer_gpus"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                continue
+            refuse_amount(f"resources.{name}", value)
+        for name in ("harvesters", "saes_per_trainer", "trainer_cpus"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise bad_value(f"resources.{name}", value, 'a number or "auto".')
+
+
+def refuse_amount(name: str, value: float) -> None:
+    if value < 0 or (value > 1 and value != int(value)):
+        raise bad_value(
+            name, value, "Ray takes a fraction up to 1 (0.5) or a whole number above it (2)."
+        )
+
+
+LABEL_VALUE = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL = re.compile(rf"!?{LABEL_VALUE}|!?in\({LABEL_VALUE}(?:, ?{LABEL_VALUE})*\)")
+
+
+def check_custom_resources(resources: Resources) -> None:
+    """`{name: amount}` and `{label: value}` hold what their names say."""
+    for name in ("harvester_resources", "trainer_resources"):
+        checked = {}
+        for key, value in getattr(resources, name).items():
+            of_type(f"resources.{name}", key, (str,))
+            if key in ("CPU", "GPU"):
+                raise bad_value(
+                    f"resources.{name}",
+                    key,
+                    f"has its own field, {name.split('_')[0]}_{key.lower()}s.",
+                )
+            checked[key] = of_type(f"resources.{name}.{key}", value, (float,))
+            refuse_amount(f"resources.{name}.{key}", checked[key])
+        object.__setattr__(resources, name, checked)
+    for name in ("harvester_labels", "trainer_labels"):
+        for key, value in getattr(resources, name).items():
+            of_type(f"resources.{name}", key, (str,))
+            of_type(f"resources.{name}.{key}", value, (str,))
+            if not LABEL.fullmatch(value):
+                raise bad_value(
+                    f"resources.{name}.{key}",
+                    value,
+                    "a label's value is wanted, of letters, digits and - _ . inside it, or one of "
+                    "Ray's selectors: !a, in(a, b), !in(a, b).",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSAERunnerConfig:
+    """One SAE (or, with lists in its fields, a grid of SAEs) on one language model's activations.
+
+    The names, units and defaults are those of the early-2024 guide "Training Sparse Autoencoders";
+    fields that saeray adds stand in blocks of their own, each with its unit.
+    """
+
+    # The language model and its text
+    model_name: str  # hub name (gpt2-small) or a local Hugging Face directory
+    hook_point: str  # TransformerLens hook name; may hold {layer}
+    hook_point_layer: int | None = None  # must agree with hook_point; None: read from it
+    d_in: int | None = None  # width of the hooked activation; None: asked of the model
+    dataset_path: str  # hub name, or local parquet / json / text / saved dataset
+    is_dataset_tokenized: bool | None = None  # None: told from the columns
+    context_size: int = 128  # tokens per LM context
+    # saeray: how the text is read
+    dataset_split: str = "train"
+    dataset_config: str | None = None  # hub datasets with several configurations
+    streaming: bool | None = None  # None: hub names stream, local files do not
+    text_column: str | None = None  # None: `tokens`, `input_ids` or `text`
+    prepend_bos: bool = True  # every document begins with the model's BOS token
+    trust_remote_code: bool = False
+    model_revision: str | None = None
+
+    # The SAE
+    expansion_factor: int | float = 4  # d_sae = d_in * expansion_factor
+    b_dec_init_method: str = "geometric_median"
+    b_dec_init_rows: int = 4096  # saeray: rows sampled from the first half buffer for it
+    mse_normalization: str = "centred_norm"  # saeray: or "none"
+    dtype: str = "float32"  # of the SAE; a torch dtype or its name
+    seed: int = 42
+
+    # Training
+    lr: float = 3e-4
+    l1_coefficient: float = 1e-3
+    lr_scheduler_name: str = "constantwithwarmup"
+    lr_warm_up_steps: int = 500  # optimizer steps
+    lr_end: float = 0.0  # cosine schedules end at this fraction of lr
+    num_cycles: int = 1  # of cosineannealingwarmrestarts
+    train_batch_size: int = 4096  # tokens per optimizer step
+    training_tokens: int = 2_000_000  # steps = training_tokens // train_batch_size
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+
+    # The activation buffer
+    n_batches_in_buffer: int = 20  # LM batches mixed at a time
+    store_batch_size: int = 32  # contexts per LM forward
+    activation_dtype: str = "float32"  # saeray: of the buffered activations
+    buffer_bytes: int | None = None  # saeray: bound on the object store; None: what is needed
+    stream_tokens: int | None = None  # saeray: length of the stream; None: training_tokens
+    data_seed: int | None = None  # saeray: seeds the order of text and rows; None: seed
+    activation_cache: str | None = None  # saeray: path or URI to keep harvested blocks in
+    reader_lag_s: float = 300.0  # saeray: how long fast packs wait, in all, for a slow one
+    share_stream: bool = False  # saeray: with other sweeps of the cluster that say so, too
+
+    # Dead features
+    use_ghost_grads: bool = False
+    feature_sampling_method: str | None = None
+    feature_sampling_window: int = 2000  # optimizer steps between resets of firing statistics
+    dead_feature_window: int = 1000  # optimizer steps without firing: dead
+    dead_feature_threshold: float = 1e-8  # firing frequency below which reports call it dead
+
+    # saeray: evaluation on held-out windows
+    eval_windows: int = 64  # contexts set aside; no SAE ever trains on them
+    eval_every: int | None = None  # optimizer steps; None: 10 x wandb_log_frequency; 0: at the end
+
+    # Results
+    log_to_wandb: bool = True
+    wandb_project: str = "saeray"
+    wandb_entity: str | None = None
+    wandb_log_frequency: int = 10  # optimizer steps between log lines
+    n_checkpoints: int = 0
+    checkpoint_every_s: float | None = 600.0  # saeray: what a crash may cost; only the newest stays
+    checkpoint_path: str = "checkpoints"  # where results go when storage_path is not given
+    name: str | None = None  # saeray: of the sweep; its folder is <storage_path>/<name>
+    storage_path: str | None = None  # saeray: anything pyarrow.fs opens
+
+    # The machine
+    device: str = AUTO  # cpu, cuda, cuda:1, mps or auto
+    resources: Resources = field(default_factory=Resources)
+    wait_limit_s: float = 300.0  # saeray: how long any part waits for another before it says so
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "activation_dtype", dtype_name(self.activation_dtype))
+        if not isinstance(self.device, (str, list, tuple)):
+            object.__setattr__(self, "device", str(self.device))  # a torch.device
+        if isinstance(self.resources, Mapping):
+            object.__setattr__(self, "resources", resources_from(self.resources))
+        if self.wandb_project is None:  # the guide writes None where it wants wandb's default
+            object.__setattr__(self, "wandb_project", "saeray")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                object.__setattr__(self, f.name, list(value))
+        check_types(self)
+        axes = grid_axes(self)
+        if not axes:
+            check_values(self)
+        for name in axes:
+            if name in NOT_AN_AXIS:
+                raise bad_value(name, getattr(self, name), "one value; it can't be a grid axis.")
+            if not getattr(self, name):
+                raise bad_value(name, [], "an empty list makes an empty grid; give values.")
+
+    # --- derived, in the units of the guide -------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: training_tokens // train_batch_size."""
+        return self.training_tokens // self.train_batch_size
+
+    @property
+    def block_rows(self) -> int:
+        """Activations in one LM batch: store_batch_size contexts of context_size tokens."""
+        return self.store_batch_size * self.context_size
+
+    @property
+    def resolved_hook_point(self) -> str:
+        """`hook_point` with `{layer}` filled in from `hook_point_layer`."""
+        return self.hook_point.replace("{layer}", str(self.hook_point_layer))
+
+    @property
+    def resolved_eval_every(self) -> int:
+        """Optimizer steps between evaluations during training; 0: only at the end."""
+        return 10 * self.wandb_log_frequency if self.eval_every is None else self.eval_every
+
+    def logs_at(self, step: int) -> bool:
+        """Whether an uninterrupted run has a line of this optimizer step in its log."""
+        logs = step % self.wandb_log_frequency == 0 or step == self.steps
+        return logs or self.evaluates_at(step)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an uninterrupted run is evaluated after this optimizer step."""
+        every = self.resolved_eval_every
+        return step == self.steps or (bool(every) and step % every == 0)
+
+    def d_sae(self, d_in: int) -> int:
+        """Width of the SAE: d_in * expansion_factor."""
+        return round(d_in * self.expansion_factor)
+
+    def replace(self, **changes: Any) -> LanguageModelSAERunnerConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], source: str = "config"
+    ) -> LanguageModelSAERunnerConfig:
+        """Builds a config from plain data, refusing keys that no field has.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known ones), a missing or bad value.
+        """
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            key = ALIASES.get(key, key)
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}; {nearest(str(key), known)}")
+            if key in values:
+                raise ConfigError(f"{source}: {key} is given twice, once under another name.")
+            values[key] = value
+        missing = [
+            f.name
+            for f in fields(cls)
+            if f.name not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ConfigError(f"{source}: {', '.join(missing)} must be given.")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+
+# Fields that concern the whole sweep, so a list in them means nothing.
+NOT_AN_AXIS = frozenset(
+    {
+        "name",
+        "storage_path",
+        "checkpoint_path",
+        "resources",
+        "log_to_wandb",
+        "wandb_project",
+        "wandb_entity",
+        "device",
+        "buffer_bytes",
+        "stream_tokens",
+        "activation_cache",
+        "reader_lag_s",
+        "share_stream",
+        "checkpoint_every_s",
+        "wait_limit_s",
+    }
+)
+
+# What a stream of activations is a function of. SAEs that agree in these share one LM pass;
+# `hook_point` is not among them, since one forward gives every hook point of a model.
+STREAM_FIELDS = (
+    "model_name",
+    "model_revision",
+    "trust_remote_code",
+    "dataset_path",
+    "dataset_split",
+    "dataset_config",
+    "is_dataset_tokenized",
+    "streaming",
+    "text_column",
+    "prepend_bos",
+    "context_size",
+    "store_batch_size",
+    "n_batches_in_buffer",
+    "activation_dtype",
+    "stream_tokens",
+    "data_seed",
+    "eval_windows",
+    "buffer_bytes",
+    "device",
+)
+
+
+def resolve(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Fills the fields whose default is another field, so the config says all it depends on.
+
+    With a grid over `seed` the stream is seeded by its first value, and with one over
+    `training_tokens` the stream is as long as the longest: every SAE of the sweep then sees the
+    same rows in the same order.
+    """
+    seeds = config.seed if isinstance(config.seed, list) else [config.seed]
+    tokens = (
+        config.training_tokens
+        if isinstance(config.training_tokens, list)
+        else [config.training_tokens]
+    )
+    return config.replace(
+        data_seed=seeds[0] if config.data_seed is None else config.data_seed,
+        stream_tokens=max(tokens) if config.stream_tokens is None else config.stream_tokens,
+    )
+
+
+def grid_axes(config: LanguageModelSAERunnerConfig) -> list[str]:
+    """The fields that hold a list, in the order of their declaration."""
+    return [f.name for f in fields(config) if isinstance(getattr(config, f.name), list)]
+
+
+def stream_key(config: LanguageModelSAERunnerConfig) -> str:
+    """A short stable digest of everything the token stream and its activations depend on."""
+    return digest({name: getattr(config, name) for name in STREAM_FIELDS})
+
+
+def digest(data: object, length: int = 12) -> str:
+    """A short stable hash of plain data."""
+    text = json.dumps(data, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def dtype_name(dtype: Any) -> Any:
+    """`torch.float32` -> "float32", without importing torch; lists element by element."""
+    if isinstance(dtype, (list, tuple)):
+        return [dtype_name(d) for d in dtype]
+    return str(dtype).removeprefix("torch.")
+
+
+def resources_from(data: Mapping[str, Any]) -> Resources:
+    """Reads the `resources:` section, refusing keys that no field has."""
+    known = {f.name for f in fields(Resources)}
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"resources: unknown key {key!r}; {nearest(str(key), known)}")
+    return Resources(**data)
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Every value (or every element of a grid axis) must have its field's type.
+
+    A whole number is accepted for a float, and for an int a float that is whole (YAML reads 3e8
+    as a float or even a string); it is stored as the field's own type.
+    """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        allowed = allowed_types(hints[f.name])
+        value = getattr(config, f.name)
+        if isinstance(value, list):
+            checked: Any = [of_type(prefix + f.name, v, allowed) for v in value]
+        else:
+            checked = of_type(prefix + f.name, value, allowed)
+        object.__setattr__(config, f.name, checked)
+
+
+def allowed_types(hint: Any) -> tuple[type, ...]:
+    if get_origin(hint) is dict:
+        return (dict,)
+    return get_args(hint) if get_origin(hint) is not None else (hint,)
+
+
+def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
+    if type(value) in allowed:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise bad_value(name, value, "a finite number.")
+        return value
+    if isinstance(value, str) and (int in allowed or float in allowed):
+        try:
+            value = float(value)  # YAML 1.1 reads `4e-4` as a string
+        except ValueError:
+            pass
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if int in allowed and float(value).is_integer():
+            return int(value)
+        if float in allowed and math.isfinite(value):
+            return float(value)
+    words = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false",
+        dict: "`name: value` pairs",
+    }  # fmt: skip
+    what = " or ".join(words.get(t, "none" if t is type(None) else t.__name__) for t in allowed)
+    raise bad_value(name, value, f"{what} is wanted here, not {type(value).__name__}.")
+
+
+def check_values(config: LanguageModelSAERunnerConfig) -> None:
+    """The checks that need one value per field; run for every point of a grid."""
+    at_least_one = (
+        "context_size train_batch_size training_tokens n_batches_in_buffer store_batch_size "
+        "feature_sampling_window dead_feature_window eval_windows wandb_log_frequency "
+        "b_dec_init_rows num_cycles"
+    )
+    for name in at_least_one.split():
+        if getattr(config, name) < 1:
+            raise bad_value(name, getattr(config, name), "at least 1.")
+    for name in ("lr_warm_up_steps", "n_checkpoints", "l1_coefficient", "seed", "lr_end"):
+        if getattr(config, name) < 0:
+            raise bad_value(name, getattr(config, name), "not below 0.")
+    for name in ("lr", "expansion_factor", "wait_limit_s", "reader_lag_s"):
+        if getattr(config, name) <= 0:
+            raise bad_value(name, getattr(config, name), "above 0.")
+    if config.checkpoint_every_s is not None and config.checkpoint_every_s <= 0:
+        raise bad_value("checkpoint_every_s", config.checkpoint_every_s, "seconds, or none.")
+    if config.eval_every is not None and config.eval_every < 0:
+        raise bad_value("eval_every", config.eval_every, "optimizer steps, or 0: only at the end.")
+    one_of("lr_scheduler_name", config.lr_scheduler_name, LR_SCHEDULERS)
+    one_of("b_dec_init_method", config.b_dec_init_method, B_DEC_INIT_METHODS)
+    one_of("mse_normalization", config.mse_normalization, MSE_NORMALIZATIONS)
+    one_of("dtype", config.dtype, FLOAT_DTYPES)
+    one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
+    if config.device.split(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
+        raise bad_value("device", config.device, "cpu, cuda, cuda:N, mps or auto.")
+    if config.feature_sampling_method is not None:
+        raise bad_value(
+            "feature_sampling_method",
+            config.feature_sampling_method,
+            "resampling is not there yet; use None, with use_ghost_grads: true against dead "
+            "features.",
+        )
+    if config.n_batches_in_buffer < 2:
+        raise bad_value(
+            "n_batches_in_buffer",
+            config.n_batches_in_buffer,
+            "at least 2, since every window mixes two halves of the buffer.",
+        )
+    if config.training_tokens < config.train_batch_size:
+        raise bad_value(
+            "training_tokens",
+            config.training_tokens,
+            f"less than one batch (train_batch_size = {config.train_batch_size}), so not a single "
+            "step would be made; give at least that many.",
+        )
+    if config.stream_tokens is not None and config.stream_tokens < config.training_tokens:
+        raise bad_value(
+            "stream_tokens",
+            config.stream_tokens,
+            f"shorter than training_tokens = {config.training_tokens}; leave it out.",
+        )
+    check_hook_layer(config)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise bad_value(name, value, f"one of {', '.join(choices)}; {nearest(value, choices)}")
+
+
+def check_hook_layer(config: LanguageModelSAERunnerConfig) -> None:
+    """`hook_point_layer` must agree with the layer in `hook_point`."""
+    if "{layer}" in config.hook_point:
+        if config.hook_point_layer is None:
+            raise bad_value(
+                "hook_point_layer", None, f"{config.hook_point} needs a layer to fill in."
+            )
+        return
+    parts = config.hook_point.split(".")
+    layer = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+    if config.hook_point_layer is None:
+        object.__setattr__(config, "hook_point_layer", layer)
+    elif layer is not None and layer != config.hook_point_layer:
+        raise bad_value(
+            "hook_point_layer",
+            config.hook_point_layer,
+            f"hook_point = {config.hook_point!r} is in layer {layer}; make them agree, or write "
+            "the layer as {layer}.",
+        )

@@ -1,0 +1,141 @@
+"""What the parts of a sweep say to each other: plain data, no Ray, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from saeray.spec.order import StreamOrder
+
+# The states an SAE goes through. The last four are ends.
+WAITING, TRAINING, EVALUATING = "waiting", "training", "evaluating"
+DONE, STOPPED, FAILED, INTERRUPTED = "done", "stopped", "failed", "interrupted"
+ENDS = (DONE, STOPPED, FAILED, INTERRUPTED)
+# `stopped` by its scheduler; `failed` by itself (NaN), so it would fail again; `interrupted` by
+# anything else: those are what --resume goes on with.
+
+
+class Report(NamedTuple):
+    """One SAE at one optimizer step, from its pack."""
+
+    name: str
+    step: int
+    n_training_tokens: int
+    metrics: dict[str, Any]  # by wandb key
+    snapshot: Any = None  # [ObjectRef of the weights] where an evaluation is wanted
+    state: str = TRAINING  # or an end
+    error: str | None = None  # of a failed one
+    path: str | None = None  # of a finished one: its folder
+
+
+class Result(NamedTuple):
+    """What a trial hands to Tune: the newest metrics of its SAE, and whether they are the last."""
+
+    number: int  # counts up; a trial asks for what is newer than what it has
+    n_training_tokens: int
+    step: int
+    metrics: dict[str, Any]
+    state: str
+    error: str | None
+    path: str | None
+    checkpoint: str | None  # newest checkpoint's folder
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything a pack's workers are told."""
+
+    pack: str
+    configs: dict[str, dict[str, Any]]  # by SAE
+    folder: str  # of the sweep
+    hook_index: int  # of its hook point among the stream's
+    d_in: int
+    order: StreamOrder
+    buffer: Any  # actor handle
+    threads: int
+    marker: str = ""  # tells the disk of `folder` from others (`head_folder`)
+
+
+def reader_name(pack: str, rank: int) -> str:
+    """As the buffer knows a rank of a pack."""
+    return f"{pack}/{rank}" if rank else pack
+
+
+NOTHING = PackPlan("", {}, "", 0, 0, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
+
+
+class Answer(NamedTuple):
+    """What a roster says to a pack's reports."""
+
+    incarnation: str  # of the roster; a new one may not have what the old one was told
+    withdrawn: list[str]  # SAEs that shall leave the pack
+    settled: dict[str, int]  # SAE -> step up to which its reports are evaluated and written
+
+
+class CacheKey(NamedTuple):
+    """Which activation cache a harvester reads and writes."""
+
+    uri: str
+    identity: dict[str, Any]  # see saeray.files.cache
+
+
+class Gauges(NamedTuple):
+    """The activation buffer, as it stands."""
+
+    harvested_tokens: int  # LM tokens computed, evaluation not counted
+    slots: int  # blocks the buffer may hold
+    used: int  # blocks held or under way
+    ready: int
+    harvest_seconds: float  # summed over harvesters
+    elapsed_seconds: float  # since the first harvest
+    n_harvesters: int
+    readers: dict[str, int]  # reader -> window it is at
+    detached: list[str]
+    cached_tokens: int = 0  # read from the activation cache instead of computed
+    warnings: Sequence[str] = ()
+    incarnation: str = ""  # of the buffer; counts start anew with it
+
+
+class ReaderGauges(NamedTuple):
+    """One rank of a pack."""
+
+    waited_seconds: float  # for activations
+    busy_seconds: float  # training
+
+
+@dataclass
+class SAERow:
+    """One SAE in the live table."""
+
+    name: str
+    state: str
+    step: int
+    total_steps: int
+    n_training_tokens: int
+    metrics: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass
+class SweepStatus:
+    """A whole sweep at one moment: what the live view draws."""
+
+    rows: list[SAERow]
+    phase: str  # what is being waited for, in words
+    harvested_tokens: int = 0
+    cached_tokens: int = 0
+    trained_tokens: int = 0  # SAE-tokens
+    gauges: list[Gauges] = field(default_factory=list)
+    readers: dict[str, ReaderGauges] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None  # the whole sweep can't go on
+    bad_input: bool = False  # … because of what the user gave
+    epochs: int = 1
+    skipped_rows: int = 0
+    evaluation_tokens: int = 0
+    packs: list[list[str]] = field(default_factory=list)
+    # What one pass for each stream comes to: the tokens of its SAE that is furthest.
+    pass_tokens: list[int] = field(default_factory=list)
+    placement: str = ""  # what was chosen of the cluster, and why
+    training_since: float | None = None  # time.time() of the first optimizer step's report

@@ -1,0 +1,458 @@
+"""Placement: how many harvesters and trainers, how much of which nodes each takes, and why.
+
+Plain data: nothing here knows of Ray; the caller says which nodes there are, and which ones an
+autoscaler could start. Each role is one `Need`; needs are placed on nodes one by one, as Ray will,
+so that what is promised fits node by node and not only in the sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from saeray.errors import ConfigError
+from saeray.spec.config import AUTO, LanguageModelSAERunnerConfig, Resources
+
+EPSILON = 1e-6
+LEAST_CPUS = 0.1  # of a trainer: below it Ray's accounting means nothing any more
+# Fewer and larger packs are worth some idle cores: each costs a worker group of Ray Train.
+WORTH_FEWER_PACKS = 0.75
+# Of an object store, buffers may take this share: Ray begins to spill to disk at 0.8
+# (object_spilling_threshold), and snapshots of weights need some as well.
+STORE_SHARE = 0.75
+GPUS_PER_HARVESTER = 8  # trainers that one harvester feeds, where nobody says otherwise
+
+
+class Need(NamedTuple):
+    """What one process asks of the node it runs on."""
+
+    resources: Mapping[str, float]  # CPU, GPU and custom ones; zeros left out
+    labels: Mapping[str, str]
+
+    def __str__(self) -> str:
+        parts = [f"{n:g} {resource_words(name)}" for name, n in self.resources.items()]
+        parts += [f"label {key}={value}" for key, value in self.labels.items()]
+        return ", ".join(parts) or "nothing"
+
+
+def resource_words(name: str) -> str:
+    return {"CPU": "CPUs", "GPU": "GPUs"}.get(name, name)
+
+
+class Node(NamedTuple):
+    """A node of the cluster, or (`planned`) one that the autoscaler could start."""
+
+    name: str
+    resources: Mapping[str, float]
+    store_bytes: int = 0
+    labels: Mapping[str, str] = {}
+    planned: bool = False
+    id: str = ""  # Ray's, of one that is there
+
+    @property
+    def cpus(self) -> float:
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.get("GPU", 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {Need(shown(self.resources), self.labels)}"
+
+
+def shown(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a user has a say in: not the addresses and memory that Ray lists too."""
+    hidden = ("node:", "accelerator_type:", "memory", "object_store_memory")
+    return {name: n for name, n in resources.items() if n and not name.startswith(hidden)}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes there are, and those an autoscaler could add."""
+
+    nodes: tuple[Node, ...]
+    planned: tuple[Node, ...] = ()
+
+    @classmethod
+    def one_machine(cls, cpus: float, gpus: float = 0.0, store_bytes: int = 0) -> Cluster:
+        return cls((Node("this machine", {"CPU": cpus, "GPU": gpus}, store_bytes),))
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    def __str__(self) -> str:
+        total: Counter[str] = Counter()
+        for node in self.nodes:
+            total.update(shown(node.resources))
+        text = f"{Need(total, {})} ({'; '.join(map(str, self.nodes))})"
+        if self.planned:
+            kinds = Counter(f"{Need(shown(n.resources), n.labels)}" for n in self.planned)
+            more = "; ".join(f"{n} x ({kind})" for kind, n in kinds.items())
+            text += f"; the autoscaler can add {more}"
+        return text
+
+
+def label_fits(value: str | None, wanted: str) -> bool:
+    """Whether a label is what one of Ray's selectors wants: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+    condition = wanted.removeprefix("!")
+    among = condition[3:-1].split(",") if condition.startswith("in(") else [condition]
+    return (value in {text.strip() for text in among}) != wanted.startswith("!")
+
+
+class Room:
+    """What is still free on each node while needs are placed one by one."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = list(nodes)
+        self.free = [dict(node.resources) for node in nodes]
+
+    def holds(self, at: int, need: Need) -> bool:
+        labels = self.nodes[at].labels
+        return all(label_fits(labels.get(k), v) for k, v in need.labels.items()) and all(
+            self.free[at].get(name, 0.0) + EPSILON >= n for name, n in need.resources.items()
+        )
+
+    def place(self, need: Need) -> Node | None:
+        """Takes the need from the node it fits most tightly; None where none has room.
+
+        Nodes that are there come before planned ones, and nodes without GPUs before others.
+        """
+        places = [at for at in range(len(self.nodes)) if self.holds(at, need)]
+        if not places:
+            return None
+        at = min(
+            places,
+            key=lambda i: (
+                self.nodes[i].planned,
+                self.free[i].get("GPU", 0.0),
+                self.free[i].get("CPU", 0.0),
+            ),
+        )
+        for name, n in need.resources.items():
+            self.free[at][name] -= n
+        return self.nodes[at]
+
+    def place_all(self, need: Need, n: int) -> list[Node] | None:
+        placed = []
+        for _ in range(n):
+            node = self.place(need)
+            if node is None:
+                return None
+            placed.append(node)
+        return placed
+
+    def take(self, node_id: str, need: Need) -> None:
+        """Takes the need from one node, as far as it is there."""
+        for at, node in enumerate(self.nodes):
+            if node.id == node_id:
+                for name, n in need.resources.items():
+                    self.free[at][name] = max(0.0, self.free[at].get(name, 0.0) - n)
+
+    def left(self) -> Cluster:
+        """The nodes with what is still free of them."""
+        nodes = [n._replace(resources=dict(f)) for n, f in zip(self.nodes, self.free, strict=True)]
+        return Cluster(
+            tuple(n for n in nodes if not n.planned), tuple(n for n in nodes if n.planned)
+        )
+
+    def how_many(self, need: Need, at_most: int) -> int:
+        """How many of this need there is room for; nothing is taken."""
+        trial = Room(self.nodes)
+        trial.free = [dict(f) for f in self.free]
+        n = 0
+        while n < at_most and trial.place(need) is not None:
+            n += 1
+        return n
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`resources:` with every "auto" decided."""
+
+    harvesters: int
+    harvester_cpus: float
+    harvester_gpus: float
+    saes_per_trainer: int
+    num_workers: int
+    trainer_cpus: float
+    trainer_gpus: float
+    threads: int
+    why: str
+    harvester_resources: Mapping[str, float] = field(default_factory=dict)
+    harvester_labels: Mapping[str, str] = field(default_factory=dict)
+    trainer_resources: Mapping[str, float] = field(default_factory=dict)
+    trainer_labels: Mapping[str, str] = field(default_factory=dict)
+    waits_for: str = ""  # what must come first, in words: nodes to be started, other work's end
+    harvester_nodes: tuple[str, ...] = ()  # ids of nodes that are there, one a harvester
+
+    @property
+    def harvester(self) -> Need:
+        return need(
+            self.harvester_cpus,
+            self.harvester_gpus,
+            self.harvester_resources,
+            self.harvester_labels,
+        )
+
+    @property
+    def trainer(self) -> Need:
+        return need(
+            self.trainer_cpus, self.trainer_gpus, self.trainer_resources, self.trainer_labels
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """For sweep.yaml: without what is of this moment only."""
+        gone = ("waits_for", "harvester_nodes")
+        return {name: value for name, value in vars(self).items() if name not in gone}
+
+    def __str__(self) -> str:
+        harvesters = f"{self.harvesters} harvester{'s' * (self.harvesters != 1)} ({self.harvester})"
+        if not self.harvesters:
+            harvesters = "a stream that runs already"
+        ranks = f"{self.num_workers} ranks of " if self.num_workers > 1 else ""
+        return (
+            f"{harvesters}, packs of up to "
+            f"{self.saes_per_trainer} SAEs ({ranks}{self.trainer}; "
+            f"{self.threads} threads): {self.why}"
+        )
+
+
+def need(cpus: float, gpus: float, custom: Mapping[str, float], labels: Mapping[str, str]) -> Need:
+    resources = {"CPU": cpus, "GPU": gpus, **custom}
+    return Need({name: n for name, n in resources.items() if n}, labels)
+
+
+class Store(NamedTuple):
+    """Object store for the blocks of one stream, in bytes."""
+
+    total: int
+    held: int = 0  # of it, by the buffers of other streams
+
+    @property
+    def usable(self) -> int:
+        return max(0, int(self.total * STORE_SHARE) - self.held)
+
+
+def store_of(
+    cluster: Cluster, nodes: Sequence[str], held: Mapping[str, float] | None = None
+) -> Store:
+    """What there is for the blocks of harvesters on these nodes (ids, one a harvester).
+
+    A block lies on the node of the harvester that made it, and each makes about as many as the
+    others: a node with h of n harvesters must hold h/n of them.
+
+    held: bytes of each node, by its id, that other streams may take.
+    """
+    stores = {node.id: node.store_bytes for node in cluster.nodes}
+    shares = {i: len(nodes) / h for i, h in Counter(nodes).items() if i in stores}
+    each = [Store(int(stores[i] * n), int((held or {}).get(i, 0) * n)) for i, n in shares.items()]
+    return min(each, key=lambda store: store.usable)
+
+
+def wants_gpu(config: LanguageModelSAERunnerConfig, cluster: Cluster) -> bool:
+    """Whether the trainers go onto GPUs: as `device` says, or where "auto" finds some."""
+    kind = config.device.split(":")[0]
+    return kind == "cuda" or (kind == AUTO and cluster.gpus > 0)
+
+
+def fit(
+    resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool, harvest: bool = True
+) -> Fitted:
+    """Decides every "auto" from the nodes there are; asks for more only where nothing fits.
+
+    On CPUs: one harvester, and a pack per node with a thread per core: the SAEs of a pack share
+    each batch, and a second pack on the same cores would only read it twice. On GPUs: one pack per
+    GPU that is left after the harvesters (which share one GPU with the trainers when there is only
+    one). Without `harvest` the stream is there already, and only trainers need room.
+
+    Raises:
+        ConfigError: what is asked for fits neither the nodes there are nor those an autoscaler
+            could add; with the numbers.
+    """
+    everything = (*cluster.nodes, *cluster.planned)
+    if use_gpu and sum(node.gpus for node in everything) < EPSILON:
+        raise ConfigError("device = 'cuda': the cluster has no GPU; use device: cpu.")
+    try:
+        return fit_into(resources, cluster.nodes, n_saes, use_gpu, harvest, str(cluster))
+    except ConfigError:
+        if not cluster.planned:
+            raise
+    # As few more nodes as will do: they cost money.
+    nodes = list(cluster.nodes)
+    for more in range(1, len(cluster.planned) + 1):
+        nodes = [*cluster.nodes, *interleaved(cluster.planned)[:more]]
+        try:
+            fitted = fit_into(resources, nodes, n_saes, use_gpu, harvest, str(cluster))
+        except ConfigError:
+            continue
+        return with_waiting(fitted, cluster, n_saes)
+    return fit_into(resources, everything, n_saes, use_gpu, harvest, str(cluster))
+
+
+def interleaved(planned: Sequence[Node]) -> list[Node]:
+    """One node of each kind, then a second one of each: any mix is reached early."""
+    seen: Counter[str] = Counter()
+    turn = {}
+    for i, node in enumerate(planned):
+        turn[i] = seen[node.name]
+        seen[node.name] += 1
+    return [planned[i] for i in sorted(turn, key=lambda i: (turn[i], i))]
+
+
+def with_waiting(fitted: Fitted, cluster: Cluster, n_saes: int) -> Fitted:
+    """Notes which planned nodes a fitted sweep will use."""
+    room = Room((*cluster.nodes, *cluster.planned))
+    n_ranks = -(-n_saes // fitted.saes_per_trainer) * fitted.num_workers
+    used = room.place_all(fitted.harvester, fitted.harvesters) or []
+    used += [node for node in (room.place(fitted.trainer) for _ in range(n_ranks)) if node]
+    kinds: dict[str, set[int]] = {}
+    for node in used:
+        if node.planned:
+            kinds.setdefault(node.name, set()).add(id(node))
+    text = ", ".join(f"{len(ids)} x {kind}" for kind, ids in kinds.items())
+    values = {**vars(fitted), "waits_for": text}
+    if fitted.saes_per_trainer >= n_saes > 1:
+        values["why"] += "; saes_per_trainer: N would ask the autoscaler for more"
+    return Fitted(**values)
+
+
+def fit_into(
+    resources: Resources,
+    nodes: Sequence[Node],
+    n_saes: int,
+    use_gpu: bool,
+    harvest: bool,
+    cluster: str,
+) -> Fitted:
+    """`fit` into exactly these nodes."""
+    gpus = sum(node.gpus for node in nodes)
+    alone = use_gpu and gpus <= 1
+    values: dict[str, Any] = {
+        "num_workers": resources.num_workers,
+        "harvester_cpus": resources.harvester_cpus,
+        "harvester_resources": resources.harvester_resources,
+        "harvester_labels": resources.harvester_labels,
+        "trainer_resources": resources.trainer_resources,
+        "trainer_labels": resources.trainer_labels,
+        "trainer_cpus": 1.0,
+        "trainer_gpus": 0.0,
+        "saes_per_trainer": n_saes,
+        "threads": 1,
+        "why": "",
+    }
+    if not harvest:
+        values["harvesters"] = 0
+    elif resources.harvesters != AUTO:
+        values["harvesters"] = int(resources.harvesters)
+    else:
+        values["harvesters"] = max(1, int(gpus) // GPUS_PER_HARVESTER) if use_gpu else 1
+    values["harvester_gpus"] = (
+        (0.25 / max(1, values["harvesters"]) if alone else 1.0)
+        if use_gpu and resources.harvester_gpus == AUTO
+        else (0.0 if resources.harvester_gpus == AUTO else float(resources.harvester_gpus))
+    )
+    if use_gpu:
+        values["trainer_gpus"] = 0.75 if alone else 1.0
+    if resources.trainer_gpus != AUTO:
+        values["trainer_gpus"] = float(resources.trainer_gpus)
+    if resources.trainer_cpus != AUTO:
+        values["trainer_cpus"] = float(resources.trainer_cpus)
+
+    room = Room(nodes)
+    harvester = Fitted(**values).harvester
+    places = room.place_all(harvester, values["harvesters"])
+    placed = places is not None
+    values["harvester_nodes"] = tuple(n.id for n in places or () if n.id)
+    most_packs = (
+        n_saes
+        if resources.saes_per_trainer == AUTO
+        else -(-n_saes // int(resources.saes_per_trainer))
+    )
+    n_ranks = most_packs * resources.num_workers
+    if placed and resources.trainer_cpus == AUTO and not use_gpu:
+        spread = resources.saes_per_trainer != AUTO
+        cpus = best_trainer_cpus(room, Fitted(**values), n_ranks, all_at_once=spread)
+        if cpus is not None:
+            values["trainer_cpus"] = cpus
+    fitted = Fitted(**values)
+    slots = room.how_many(fitted.trainer, n_ranks) if placed else 0
+    if slots < resources.num_workers:
+        raise does_not_fit(fitted, cluster)
+    packs = min(most_packs, slots // resources.num_workers)
+    if resources.saes_per_trainer == AUTO:
+        values["saes_per_trainer"] = -(-n_saes // packs)
+        where = "GPU beside the harvesters" if use_gpu else "node, on all its cores"
+        values["why"] = (
+            f"{packs} packs, one per {where}" if packs > 1 else "one pack of all SAEs fits best"
+        )
+    else:
+        values["saes_per_trainer"] = int(resources.saes_per_trainer)
+        values["why"] = "saes_per_trainer as given"
+    values["threads"] = (
+        max(1, int(values["trainer_cpus"]))
+        if use_gpu or resources.trainer_cpus != AUTO
+        else threads_of(room, fitted, packs * resources.num_workers)
+    )
+    return Fitted(**values)
+
+
+def best_trainer_cpus(room: Room, fitted: Fitted, n_ranks: int, all_at_once: bool) -> float | None:
+    """CPUs of each rank: as many as make use of the nodes, in as few packs as that takes.
+
+    `all_at_once`: the number of packs is given; as many CPUs as let all of them run.
+    """
+    others = Need({k: v for k, v in fitted.trainer.resources.items() if k != "CPU"}, {})
+
+    def slots(cpus: float) -> int:
+        each = Need({"CPU": cpus, **others.resources}, fitted.trainer.labels)
+        return room.how_many(each, n_ranks)
+
+    candidates = {
+        whole_or_fraction(free.get("CPU", 0.0) / k)
+        for free in room.free
+        for k in range(1, max(n_ranks if all_at_once else fitted.num_workers, 1) + 1)
+    }
+    candidates = {c for c in candidates if c >= LEAST_CPUS} | {LEAST_CPUS}
+    if all_at_once:
+        enough = [c for c in candidates if slots(c) >= n_ranks]
+        return max(enough, default=LEAST_CPUS)
+    useful = {c: slots(c) // fitted.num_workers * fitted.num_workers * c for c in candidates}
+    best = max(useful.values())
+    if best <= 0:
+        return None
+    return max(c for c, used in useful.items() if used >= WORTH_FEWER_PACKS * best)
+
+
+def whole_or_fraction(cpus: float) -> float:
+    """Ray takes whole numbers above 1, and hundredths below are plenty."""
+    return float(int(cpus + EPSILON)) if cpus + EPSILON >= 1 else int(cpus * 100 + EPSILON) / 100
+
+
+def threads_of(room: Room, fitted: Fitted, n_ranks: int) -> int:
+    """Threads of each rank: all cores of its node, shared with the other ranks there.
+
+    Harvesters are not subtracted: they wait for the trainers as often as these wait for them.
+    """
+    trial = Room(room.nodes)
+    trial.free = [dict(f) for f in room.free]
+    ranks: Counter[int] = Counter()
+    for _ in range(n_ranks):
+        node = trial.place(fitted.trainer)
+        if node is not None:
+            ranks[trial.nodes.index(node)] += 1
+    shares = [trial.nodes[at].cpus // n for at, n in ranks.items()]
+    return max(1, int(min(shares, default=1)))
+
+
+def does_not_fit(fitted: Fitted, cluster: str) -> ConfigError:
+    harvesters = "harvesters" if fitted.harvesters != 1 else "harvester"
+    trainers = "trainers" if fitted.num_workers != 1 else "trainer"
+    return ConfigError(
+        f"resources: {fitted.harvesters} {harvesters} of {fitted.harvester} and "
+        f"{fitted.num_workers} {trainers} of {fitted.trainer} do not fit at the same time: the "
+        f"cluster has {cluster}. Lower one of them, or add nodes."
+    )

@@ -1,0 +1,126 @@
+"""What a sweep will need, computed before anything starts: packs, memory, tokens, steps.
+
+Plain data: nothing here knows of Ray. Which node does what is `saeray.spec.placement`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from saeray.errors import ConfigError
+from saeray.spec.config import LanguageModelSAERunnerConfig, stream_key
+from saeray.spec.grid import SAE
+from saeray.spec.order import StreamOrder
+from saeray.spec.placement import Store
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class StreamPlan(NamedTuple):
+    """One LM pass."""
+
+    order: StreamOrder
+    hook_points: list[str]
+    block_bytes: int  # of one block at all hook points
+    slots: int  # blocks the buffer may hold
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.block_bytes * self.slots
+
+
+def plan_stream(
+    config: LanguageModelSAERunnerConfig, hook_points: Sequence[str], widths: dict[str, int]
+) -> StreamPlan:
+    """The stream's geometry and its bound in memory.
+
+    Three groups (one and a half buffers) hold the two groups a window is mixed of while the next
+    one is harvested; `buffer_bytes` can make it more, or less down to two.
+
+    Raises:
+        ConfigError: buffer_bytes is too small for two groups.
+    """
+    assert config.stream_tokens is not None and config.data_seed is not None
+    order = StreamOrder.of(
+        config.stream_tokens, config.block_rows, config.n_batches_in_buffer, config.data_seed
+    )
+    row_bytes = sum(widths[h] for h in hook_points) * DTYPE_BYTES[config.activation_dtype]
+    block_bytes = order.block_rows * row_bytes
+    least = min(2 * order.group_blocks, order.n_blocks)
+    if config.buffer_bytes is None:
+        slots = min(3 * order.group_blocks, order.n_blocks)
+    else:
+        slots = config.buffer_bytes // block_bytes
+        if slots < least:
+            raise ConfigError(
+                f"buffer_bytes = {config.buffer_bytes:,}: n_batches_in_buffer = "
+                f"{config.n_batches_in_buffer} LM batches of {order.block_rows:,} activations are "
+                f"{least * block_bytes:,} bytes, which is the least; raise it or lower "
+                "n_batches_in_buffer."
+            )
+    return StreamPlan(order, list(hook_points), block_bytes, slots)
+
+
+def check_fits(plan: StreamPlan, store: Store) -> int:
+    """Refuses a buffer that the object store can't hold; how many blocks it could hold.
+
+    store: of the harvesters' nodes, where the blocks lie (`placement.store_of`).
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    limit = store.usable
+    if plan.buffer_bytes > limit:
+        group = plan.order.group_blocks * plan.block_bytes
+        others = f" beside {store.held:,} of other streams" if store.held else ""
+        raise ConfigError(
+            f"n_batches_in_buffer: the buffer takes {plan.buffer_bytes:,} bytes ({plan.slots} "
+            f"blocks of {plan.block_bytes:,}), but the object store has "
+            f"{store.total:,}, of which {limit:,} may be used{others}. Lower "
+            "n_batches_in_buffer or store_batch_size, use activation_dtype: bfloat16, set "
+            f"buffer_bytes (at least {2 * group:,}), or give Ray a larger object store."
+        )
+    return limit // plan.block_bytes
+
+
+def pack_key(sae: SAE) -> tuple[object, ...]:
+    """SAEs that agree in this may train together from one reader."""
+    c = sae.config
+    return (stream_key(c), c.resolved_hook_point, c.train_batch_size, c.wait_limit_s)
+
+
+def cut_packs(saes: Sequence[SAE], per_pack: int) -> list[list[SAE]]:
+    """Packs of at most `per_pack`, of SAEs that may train together, as even as can be."""
+    by_key: dict[tuple[object, ...], list[SAE]] = {}
+    for sae in saes:
+        by_key.setdefault(pack_key(sae), []).append(sae)
+    packs = []
+    for members in by_key.values():
+        n = -(-len(members) // per_pack)
+        sizes = [len(members) // n + (i < len(members) % n) for i in range(n)]
+        at = 0
+        for size in sizes:
+            packs.append(members[at : at + size])
+            at += size
+    return packs
+
+
+def describe(saes: Sequence[SAE]) -> str:
+    """The plan of a sweep in words, for --dry-run."""
+    streams: dict[str, list[SAE]] = {}
+    for sae in saes:
+        streams.setdefault(stream_key(sae.config), []).append(sae)
+    lines = [f"{len(saes)} SAEs on {len(streams)} activation stream(s)"]
+    for members in streams.values():
+        c = members[0].config
+        hooks = sorted({m.config.resolved_hook_point for m in members})
+        assert c.stream_tokens is not None and c.data_seed is not None
+        order = StreamOrder.of(c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed)
+        lines.append(
+            f"  {c.model_name} at {', '.join(hooks)}: {order.n_rows:,} LM tokens in "
+            f"{order.n_blocks} blocks of {order.block_rows:,}; buffer of {c.n_batches_in_buffer} "
+            f"blocks ({c.n_batches_in_buffer * c.block_rows:,} activations)"
+        )
+        lines += [f"    {m.name}: {m.config.steps:,} steps" for m in members]
+    return "\n".join(lines)

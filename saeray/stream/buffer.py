@@ -1,0 +1,597 @@
+"""ActivationBuffer: which blocks exist, who still needs them, and what to harvest next.
+
+One async actor per stream. It holds references, never bytes. A block's life:
+
+    wanted ──admit──► under way ──harvested──► ready ──every reader past it──► released
+             (a slot is charged)                            (the slot is free again)
+
+Slots are blocks; their number is the buffer's bound in bytes. Readers ask for windows by number
+and name the oldest window they still hold, so asking twice is harmless. `Policy` below decides and
+is plain data; the actor acts.
+
+Every block is a function of its index, so nothing here needs to survive: a block that was lost with
+its harvester or its node goes back to *wanted*, and a buffer that was started again harvests what
+its readers ask for next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.errors import SaerayError
+from saeray.spec.messages import CacheKey, Gauges
+from saeray.spec.order import StreamOrder
+
+IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
+LAG_SECONDS = 300.0  # how long fast readers wait for a slow one, in all, before it is on its own
+FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
+DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
+USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
+FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
+
+
+@dataclass
+class ReaderState:
+    """One rank of one pack."""
+
+    window: int  # the one it reads or asks for; earlier ones it has done with
+    asks_since: float | None = None  # since when it waits for that window
+    detached: bool = False  # too far behind; its blocks are harvested for it alone
+    blocks_since: float | None = None  # since when others wait for it
+    blocked: float = 0.0  # seconds they have waited for it before that
+
+
+class WindowBlocks(NamedTuple):
+    """What a reader gets: the references of a window's blocks that it lacks, in the stream's order.
+
+    They travel inside lists, so Ray does not fetch them on the way.
+    """
+
+    blocks: range  # all of the window
+    refs: list[Any]  # of the last ones of them
+
+
+@dataclass
+class Policy:
+    """Decides what to harvest, keep and release. No Ray, no clock of its own.
+
+    Attached readers share one stretch of the stream, from the slowest one's window to ahead of the
+    fastest one's, as far as slots reach. A reader that others have waited for too long is detached:
+    while there are such readers the shared stretch gives up one group of slots, and the detached
+    reader that has waited longest gets the two groups its window needs. So the bound is exceeded
+    by at most one group, and a slow reader stops the others for no longer than `LAG_SECONDS`.
+    """
+
+    order: StreamOrder
+    slots: int
+    readers: dict[str, ReaderState] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)  # blocks under way or ready
+    ready: set[int] = field(default_factory=set)
+
+    def window_blocks(self, reader: ReaderState) -> range:
+        return self.order.blocks_of(min(reader.window, self.order.n_windows - 1))
+
+    def has(self, reader: ReaderState) -> bool:
+        """Whether the window it reads or asks for is there."""
+        return self.is_ready(min(reader.window, self.order.n_windows - 1))
+
+    def is_ready(self, window: int) -> bool:
+        return self.ready.issuperset(self.order.blocks_of(window))
+
+    def served_alone(self) -> ReaderState | None:
+        """The detached reader whose turn it is: of those that wait, the one waiting longest."""
+        waiting = [
+            r
+            for r in self.readers.values()
+            if r.detached and r.asks_since is not None and not self.has(r)
+        ]
+        return min(waiting, key=lambda r: r.asks_since or 0.0, default=None)
+
+    def stretch(self) -> range:
+        """The blocks that attached readers share: from the slowest one's window, as slots reach."""
+        windows = self.windows()
+        if not windows:
+            return range(0)
+        reach = self.slots
+        if any(r.detached for r in self.readers.values()):
+            group = self.order.group_blocks
+            reach = max(2 * group, self.slots + group - max(2 * group, len(self.apart())))
+        slowest = self.order.blocks_of(windows[0]).start
+        return range(slowest, min(slowest + reach, self.order.n_blocks))
+
+    def windows(self) -> list[int]:
+        """The windows of attached readers, each once, from the slowest one's on."""
+        last = self.order.n_windows - 1
+        return sorted({min(r.window, last) for r in self.readers.values() if not r.detached})
+
+    def apart(self) -> set[int]:
+        """Held blocks of detached readers: those being read, and those of the one whose turn it is.
+
+        A half-filled window of any other is given up, or two readers could wait for each other.
+        """
+        blocks: set[int] = set()
+        turn = self.served_alone()
+        for r in self.readers.values():
+            if r.detached and (r is turn or self.has(r)):
+                blocks.update(self.window_blocks(r))
+        return blocks & self.held
+
+    def kept(self) -> set[int]:
+        return self.held.intersection(self.stretch()) | self.apart()
+
+    def next_block(self) -> int | None:
+        """What to harvest now: what is asked for first, then ahead of the fastest reader."""
+        stretch = self.stretch()
+        windows = self.windows()
+        for window in windows:
+            for block in self.order.blocks_of(window):
+                if block not in self.held and block in stretch:
+                    return block
+        turn = self.served_alone()
+        if turn is not None:
+            lacking = set(self.window_blocks(turn)) - self.held
+            if lacking and len(self.apart()) < 2 * self.order.group_blocks:
+                return min(lacking)
+        ahead = max(stretch.start, self.order.blocks_of(windows[-1]).stop) if windows else 0
+        return next((b for b in range(ahead, stretch.stop) if b not in self.held), None)
+
+    def stragglers(self) -> set[str]:
+        """Attached readers at the oldest window, while another's window is out of slots' reach."""
+        windows = self.windows()
+        if not windows or self.order.blocks_of(windows[-1]).stop <= self.stretch().stop:
+            return set()
+        slowest = min(r.window for r in self.readers.values() if not r.detached)
+        return {n for n, r in self.readers.items() if not r.detached and r.window == slowest}
+
+    def watch_lag(self, now: float, limit: float = LAG_SECONDS) -> list[str]:
+        """Detaches readers that others have waited for longer than `limit` in all; names them.
+
+        In all, since one that is a little too slow makes them wait a little at every window.
+        """
+        behind = self.stragglers()
+        detached = []
+        for name, r in self.readers.items():
+            if r.blocks_since is not None:
+                r.blocked += now - r.blocks_since
+            r.blocks_since = now if name in behind else None
+            if r.blocked > limit and name in behind:
+                r.detached, r.blocks_since, r.blocked = True, None, 0.0
+                detached.append(name)
+        return detached
+
+    def welcome(self, name: str, window: int) -> None:
+        """A new reader; detached at once where the others are ahead of it by more than slots."""
+        reader = ReaderState(window)
+        windows = self.windows()
+        if windows:
+            slowest = self.order.blocks_of(windows[0]).start
+            reader.detached = self.window_blocks(reader).start + self.slots <= slowest
+        self.readers[name] = reader
+
+    def ask(self, name: str, window: int, now: float) -> ReaderState:
+        """A reader asks for a window and has done with all before it."""
+        r = self.readers.setdefault(name, ReaderState(window))
+        if r.window != window or r.asks_since is None:
+            r.window, r.asks_since = window, now
+        if r.detached:
+            others = [o.window for n, o in self.readers.items() if n != name and not o.detached]
+            r.detached = bool(others) and window < min(others)  # or it has caught up
+        return r
+
+
+class ActivationBuffer:
+    """The actor: carries out what `Policy` decides."""
+
+    def __init__(
+        self,
+        order: StreamOrder,
+        slots: int,
+        hook_points: list[str],
+        token_server: Any,
+        harvesters: list[Any],
+        *,
+        lag_s: float = LAG_SECONDS,
+        room: int | None = None,
+        cache: CacheKey | None = None,
+        about: Any = None,
+        absent: Sequence[int] = (),
+        shared: bool = False,
+    ) -> None:
+        """token_server, harvesters: actors; they outlive this one. about: see `describe`.
+
+        absent: harvesters that wait for a node; they join in when they get it.
+        shared: by several sweeps. It ends with its actors when the last one has left.
+
+        room: blocks the object store can hold, those included that are released and not yet freed;
+        at least `slots`. None: there is no need to look.
+        """
+        self.policy = Policy(order, slots)
+        self.order = order
+        self.hook_points = hook_points
+        self.token_server = token_server
+        self.harvesters = harvesters
+        self.lag_s = lag_s
+        self.room = room
+        self.released: deque[float] = deque()  # when each of the latest blocks was
+        self.cache = cache
+        self.about = about
+        self.incarnation = uuid.uuid4().hex
+        self.in_flight = [0] * len(harvesters)
+        self.down: set[int] = set()  # harvesters that are being started (again)
+        self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
+        self.failures: Counter[int] = Counter()  # of the forward pass, by block
+        self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
+        self.blocks: dict[int, list[Any]] = {}  # one reference per hook point
+        self.awaited: dict[int, asyncio.Event] = {}  # by window: set once it is ready
+        self.error: SaerayError | None = None
+        self.harvested_tokens = 0
+        self.cached_tokens = 0
+        self.harvest_seconds = 0.0
+        self.started: float | None = None
+        self.b_dec: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.will_look_again = False
+        self.detached: list[str] = []
+        self.warnings: list[str] = []
+        self.users: dict[str, float] = {}  # sweep -> when it was last heard of
+        self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
+        self.closing = False
+        for at in absent:
+            self.down.add(at)
+            self.do(self.revive(at))
+        if shared:
+            self.do(self.watch_users())
+
+    # --- what readers and the roster call ---------------------------------------------------
+
+    async def describe(self) -> Any:
+        """What it was told about itself: for a roster that has lost its memory."""
+        return self.about
+
+    async def expect(self, reader: str, window: int, user: str = "") -> None:
+        """Announces a reader that will start at `window`: its blocks are kept from now on.
+
+        One of another sweep that comes late is served on its own, so that those that are far
+        ahead need not wait for it.
+        """
+        if reader not in self.policy.readers:
+            self.policy.welcome(reader, window)
+        self.readers_of.setdefault(user, set()).add(reader)
+        self.pump()
+
+    async def join(self, user: str) -> bool:
+        """A sweep uses this stream, or still does; False when it is just being closed."""
+        if not self.closing:
+            self.users[user] = time.monotonic()
+        return not self.closing
+
+    async def part(self, user: str) -> None:
+        """A sweep has done with this stream; the last one to go closes it."""
+        self.forget_user(user)
+        if not self.users:
+            self.close()
+
+    async def window(
+        self, reader: str, window: int, lost: Iterable[str] = (), have: int = 0
+    ) -> WindowBlocks | NotYet:
+        """The blocks of a window; all before it the reader has done with, and they are released.
+
+        `lost`: references (in hex) that could not be fetched; their blocks are harvested again.
+        `have`: blocks at the window's beginning that the reader kept from the one before.
+        References are what a buffer with many readers spends its time on, and this halves them.
+        Answers `NotYet` after `POLL_SECONDS` when the window is not ready: ask again.
+
+        Raises:
+            SaerayError: the stream can't go on; says why.
+        """
+        self.forget(set(lost))
+        self.policy.ask(reader, window, time.monotonic())
+        blocks = self.order.blocks_of(window)
+        state = self.policy.readers[reader]
+        if not await self.until_ready(window, state if have else None):
+            # For one that is served alone a half window may be given up: it shall not keep any.
+            return NotYet(self.late(blocks), let_go=state.detached)
+        state.asks_since = None
+        return WindowBlocks(blocks, [self.blocks[b] for b in blocks[have:]])
+
+    async def leave(self, reader: str) -> None:
+        """A reader that is done, or gone: nothing is kept for it any more."""
+        self.policy.readers.pop(reader, None)
+        self.pump()
+
+    async def initial_b_dec(
+        self, hook_point: str, method: str, n_rows: int, seed: int
+    ) -> Any | NotYet:
+        """b_dec [D] from the first half buffer, computed once; or `NotYet`: ask again."""
+        key = (hook_point, method, n_rows, seed)
+        if key not in self.b_dec:
+            name = f"initial b_dec at {hook_point}"
+            reader = self.policy.ask(name, 0, time.monotonic())
+            reader.detached = all(r.window > 1 for r in self.policy.readers.values() if r != reader)
+            if not await self.until_ready(0):
+                return NotYet(self.late(self.order.blocks_of(0)))
+            if key not in self.b_dec:  # no other call came first while this one waited
+                at = self.hook_points.index(hook_point)
+                refs = [self.blocks[b][at] for b in self.order.blocks_of(0)]
+                self.b_dec[key] = asyncio.ensure_future(
+                    self.sampled_b_dec(method, n_rows, seed, refs)
+                )
+                self.policy.readers.pop(name, None)
+        done, _ = await asyncio.wait([self.b_dec[key]], timeout=POLL_SECONDS)
+        if not done:
+            return NotYet("harvester 0 (rows for b_dec_init_method)")
+        if self.b_dec[key].exception() is not None:
+            # A block was lost, or the harvester; the next call starts anew.
+            failed = self.b_dec.pop(key).exception()
+            self.warn(f"{method} of {hook_point}: {failed}; computed again.")
+            return NotYet("harvester 0 (rows for b_dec_init_method)")
+        return self.b_dec[key].result()
+
+    async def sampled_b_dec(self, method: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
+        return await self.harvesters[0].initial_b_dec.remote(method, n_rows, seed, *refs)
+
+    def forget_user(self, user: str) -> None:
+        self.users.pop(user, None)
+        for reader in self.readers_of.pop(user, set()):
+            self.policy.readers.pop(reader, None)
+        self.pump()
+
+    async def watch_users(self) -> None:
+        """Forgets sweeps that are gone without a word, and closes when there is none left."""
+        alone_since = time.monotonic()
+        while not self.closing:
+            await asyncio.sleep(USER_LEASE_SECONDS / 10)
+            now = time.monotonic()
+            for user, seen in list(self.users.items()):
+                if now - seen > USER_LEASE_SECONDS:
+                    self.forget_user(user)
+            if self.users:
+                alone_since = now
+            elif now - alone_since > USER_LEASE_SECONDS:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the stream's actors, this one last."""
+        self.closing = True
+        for a in (*self.harvesters, self.token_server, ray.get_runtime_context().current_actor):
+            ray.kill(a)
+
+    async def gauges(self) -> Gauges:
+        return Gauges(
+            incarnation=self.incarnation,
+            harvested_tokens=self.harvested_tokens,
+            cached_tokens=self.cached_tokens,
+            slots=self.policy.slots,
+            used=len(self.policy.held),
+            ready=len(self.policy.ready),
+            harvest_seconds=self.harvest_seconds,
+            elapsed_seconds=0.0 if self.started is None else time.monotonic() - self.started,
+            n_harvesters=len(self.harvesters),
+            readers={name: r.window for name, r in self.policy.readers.items()},
+            detached=list(self.detached),
+            warnings=list(self.warnings),
+        )
+
+    # --- acting -----------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Releases what no reader needs and submits harvests while slots and harvesters last."""
+        kept = self.policy.kept()
+        for block in self.policy.ready - kept:
+            self.release(block)  # the last reference here; Ray frees the memory
+        detached = self.policy.watch_lag(time.monotonic(), self.lag_s)
+        if detached:
+            self.detached += detached
+            self.wake(list(self.awaited))
+        while self.error is None:
+            up = [i for i in range(len(self.harvesters)) if i not in self.down]
+            at = min(up, key=self.in_flight.__getitem__, default=None)
+            if at is None or self.in_flight[at] >= IN_FLIGHT:
+                return
+            wanted = self.policy.next_block()
+            if wanted is None or not self.has_room():
+                return
+            self.submit(wanted, at)
+
+    def has_room(self) -> bool:
+        """Whether one more block would fit beside those whose memory Ray has yet to free.
+
+        A store that is over full spills to disk, which stalls everyone on the node.
+        """
+        if self.room is None:
+            return True
+        now = time.monotonic()
+        while self.released and now - self.released[0] > FREE_SECONDS:
+            self.released.popleft()
+        if len(self.policy.held) + len(self.released) < self.room:
+            return True
+        if not self.will_look_again:
+            self.will_look_again = True
+            asyncio.get_running_loop().call_later(
+                self.released[0] + FREE_SECONDS - now + 0.05, self.look_again
+            )
+        return False
+
+    def look_again(self) -> None:
+        self.will_look_again = False
+        self.pump()
+
+    def do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def release(self, block: int) -> None:
+        if self.room is not None:
+            self.released.append(time.monotonic())
+        self.policy.ready.discard(block)
+        self.policy.held.discard(block)
+        self.blocks.pop(block, None)
+
+    def forget(self, lost: set[str]) -> None:
+        """Blocks that are gone with their node are wanted again."""
+        if not lost:
+            return
+        for block, refs in list(self.blocks.items()):
+            if block in self.policy.ready and any(r.hex() in lost for r in refs):
+                self.warn("blocks were lost with their node; they are harvested again.")
+                self.release(block)
+        for key, future in list(self.b_dec.items()):
+            if not future.done():
+                del self.b_dec[key]
+
+    def submit(self, block: int, at: int) -> None:
+        if self.started is None:
+            self.started = time.monotonic()
+        self.policy.held.add(block)
+        self.in_flight[at] += 1
+        self.do(self.harvest(block, at))
+
+    async def harvest(self, block: int, at: int) -> None:
+        """One block at one harvester; when that fails the block is wanted again."""
+        done = None
+        try:
+            self.under_way[block] = ("the token server", time.monotonic())
+            tokens = await self.tokens(block)
+            self.under_way[block] = (f"harvester {at}", time.monotonic())
+            meta, *refs = (
+                self.harvesters[at]
+                .harvest.options(num_returns=1 + len(self.hook_points), max_task_retries=0)
+                .remote(block, tokens, self.cache)
+            )
+            done = await meta
+        except RayActorError as error:
+            self.harvester_died(block, at, error)
+        except Exception as error:
+            self.harvest_failed(block, at, error)
+        finally:
+            del self.under_way[block]
+            self.in_flight[at] -= 1
+        if done is None:
+            self.policy.held.discard(block)
+        else:
+            self.blocks[block] = refs
+            self.policy.ready.add(block)
+            self.harvested_tokens += done.n_tokens
+            self.cached_tokens += done.cached_tokens
+            self.harvest_seconds += done.seconds
+            for text in done.warnings:
+                self.warn(text)
+            self.deaths.pop(block, None)
+            self.failures.pop(block, None)
+        self.tell(block)
+        self.pump()
+
+    async def tokens(self, block: int) -> Any:
+        """The token windows of a block. Ray repeats the call when the server is started again."""
+        try:
+            return await self.token_server.block.remote(block)
+        except RayActorError as error:
+            raise SaerayError(f"the token server is gone ({error})") from None
+
+    def harvester_died(self, block: int, at: int, error: RayActorError) -> None:
+        self.deaths[block] += 1
+        if self.deaths[block] >= DEATHS:
+            self.broken(
+                f"{self.deaths[block]} harvesters died over block {block}; out of memory? Lower "
+                f"store_batch_size. The last one: {error}"
+            )
+        if at in self.down:
+            return
+        self.warn(f"harvester {at} died; its blocks are harvested elsewhere or again.")
+        self.down.add(at)
+        self.do(self.revive(at))
+
+    async def revive(self, at: int) -> None:
+        """Waits until Ray has started a harvester again."""
+        while True:
+            try:
+                await self.harvesters[at].ping.options(max_task_retries=0).remote()
+                break
+            except ActorDiedError:  # for good
+                if len(self.down) == len(self.harvesters):
+                    self.broken("no harvester is left")
+                return
+            except RayActorError:
+                await asyncio.sleep(0.2)
+        self.down.discard(at)
+        self.pump()
+
+    def harvest_failed(self, block: int, at: int, error: Exception) -> None:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, SaerayError):
+            self.error = cause  # on purpose, so it would be the same at any harvester
+            return
+        self.failures[block] += 1
+        if self.failures[block] >= FAILURES:
+            self.broken(f"block {block} failed {FAILURES} times: {cause}")
+            return
+        self.warn(f"harvester {at}: {type(cause).__name__}: {cause}; started again.")
+        # After a GPU error the process is of no use any more.
+        ray.kill(self.harvesters[at], no_restart=False)
+
+    def broken(self, why: str) -> None:
+        self.error = SaerayError(f"the activation stream broke off: {why}")
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def late(self, blocks: range) -> str:
+        """Who keeps a window from being ready, in words."""
+        now = time.monotonic()
+        missing = [b for b in blocks if b not in self.policy.ready]
+        for block in missing:
+            if block in self.under_way:
+                who, since = self.under_way[block]
+                return f"{who} (block {block}, for {now - since:.0f} s)"
+        if len(self.down) == len(self.harvesters):
+            return "the harvesters (all of them are being started again)"
+        slowest = sorted(self.policy.readers.items(), key=lambda item: item[1].window)[:3]
+        return "slower readers, which hold the buffer: " + ", ".join(
+            f"{name} at window {r.window}" for name, r in slowest
+        )
+
+    def tell(self, block: int) -> None:
+        """Wakes those who wait for a window that is now ready; all of them after an error."""
+        group = block // self.order.group_blocks
+        if self.error is not None:
+            self.wake(list(self.awaited))
+        else:
+            self.wake([window for window in (group, group + 1) if self.policy.is_ready(window)])
+
+    def wake(self, windows: Iterable[int]) -> None:
+        for window in windows:
+            if window in self.awaited:
+                self.awaited.pop(window).set()
+
+    async def until_ready(self, window: int, attached: ReaderState | None = None) -> bool:
+        """Waits for a window's blocks, `POLL_SECONDS` at most; whether they are all there.
+
+        attached: no longer than this reader is.
+        """
+        deadline = time.monotonic() + POLL_SECONDS
+        self.pump()
+        while True:
+            if self.error is not None:
+                raise type(self.error)(*self.error.args)
+            if self.policy.is_ready(window):
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0 or (attached is not None and attached.detached):
+                return False
+            event = self.awaited.setdefault(window, asyncio.Event())
+            try:
+                await asyncio.wait_for(event.wait(), left)
+            except (TimeoutError, asyncio.TimeoutError):
+                return False

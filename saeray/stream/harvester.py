@@ -1,0 +1,180 @@
+"""Harvester: a language model in an actor. Stateless, so any of them can do any block again.
+
+Whoever only creates the actor needs this module too, so torch and the model are imported where
+they are used: in the harvester's own process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import ray
+
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import CacheKey
+from saeray.spec.order import permutation
+
+if TYPE_CHECKING:
+    from saeray.files.cache import ActivationCache
+    from saeray.lm.evaluate import Evaluator
+    from saeray.lm.model import LanguageModel, ModelFacts
+
+
+class Harvested(NamedTuple):
+    """What the buffer learns of a block: the block itself stays in the object store."""
+
+    block: int
+    n_tokens: int  # computed
+    seconds: float
+    cached_tokens: int = 0  # read from the activation cache
+    warnings: tuple[str, ...] = ()
+
+
+CACHE_WRITES = 2  # blocks that may wait to be written to the cache; then harvesting waits
+
+
+class Harvester:
+    """Loads its model at the first call, so that a wrong hook is an answer and not a dead actor."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        hook_points: list[str],
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        os.environ.update(environment or {})
+        self.config = LanguageModelSAERunnerConfig.from_dict(config)
+        self.hook_points = hook_points
+        self.model: LanguageModel | None = None
+        self.evaluator: Evaluator | None = None
+        # One thread each on the CPU: the sums inside a matrix product are then the same however
+        # many harvesters or cores there are. More harvesters, not more threads.
+        self.threads = 1
+        self.caches: dict[str, ActivationCache] = {}
+        self.writer = ThreadPoolExecutor(1, "cache")
+        self.writes: list[Future[None]] = []
+
+    def open(self) -> LanguageModel:
+        if self.model is None:
+            import torch
+
+            from saeray.lm.model import LanguageModel
+
+            torch.set_num_threads(self.threads)
+            self.model = LanguageModel(self.config, self.hook_points)
+        return self.model
+
+    def check(self, configs: list[dict[str, Any]]) -> ModelFacts:
+        """Facts of the model, after comparing each config's hook point and d_in with it.
+
+        Raises:
+            ConfigError: the model, a hook point or d_in is wrong.
+        """
+        from saeray.lm.model import check_d_in
+
+        facts = self.open().facts
+        for config in configs:
+            check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
+        return facts
+
+    def ping(self) -> None:
+        """Answers when the actor is up."""
+
+    def node(self) -> str:
+        """The id of the node it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def harvest(
+        self, index: int, tokens: np.ndarray, cache_key: CacheKey | None = None
+    ) -> tuple[Any, ...]:
+        """Block `index`: (Harvested, then one array [rows, d_in] per hook point).
+
+        tokens: int32 [store_batch_size, context_size].
+        """
+        started = time.perf_counter()
+        cache = None if cache_key is None else self.open_cache(cache_key)
+        arrays = None if cache is None else cache.read(self.hook_points, index, tokens)
+        n_cached = tokens.size if arrays is not None else 0
+        if arrays is None:
+            arrays = self.computed(tokens)
+            if cache is not None:
+                self.write_behind(cache, index, tokens, arrays)
+        done = Harvested(
+            index,
+            tokens.size - n_cached,
+            time.perf_counter() - started,
+            n_cached,
+            () if cache is None else tuple(cache.warnings),
+        )
+        return (done, *arrays)
+
+    def computed(self, tokens: np.ndarray) -> list[np.ndarray]:
+        """The activations of int32 [store_batch_size, context_size] at every hook point."""
+        import torch
+
+        from saeray.stream.arrays import to_array
+
+        activations = self.open().activations(torch.from_numpy(tokens.copy()))
+        return [to_array(activations[h]) for h in self.hook_points]
+
+    def open_cache(self, key: CacheKey) -> ActivationCache:
+        if key.uri not in self.caches:
+            from saeray.files.cache import ActivationCache
+
+            self.caches[key.uri] = ActivationCache(key.uri, key.identity)
+        return self.caches[key.uri]
+
+    def write_behind(
+        self, cache: ActivationCache, index: int, tokens: np.ndarray, arrays: list[np.ndarray]
+    ) -> None:
+        """Writes to the cache while the next block is computed; a full disk costs a warning."""
+
+        def write() -> None:
+            try:
+                for hook, array in zip(self.hook_points, arrays, strict=True):
+                    cache.write(hook, index, tokens, array)
+            except OSError as error:
+                text = f"activation_cache: {error}; blocks are not cached."
+                if text not in cache.warnings:
+                    cache.warnings.append(text)
+
+        self.flush(CACHE_WRITES - 1)
+        self.writes.append(self.writer.submit(write))
+
+    def flush(self, left: int = 0) -> None:
+        """Waits until no more than `left` blocks are still to be written to the cache."""
+        while len(self.writes) > left:
+            self.writes.pop(0).result()
+
+    def initial_b_dec(self, method: str, n_rows: int, seed: int, *blocks: np.ndarray) -> np.ndarray:
+        """b_dec [D] float32 from a seeded sample of `n_rows` of the rows in blocks."""
+        import torch
+
+        from saeray.sae.initial_bias import initial_b_dec
+        from saeray.stream.arrays import to_tensor
+
+        dtype = getattr(torch, self.config.activation_dtype)
+        rows = [to_tensor(b, dtype) for b in blocks]
+        per_block = len(rows[0])
+        chosen = permutation(per_block * len(rows), seed, 0, salt=4)[:n_rows]
+        sample = torch.stack([rows[i // per_block][i % per_block] for i in chosen.tolist()])
+        return initial_b_dec(sample, method).numpy()
+
+    def evaluate(
+        self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray
+    ) -> dict[str, Any]:
+        """Metrics of one SAE on the held-out windows, by wandb key."""
+        import torch
+
+        from saeray.files.checkpoint import sae_from_weights
+        from saeray.lm.evaluate import Evaluator
+
+        model = self.open()
+        if self.evaluator is None:
+            self.evaluator = Evaluator(model, torch.from_numpy(held_out.copy()))
+        sae = sae_from_weights({k: torch.from_numpy(v.copy()) for k, v in weights.items()})
+        return self.evaluator.evaluate(sae.to(model.device), hook_point)

@@ -1,0 +1,95 @@
+"""The command line: exit codes, overrides, and errors of one paragraph without a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support.bundled import ROOT
+
+from saeray.client.cli import load_sweep_file, main
+from saeray.errors import ConfigError
+
+
+def sweep_file(tmp_path, **fields):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    return str(file)
+
+
+def test_overrides_are_yaml_and_reach_into_resources(tmp_path):
+    file = sweep_file(tmp_path, lr=1e-3, resources={"harvesters": 1})
+    data = load_sweep_file(
+        file, ["lr=[1e-4, 4e-4]", "resources.harvesters=3", "use_ghost_grads=true", "name=a=b"]
+    )
+    assert data["resources"] == {"harvesters": 3}
+    assert [float(x) for x in data["lr"]] == [1e-4, 4e-4]
+    assert data["use_ghost_grads"] is True
+    assert data["name"] == "a=b"
+
+
+def test_model_and_dataset_may_be_relative_to_the_file(tmp_path):
+    (tmp_path / "text.parquet").touch()
+    data = load_sweep_file(sweep_file(tmp_path, dataset_path="text.parquet", model_name="gpt2"))
+    assert data["dataset_path"] == str((tmp_path / "text.parquet").resolve())
+    assert data["model_name"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n- b", "at the top level"), ("a: [", "not YAML"), (None, "can't be read")],
+)
+def test_files_that_are_no_sweeps(tmp_path, text, words):
+    file = tmp_path / "x.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_sweep_file(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "l1_coeficient=1"], "unknown key 'l1_coeficient'; did you mean l1_coefficient"),
+        (["--set", "training_tokens=100"], "training_tokens = 100"),
+        (["--set", "lr=[1e-3, 1e-3]"], "duplicate trial"),
+        (["--set", "resources.harvester=1"], "resources: unknown key 'harvester'"),
+        (["--set", "hook_point=blocks.2.hook_resid_prr", "--dry-run"], "no such hook"),
+        (["--set", "d_in=64", "--dry-run"], "d_in = 64"),
+        (["--set", "dataset_path=/no/such.parquet", "--dry-run"], "no such file or directory"),
+        (["--set", "context_size=1024", "--dry-run"], "context_size = 1024"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, words, capsys):
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("saeray: ")]) == 1
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "6 SAEs on 1 activation stream" in out
+    # 1,048,576 tokens in LM batches of 32 x 128; three half buffers of 8 blocks of 2 MiB.
+    assert "1,048,576 LM tokens in 256 blocks of 4,096" in out
+    assert "24 blocks, 50,331,648 bytes" in out
+
+
+def test_the_installed_command_in_a_process_of_its_own(tiny, tmp_path):
+    """Starts and ends a Ray of its own; exit code 1 when an SAE failed."""
+    fields = tiny | {"lr": [1e-3, 1e30], "training_tokens": 8192}
+    done = subprocess.run(
+        [sys.executable, "-m", "saeray", "sweep", sweep_file(tmp_path, **fields),
+         "--name", "cli", "--storage-path", str(tmp_path)],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "LM tokens harvested: 8,192; one SAE trained on 8,192 (1.000x)" in done.stdout
+    assert "lr=1e+30" in done.stdout
+    assert "training" in done.stderr  # plain lines, not being a terminal
+    assert "Traceback" not in done.stderr
+    log = tmp_path / "cli" / "trials" / "lr=0.001" / "metrics.jsonl"
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8]

@@ -1,0 +1,144 @@
+"""The activation cache: files that say what they are, and a second sweep that harvests nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import saeray
+from saeray.files.cache import ActivationCache
+from saeray.files.storage import Folder
+
+HOOK = "blocks.0.hook_resid_pre"
+IDENTITY = {"format": 1, "model_name": "m", "weights": "w", "block_shapes": {HOOK: [6, 4]}}
+TOKENS = np.arange(6, dtype=np.int32).reshape(2, 3)
+BLOCK = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    cache = ActivationCache(str(tmp_path), IDENTITY)
+    cache.write(HOOK, 3, TOKENS, BLOCK)
+    return cache
+
+
+def file_of(cache, block=3):
+    folder, name = cache.place(HOOK, block)
+    return Path(folder.path) / name
+
+
+def test_a_block_comes_back_as_it_was(cache):
+    (array,) = cache.read([HOOK], 3, TOKENS)
+    assert array.dtype == np.float32
+    assert (array == BLOCK).all()
+    assert cache.read([HOOK], 4, TOKENS) is None  # not there: no reason to warn
+    assert cache.warnings == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int16])  # int16: the bits of bfloat16
+def test_other_dtypes_keep_their_bits(tmp_path, dtype):
+    cache = ActivationCache(str(tmp_path), IDENTITY)
+    cache.write(HOOK, 0, TOKENS, BLOCK.astype(dtype))
+    (array,) = cache.read([HOOK], 0, TOKENS)
+    assert array.dtype == dtype
+    assert (array == BLOCK.astype(dtype)).all()
+
+
+def test_the_files_are_plain_arrow_with_a_manifest(cache):
+    table = pa.ipc.open_file(file_of(cache)).read_all()
+    assert table.column("activations").to_pylist() == BLOCK.tolist()
+    manifest = json.loads(cache.folder.read("manifest.json"))
+    assert manifest == IDENTITY
+
+
+@pytest.mark.parametrize("cut", [0, 40, 700])
+def test_a_file_that_was_cut_off_is_noticed(cache, cut):
+    data = file_of(cache).read_bytes()
+    file_of(cache).write_bytes(data[: len(data) - cut - 1])
+    assert cache.read([HOOK], 3, TOKENS) is None
+    assert "harvested again" in cache.warnings[0]
+
+
+def test_every_changed_byte_of_the_activations_is_noticed(cache):
+    data = bytearray(file_of(cache).read_bytes())
+    at = bytes(data).index(BLOCK.tobytes())
+    for i in range(0, BLOCK.nbytes, 7):
+        changed = data.copy()
+        changed[at + i] ^= 1
+        file_of(cache).write_bytes(changed)
+        assert cache.read([HOOK], 3, TOKENS) is None
+    assert "checksum" in cache.warnings[0]
+
+
+def test_blocks_of_another_stream_are_not_taken(cache, tmp_path):
+    assert cache.read([HOOK], 3, TOKENS + 1) is None  # other text
+    assert "tokens differs" in cache.warnings[-1]
+    other = ActivationCache(str(tmp_path), IDENTITY | {"weights": "other"})
+    other.write(HOOK, 3, TOKENS, BLOCK)
+    file_of(cache).write_bytes(file_of(other).read_bytes())  # copied over
+    assert cache.read([HOOK], 3, TOKENS) is None
+    assert "identity differs" in cache.warnings[-1]
+    again = ActivationCache(str(tmp_path), IDENTITY)
+    assert again.warnings == []
+
+
+def test_a_damaged_or_foreign_manifest_is_written_anew(cache, tmp_path):
+    for text, words in (("{", "damaged"), (json.dumps(IDENTITY | {"weights": "x"}), "another")):
+        cache.folder.write("manifest.json", text.encode())
+        again = ActivationCache(str(tmp_path), IDENTITY)
+        assert words in again.warnings[0]
+        assert json.loads(again.folder.read("manifest.json")) == IDENTITY
+
+
+def test_hook_points_of_earlier_sweeps_stay_in_the_manifest(cache, tmp_path):
+    ActivationCache(str(tmp_path), IDENTITY | {"block_shapes": {"blocks.1.hook_resid_pre": [6, 4]}})
+    manifest = json.loads(cache.folder.read("manifest.json"))
+    assert set(manifest["block_shapes"]) == {HOOK, "blocks.1.hook_resid_pre"}
+
+
+# --- whole sweeps ---------------------------------------------------------------------------
+
+
+def weights(result):
+    (row,) = result.rows
+    return (result.folder / "trials" / row["trial"] / "final").read("sae_weights.safetensors")
+
+
+def test_a_second_sweep_harvests_nothing(s3, ray_instance, tiny, tmp_path):
+    """On S3. The server is started before Ray, whose processes inherit the keys."""
+    # Checkpoints on an object store, where lines of the log are written from time to time only.
+    tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2), checkpoint_every_s=0.1)
+    # The results of the first go to S3 as well, those of the second to a local folder.
+    first = saeray.sweep(tiny, name="first", storage_path=s3("results"), live=False)
+    assert first.status.harvested_tokens == 16 * 1024
+    assert set(first.folder.names()) == {
+        "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
+    }  # fmt: skip
+    lines = (first.folder / "trials" / first.rows[0]["trial"]).read("metrics.jsonl").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16]
+    second = saeray.sweep(tiny, name="second", storage_path=tmp_path, live=False)
+    assert second.status.harvested_tokens == 0
+    assert second.status.cached_tokens == 16 * 1024
+    assert weights(second) == weights(first)
+
+
+def test_what_is_missing_or_damaged_is_harvested_again(s3, ray_instance, tiny, tmp_path):
+    tiny |= dict(activation_cache=str(tmp_path / "cache"))
+    saeray.sweep(tiny, name="first", storage_path=tmp_path, live=False)
+    (digest,) = Folder.at(tmp_path / "cache").names()
+    blocks = tmp_path / "cache" / digest / tiny["hook_point"]
+    assert len(list(blocks.iterdir())) == 16
+    damaged, missing = blocks / "00000005.arrow", blocks / "00000007.arrow"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9])
+    missing.unlink()
+    # Another buffer and another rate read the same blocks.
+    other = tiny | dict(lr=2e-3, n_batches_in_buffer=8)
+    second = saeray.sweep(other, name="second", storage_path=tmp_path, live=False)
+    assert second.status.harvested_tokens == 2 * 1024
+    assert second.status.cached_tokens == 14 * 1024
+    assert any("00000005.arrow" in w for w in second.status.warnings)
+    assert damaged.read_bytes() == whole
+    assert missing.exists()

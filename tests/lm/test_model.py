@@ -1,0 +1,197 @@
+"""The language model: fast path against TransformerLens, hooks, splicing, evaluation."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from saeray.errors import ConfigError
+from saeray.lm.evaluate import Evaluator, ce_loss_score
+from saeray.lm.model import LanguageModel, check_d_in
+from saeray.sae.standard import StandardSAE, initial_sae
+from saeray.spec.config import LanguageModelSAERunnerConfig
+
+HOOK = "blocks.2.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+
+
+def model_at(tiny, *hook_points, **changes):
+    return LanguageModel(LanguageModelSAERunnerConfig(**(tiny | changes)), hook_points or [HOOK])
+
+
+def transformer_lens(model_path, tokens, hook_points):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(str(model_path), device="cpu")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, names_filter=list(hook_points))
+    return {h: cache[h].flatten(2).flatten(0, 1) for h in hook_points}
+
+
+@pytest.mark.parametrize(
+    "hook_points",
+    [
+        [HOOK],
+        ["blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.3.hook_resid_post"],
+        ["blocks.1.hook_resid_mid"],
+        ["blocks.1.mlp.hook_post"],
+        ["blocks.1.attn.hook_z"],
+    ],
+)
+def test_activations_are_transformer_lens_activations(tiny, tokens, hook_points):
+    model = model_at(tiny, *hook_points)
+    assert model.facts.fast_path
+    got, want = model.activations(tokens), transformer_lens(tiny["model_name"], tokens, hook_points)
+    for h in hook_points:
+        assert got[h].shape == (4 * 64, model.facts.d_in[h])
+        torch.testing.assert_close(got[h], want[h], rtol=1e-3, atol=1e-3)
+
+
+def test_a_hook_the_fast_path_can_not_reach_takes_the_slow_one_and_says_so(tiny, tokens, caplog):
+    name = "ln_final.hook_normalized"
+    model = model_at(tiny, name)
+    assert not model.facts.fast_path
+    assert "run_with_cache, which is slower" in caplog.text
+    want = transformer_lens(tiny["model_name"], tokens, [name])
+    torch.testing.assert_close(model.activations(tokens)[name], want[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (
+            LlamaConfig(
+                vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2,
+            ),
+            LlamaForCausalLM,
+        ),
+        (
+            GPTNeoXConfig(
+                vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4,
+            ),
+            GPTNeoXForCausalLM,
+        ),
+    ],
+)  # fmt: skip
+def test_other_architectures(tiny, tmp_path, tokens, config, architecture):
+    import shutil
+    from pathlib import Path
+
+    torch.manual_seed(0)
+    architecture(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny["model_name"]) / name, tmp_path / name)
+    model = model_at(tiny, HOOK, model_name=str(tmp_path))
+    assert model.facts.fast_path
+    want = transformer_lens(tmp_path, tokens, [HOOK])
+    torch.testing.assert_close(model.activations(tokens)[HOOK], want[HOOK], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tiny, tokens, dtype):
+    exact = model_at(tiny).activations(tokens)[HOOK]
+    half = model_at(tiny, activation_dtype=dtype).activations(tokens)[HOOK]
+    assert half.dtype == getattr(torch, dtype)
+    assert float((half.float() - exact).norm() / exact.norm()) < 0.02
+
+
+def test_bad_models_and_hooks(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean blocks\.2\.hook_resid_pre"):
+        model_at(tiny, "blocks.2.hook_resid_prr")
+    with pytest.raises(ConfigError, match=r"4 layers\) has no such hook"):
+        model_at(tiny, "blocks.9.hook_resid_pre")
+    with pytest.raises(ConfigError, match="no such directory"):
+        model_at(tiny, model_name=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        model_at(tiny, model_name=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"context_size = 512: .* at most 256"):
+        model_at(tiny, context_size=512)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device = 'cuda': this machine has cpu"):
+            model_at(tiny, device="cuda")
+
+
+def test_the_guides_model_name_is_known():
+    from saeray.lm.hub import official_name
+
+    assert official_name("gpt2-small").split("/")[-1] == "gpt2"  # what the hub calls it
+
+
+def test_d_in_is_checked_or_filled_in(tiny):
+    facts = model_at(tiny).facts
+    assert check_d_in(LanguageModelSAERunnerConfig(**tiny), facts) == 128
+    with pytest.raises(ConfigError, match=r"d_in = 768: .* is 128 wide"):
+        check_d_in(LanguageModelSAERunnerConfig(**(tiny | {"d_in": 768})), facts)
+
+
+def identity_sae(d_in):
+    """x = relu(x) - relu(-x): a perfect SAE."""
+    eye, zeros = torch.eye(d_in), torch.zeros(d_in)
+    return StandardSAE(torch.cat([eye, -eye], 1), torch.cat([eye, -eye]), zeros.repeat(2), zeros)
+
+
+def test_evaluation_of_a_perfect_and_of_an_empty_sae(tiny, tokens):
+    model = model_at(tiny)
+    evaluator = Evaluator(model, tokens)
+    perfect = evaluator.evaluate(identity_sae(128), HOOK)
+    assert perfect["metrics/CE_loss_score"] == pytest.approx(1.0, abs=1e-4)
+    assert perfect["metrics/explained_variance"] == pytest.approx(1.0, abs=1e-5)
+    assert perfect["metrics/kl_div_with_sae"] == pytest.approx(0.0, abs=1e-4)
+    assert perfect["metrics/l0"] == pytest.approx(128, abs=1)
+    assert perfect["metrics/l2_ratio"] == pytest.approx(1.0, abs=1e-5)
+    # One that gives zeros is the zero ablation itself.
+    empty = initial_sae(128, 64, seed=0, b_dec=torch.zeros(128), dtype=torch.float32)
+    empty.b_enc.fill_(-1e6)
+    nothing = evaluator.evaluate(empty, HOOK)
+    assert nothing["metrics/CE_loss_score"] == pytest.approx(0.0, abs=1e-6)
+    assert nothing["metrics/l0"] == 0
+    assert nothing["eval/features_never_fired"] == 64
+    assert nothing["metrics/ce_loss_with_sae"] == pytest.approx(
+        nothing["metrics/ce_loss_with_ablation"]
+    )
+
+
+def test_clean_loss_is_the_models_own(tiny, tokens):
+    model = model_at(tiny)
+    clean = Evaluator(model, tokens).clean()
+    with torch.no_grad():
+        theirs = float(model.model(input_ids=tokens, labels=tokens).loss)
+    assert clean == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_ce_score_is_not_its_reciprocal():
+    # ablated 8, with SAE 4, clean 3: (8 - 4) / (8 - 3) = 0.8
+    assert ce_loss_score(clean=3.0, with_sae=4.0, ablated=8.0) == pytest.approx(0.8)
+
+
+def test_the_bundled_model_is_well_under_the_unigram_entropy():
+    import json
+    from pathlib import Path
+
+    import saeray.models
+
+    folder = Path(saeray.models.__file__).parent / "tiny-python"
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["unigram_entropy_nats"] - figures["held_out_loss_nats"] >= 1.5
+    from saeray.lm.hub import load_tokenizer
+    from saeray.lm.tokens import TokenWindows
+
+    config = LanguageModelSAERunnerConfig(
+        model_name=str(folder),
+        hook_point=HOOK,
+        dataset_path=str(folder / "text" / "held_out.parquet"),
+        eval_windows=64,
+        context_size=256,
+        data_seed=0,
+    )
+    windows = TokenWindows(config, load_tokenizer(config))
+    loss = Evaluator(LanguageModel(config, [HOOK]), torch.from_numpy(windows.evaluation())).clean()
+    # The recorded figure, measured again on part of the same text.
+    assert math.isclose(loss, figures["held_out_loss_nats"], abs_tol=0.4)

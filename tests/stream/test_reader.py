@@ -1,0 +1,143 @@
+"""Reader and buffer on real Ray, with a harvester whose activations say where they come from."""
+
+import sys
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from saeray.errors import Late
+from saeray.spec.order import StreamOrder
+from saeray.stream.arrays import to_array, to_tensor
+from saeray.stream.buffer import ActivationBuffer
+from saeray.stream.harvester import Harvested
+from saeray.stream.reader import Place, Reader
+
+# Workers can't import a test module: its classes travel whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+ORDER = StreamOrder(n_blocks=11, block_rows=32, group_blocks=2, seed=3)
+D = 4
+
+
+class Tokens:
+    def block(self, index):
+        return np.full((2, 16), index, dtype=np.int32)
+
+
+class Rows:
+    """Row r of block b is b * 32 + r in every column; the second hook point has it negative."""
+
+    def __init__(self, broken=False):
+        self.broken = broken
+
+    def ping(self):
+        pass
+
+    def harvest(self, index, tokens, cache=None):
+        if self.broken:
+            import time
+
+            time.sleep(60)
+        assert (tokens == index).all()
+        rows = (np.arange(32, dtype=np.float32) + 32 * index)[:, None].repeat(D, axis=1)
+        return Harvested(index, tokens.size, 0.0), rows, -rows
+
+
+@pytest.fixture
+def stream(ray_instance):
+    made = []
+
+    def make(slots=6, n_harvesters=2, broken=False):
+        def actor(cls, *args, **options):
+            made.append(ray.remote(cls).options(num_cpus=0, **options).remote(*args))
+            return made[-1]
+
+        harvesters = [actor(Rows, broken) for _ in range(n_harvesters)]
+        return actor(
+            ActivationBuffer, ORDER, slots, ["one", "two"], actor(Tokens), harvesters,
+            max_concurrency=100,
+        )  # fmt: skip
+
+    yield make
+    for a in made:
+        ray.kill(a)
+
+
+def reader(buffer, name="a", hook_index=0, first_batch=0, n_batches=7, limit=30.0):
+    place = Place(name, hook_index, ORDER, D, torch.float32, batch_rows=48)
+    return Reader(
+        buffer,
+        place,
+        first_batch=first_batch,
+        n_batches=n_batches,
+        device=torch.device("cpu"),
+        wait_limit_s=limit,
+    )
+
+
+def expected(n):
+    rows = [ORDER.order(w) for w in range(ORDER.n_windows)]
+    return np.concatenate([o.block.astype(np.int64) * 32 + o.row for o in rows])[:n]
+
+
+def test_batches_are_the_streams_rows_in_its_order(stream):
+    r = reader(stream())
+    got = torch.cat(list(r))  # 7 batches of 48 rows, over windows of 32 and 64
+    r.close()
+    assert got.shape == (336, D)
+    assert np.array_equal(got[:, 0].numpy(), expected(336))
+    assert torch.equal(got[:, 0], got[:, 3])
+
+
+def test_a_reader_can_start_anywhere_and_at_another_hook_point(stream):
+    buffer = stream()
+    first, second = reader(buffer), reader(buffer, "b", hook_index=1, first_batch=3, n_batches=4)
+    whole, late = torch.cat(list(first)), torch.cat(list(second))
+    first.close()
+    second.close()
+    assert torch.equal(late, -whole[3 * 48 :])
+    # Both were served from one harvest of each block.
+    assert ray.get(buffer.gauges.remote()).harvested_tokens == 11 * 32
+
+
+def test_writing_to_a_batch_does_not_change_the_block_for_others(stream):
+    buffer = stream()
+    vandal, other = reader(buffer), reader(buffer, "b")
+    got = []
+    for spoilt, batch in zip(vandal, other, strict=True):
+        spoilt.fill_(-1)  # as soon as it is there; what `other` reads next lies in the same blocks
+        got.append(batch)
+    got = torch.cat(got)
+    vandal.close()
+    other.close()
+    assert np.array_equal(got[:, 0].numpy(), expected(336))
+
+
+def test_the_object_store_is_given_back(stream):
+    buffer = stream(slots=4)
+    r = reader(buffer)
+    for _ in r:
+        assert ray.get(buffer.gauges.remote()).used <= 4
+    r.close()
+    assert ray.get(buffer.gauges.remote()).used == 0
+
+
+def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
+    r = reader(stream(broken=True), limit=8.0)
+    with pytest.raises(
+        Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"
+    ):
+        next(iter(r))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_travel_bit_for_bit(dtype):
+    x = torch.randn(5, 3).to(dtype)
+    back = to_tensor(to_array(x), dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back, x)
+    frozen = to_array(x).copy()
+    frozen.setflags(write=False)
+    assert torch.equal(to_tensor(frozen, dtype), x)

@@ -1,0 +1,442 @@
+"""Whole sweeps on real Ray: the architecture end to end, through each of its faces."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+import saeray
+from saeray.errors import ConfigError
+from saeray.files.checkpoint import load_sae
+from saeray.files.storage import Folder
+from saeray.sae.standard import StandardSAE
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+
+def weights(folder, trial):
+    return Folder.at(str(folder / "trials" / trial / "final")).read("sae_weights.safetensors")
+
+
+def free(ray):
+    """What nobody has reserved; of the object store only that it is there."""
+    return {k: v for k, v in ray.available_resources().items() if "memory" not in k}
+
+
+def rosters(sweep):
+    """Rosters of a sweep that are still there."""
+    import ray
+
+    names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
+    return [n for n in names if n.startswith(f"roster:{sweep}:")]
+
+
+@pytest.fixture(scope="module")
+def six(ray_instance, tmp_path_factory):
+    """3 L1 x 2 LR on the bundled model: the result, its folder, and resources before and after."""
+    import time
+
+    from support.bundled import HOOK, MODEL
+
+    folder = tmp_path_factory.mktemp("sweeps")
+    before = free(ray_instance)
+    config = dict(
+        model_name=str(MODEL),
+        hook_point=HOOK,
+        dataset_path=str(MODEL / "text" / "train.parquet"),
+        context_size=64,
+        expansion_factor=4,
+        lr=[1e-3, 3e-3],
+        l1_coefficient=[3e-4, 1e-3, 3e-3],
+        lr_warm_up_steps=4,
+        training_tokens=64 * 1024,
+        train_batch_size=2048,
+        store_batch_size=16,
+        n_batches_in_buffer=8,
+        b_dec_init_rows=512,
+        eval_windows=8,
+        eval_every=16,
+        wandb_log_frequency=4,
+        n_checkpoints=2,
+        use_ghost_grads=True,
+        device="cpu",
+        seed=7,
+    )
+    result = saeray.sweep(config, name="six", storage_path=folder, live=False)
+    deadline = time.monotonic() + 60
+    while free(ray_instance) != before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return result, folder / "six", before, free(ray_instance)
+
+
+def test_every_sae_of_the_grid_is_trained(six):
+    result, _, _, _ = six
+    assert result.ok
+    assert [r["status"] for r in result.rows] == ["done"] * 6
+    assert {(r["lr"], r["l1_coefficient"]) for r in result.rows} == {
+        (lr, l1) for lr in (1e-3, 3e-3) for l1 in (3e-4, 1e-3, 3e-3)
+    }
+    assert {r["n_training_tokens"] for r in result.rows} == {64 * 1024}
+
+
+def test_the_language_model_runs_once_for_all_of_them(six):
+    status = six[0].status
+    assert status.harvested_tokens <= 1.05 * 64 * 1024
+    assert status.trained_tokens == 6 * 64 * 1024
+    # Evaluated twice each (step 16 and the end of 32) on 8 windows of 64 tokens, counted apart.
+    assert status.evaluation_tokens == 6 * 2 * 8 * 64
+
+
+def test_results_tell_what_training_did(six):
+    result, folder, _, _ = six
+    by_l1 = {}
+    for r in result.rows:
+        assert 0 < r["explained_variance"] < 1
+        assert r["ce_loss_without_sae"] < r["ce_loss_with_sae"] < r["ce_loss_with_ablation"]
+        assert r["kl_div"] > 0
+        by_l1.setdefault(r["lr"], []).append((r["l1_coefficient"], r["l0"]))
+    for line in by_l1.values():  # more L1, fewer features
+        l0 = [v for _, v in sorted(line)]
+        assert l0 == sorted(l0, reverse=True)
+    read = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text())))
+    assert [r["trial"] for r in read] == [r["trial"] for r in result.rows]
+    assert float(read[0]["l0"]) == pytest.approx(result.rows[0]["l0"])
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sweeps_folder_is_as_documented(six):
+    result, folder, _, _ = six
+    data = yaml.safe_load((folder / "sweep.yaml").read_text())
+    assert set(data["saes"]) == {r["trial"] for r in result.rows}
+    assert {"saeray", "ray", "torch", "git_commit"} <= set(data["versions"])
+    for row in result.rows:
+        trial = folder / "trials" / row["trial"]
+        assert sorted(p.name for p in trial.iterdir()) == ["checkpoints", "final", "metrics.jsonl"]
+        # 65,536 tokens in 2 checkpoints: one in the middle; the end is `final`.
+        assert [p.name for p in (trial / "checkpoints").iterdir()] == ["32768"]
+        lines = [json.loads(x) for x in (trial / "metrics.jsonl").read_text().splitlines()]
+        assert [x["step"] for x in lines] == list(range(4, 33, 4))
+        for key in ("losses/mse_loss", "losses/l1_loss", "losses/overall_loss", "metrics/l0",
+                    "metrics/explained_variance", "sparsity/dead_features",
+                    "details/current_learning_rate", "details/n_training_tokens"):  # fmt: skip
+            assert all(key in x for x in lines), key
+        evaluated = [x["step"] for x in lines if "metrics/CE_loss_score" in x]
+        assert evaluated == [16, 32]
+        assert lines[-1]["losses/overall_loss"] < lines[0]["losses/overall_loss"]
+        assert sum(lines[-1]["plots/feature_density_line_chart"]["counts"]) == 512
+        assert row["path"] == str(trial / "final")
+        assert isinstance(result.load(row["trial"]), StandardSAE)
+    assert sorted(p.name for p in folder.iterdir() if p.name != "wandb") == [
+        "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
+    ]  # fmt: skip
+
+
+def leveldb_records(data, start):
+    """The records of wandb's transaction log: LevelDB's format, blocks of 32 KiB."""
+    at, parts = 0, b""
+    while at + 7 <= len(data):
+        left = 32768 - (at + start) % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def test_wandb_has_one_offline_run_per_sae(six):
+    result, folder, _, _ = six
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 6
+    from wandb.proto import wandb_internal_pb2
+
+    seen = {}
+    for run in runs:
+        keys, header = set(), None
+        for data in leveldb_records(next(run.glob("*.wandb")).read_bytes()[7:], start=7):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                header = record.run
+            elif kind == "history":
+                keys |= {"/".join(i.nested_key) or i.key for i in record.history.item}
+        seen[header.display_name] = header.run_group
+        assert {"losses/mse_loss", "metrics/CE_loss_score", "sparsity/dead_features"} <= keys
+        assert any(k.startswith("plots/feature_density_line_chart") for k in keys), keys
+    assert seen == {r["trial"]: "six" for r in result.rows}
+
+
+def test_nothing_is_left_behind(six):
+    _, _, before, after = six
+    assert after == before  # CPUs are free again, and no placement group is left
+    assert rosters("six") == []
+
+
+def test_packing_and_harvesters_do_not_change_a_bit(six, tmp_path):
+    result, folder, _, _ = six
+    config = yaml.safe_load((folder / "sweep.yaml").read_text())["saes"][result.rows[0]["trial"]]
+    config |= dict(
+        l1_coefficient=[3e-4, 1e-3],
+        name=None,
+        n_checkpoints=0,
+        log_to_wandb=False,
+        resources=dict(harvesters=3, saes_per_trainer=1, harvester_cpus=0.25, trainer_cpus=0.5),
+    )
+    again = saeray.sweep(config, name="apart", storage_path=tmp_path, live=False)
+    assert again.ok
+    assert len(again.status.packs) == 2
+    for row in again.rows:
+        other = next(
+            r for r in result.rows
+            if (r["lr"], r["l1_coefficient"]) == (row["lr"], row["l1_coefficient"])
+        )  # fmt: skip
+        assert weights(tmp_path / "apart", row["trial"]) == weights(folder, other["trial"])
+        assert row["ce_loss_score"] == other["ce_loss_score"]
+
+
+def test_a_failing_sae_does_not_touch_the_others(tiny, tmp_path):
+    tiny |= dict(lr=[1e-3, 1e30], log_to_wandb=False)
+    result = saeray.sweep(tiny, name="nan", storage_path=tmp_path, live=False)
+    assert not result.ok
+    good, bad = result.rows
+    assert good["status"] == "done"
+    assert bad["status"] == "failed"
+    assert "at step 4" in bad["error"]  # the first log step
+    assert "1e+30" in bad["error"]
+    alone = saeray.sweep(tiny | dict(lr=1e-3), name="alone", storage_path=tmp_path, live=False)
+    assert weights(tmp_path / "nan", good["trial"]) == weights(
+        tmp_path / "alone", alone.rows[0]["trial"]
+    )
+
+
+def test_more_packs_than_fit_come_in_waves(tiny, tmp_path):
+    tiny |= dict(
+        lr=[1e-3, 2e-3, 3e-3],
+        # Beside a harvester of half a core there is room for one pack of one and a half.
+        resources=dict(saes_per_trainer=2, trainer_cpus=1, harvester_cpus=0.5),
+    )
+    result = saeray.sweep(tiny, name="waves", storage_path=tmp_path, live=False)
+    assert result.ok
+    assert [len(p) for p in result.status.packs] == [2, 1]
+    # Packs that do not run at the same time can't share a block: two passes, and no more.
+    assert result.status.harvested_tokens <= 2 * 16 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
+    tiny, tmp_path, ray_instance
+):
+    everything = ray_instance.cluster_resources()["CPU"]
+    config = tiny | dict(
+        context_size=[32, 64],
+        resources=dict(harvester_cpus=1, trainer_cpus=everything - 1),
+        wait_limit_s=60,
+    )
+    result = saeray.sweep(config, name="streams", storage_path=tmp_path, live=False)
+    assert [row["status"] for row in result.rows] == ["done", "done"]
+    # Each made a pass of its own, and both are accounted for.
+    assert result.status.harvested_tokens == 2 * 16 * 1024
+    assert result.status.trained_tokens == 2 * 16 * 1024
+    assert "one SAE of each of 2 streams trained on 32,768 (1.000x)" in result.summary()
+    alone = saeray.sweep(
+        config | dict(context_size=64), name="alone", storage_path=tmp_path, live=False
+    )
+    (second,) = [row["trial"] for row in result.rows if "64" in row["trial"]]
+    assert weights(tmp_path / "streams", second) == weights(
+        tmp_path / "alone", alone.rows[0]["trial"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instance):
+    from ray import tune
+
+    analysis = tune.run(
+        saeray.SAETrial,
+        config=tiny | {"lr": tune.grid_search([1e-3, 2e-3])},
+        storage_path=str(tmp_path),
+        name="late",
+        max_concurrent_trials=1,
+        verbose=0,
+    )
+    assert [t.last_result["n_training_tokens"] for t in analysis.trials] == [16 * 1024] * 2
+    sweep = yaml.safe_load((tmp_path / "late" / "sweep.yaml").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "late" / "results.csv").read_text())))
+    assert {r["trial"] for r in rows} == set(sweep["saes"])
+    assert [r["status"] for r in rows] == ["done"] * 2
+    import time
+
+    deadline = time.monotonic() + 60
+    total = ray_instance.cluster_resources()
+    everything = {k: v for k, v in total.items() if "memory" not in k and "_group_" not in k}
+    while free(ray_instance) != everything and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert free(ray_instance) == everything
+    assert rosters("late") == []
+
+
+def test_the_guides_snippet(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from saeray import LanguageModelSAERunnerConfig, language_model_sae_runner
+
+    cfg = LanguageModelSAERunnerConfig(
+        # Data Generating Function (Model + Training Distibuion)
+        model_name=tiny["model_name"],
+        hook_point="blocks.2.hook_resid_pre",
+        hook_point_layer=2,
+        d_in=128,
+        dataset_path=tiny["dataset_path"],
+        is_dataset_tokenized=False,
+        # SAE Parameters
+        expansion_factor=4,
+        b_dec_init_method="geometric_median",
+        # Training Parameters
+        lr=0.0004,
+        l1_coefficient=0.00008,
+        lr_scheduler_name="constantwithwarmup",
+        train_batch_size=1024,
+        context_size=128,
+        lr_warm_up_steps=5000,
+        # Activation Store Parameters
+        n_batches_in_buffer=4,
+        training_tokens=1_000 * 16,
+        store_batch_size=8,
+        # Dead Neurons and Sparsity
+        use_ghost_grads=True,
+        feature_sampling_window=1000,
+        dead_feature_window=5000,
+        dead_feature_threshold=1e-6,
+        # WANDB
+        log_to_wandb=True,
+        wandb_project="gpt2",
+        wandb_entity=None,
+        wandb_log_frequency=100,
+        # Misc
+        device="cpu",
+        seed=42,
+        n_checkpoints=10,
+        checkpoint_path="checkpoints",
+        dtype=torch.float32,
+    )
+    sparse_autoencoder = language_model_sae_runner(cfg)
+
+    assert (sparse_autoencoder.d_in, sparse_autoencoder.d_sae) == (128, 512)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    # 16,000 tokens by tens, less the end: 9 checkpoints.
+    assert len(list((folder / "trials" / "sae" / "checkpoints").iterdir())) == 9
+    x = torch.randn(3, 128)
+    assert torch.equal(sparse_autoencoder(x), load_sae(str(folder / "trials/sae/final"))(x))
+
+
+def test_plain_tune_run(tiny, tmp_path):
+    from ray import tune
+
+    class Spy(saeray.SAETrial):
+        """Reports whether its process has imported torch."""
+
+        def step(self):
+            return super().step() | {"torch_is_loaded": "torch" in sys.modules}
+
+    analysis = tune.run(
+        Spy,
+        config=tiny
+        | {
+            "l1_coefficient": tune.grid_search([1e-3, 2e-3]),
+            "lr": tune.grid_search([1e-3, 2e-3]),
+        },
+        storage_path=str(tmp_path),
+        name="plain",
+        verbose=0,
+    )
+    assert len(analysis.trials) == 4
+    for trial in analysis.trials:
+        last = trial.last_result
+        assert last["done"]
+        assert last["n_training_tokens"] == 16 * 1024
+        assert last["torch_is_loaded"] is False
+        assert last["metrics/explained_variance"] < 1
+        assert load_sae(last["path"]).d_sae == 256
+    # One pack, one stream, beside Tune's own files.
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "plain" / "results.csv").read_text())))
+    assert [r["status"] for r in rows] == ["done"] * 4
+
+
+def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
+    from ray import tune
+
+    results = tune.Tuner(
+        saeray.SAETrial,
+        param_space=tiny
+        | {
+            # Long enough for Tune to decide while the pack trains.
+            "training_tokens": 1000 * 1024,
+            "expansion_factor": 8,
+            "wandb_log_frequency": 5,
+            "lr": tune.grid_search([1e-5, 1e-3, 2e-3, 4e-3]),
+        },
+        tune_config=tune.TuneConfig(
+            metric="losses/overall_loss",
+            mode="min",
+            scheduler=tune.schedulers.ASHAScheduler(
+                time_attr="n_training_tokens",
+                max_t=1000 * 1024,
+                grace_period=20 * 1024,
+                reduction_factor=2,
+            ),
+        ),
+        run_config=tune.RunConfig(name="asha", storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    assert not results.errors
+    tokens = {r.config["lr"]: r.metrics["n_training_tokens"] for r in results}
+    assert max(tokens.values()) == 1000 * 1024
+    assert tokens[1e-5] < 1000 * 1024  # the worst was stopped
+    import time
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "asha" / "results.csv").read_text())))
+        if {r["status"] for r in rows} <= {"done", "stopped"}:
+            break
+        time.sleep(0.5)
+    statuses = {float(r["lr"]): r["status"] for r in rows}
+    assert statuses[1e-5] == "stopped"
+    assert "done" in statuses.values()
+    for r in rows:  # stopped ones are kept and evaluated too
+        assert load_sae(r["path"]).d_sae == 1024
+        assert float(r["ce_loss_score"]) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(hook_point="blocks.2.hook_resid_prr"), "did you mean"),
+        # These two in `make test` by test_cli, without a cluster.
+        pytest.param(dict(d_in=64), "d_in = 64", marks=pytest.mark.slow),
+        pytest.param(
+            dict(dataset_path="/no/such/file.parquet"), "no such file", marks=pytest.mark.slow
+        ),
+        (dict(n_batches_in_buffer=2000, store_batch_size=256, training_tokens=10**9), "buffer"),
+    ],
+)
+def test_what_only_the_cluster_can_see_is_refused_before_training(tiny, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        saeray.sweep(tiny | changes, name="bad", storage_path=tmp_path, live=False)
+    assert rosters("bad") == []
+
+
+def test_a_folder_that_is_there_is_not_written_over(tiny, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "results.csv").write_text("precious")
+    with pytest.raises(ConfigError, match="name = 'taken'"):
+        saeray.sweep(tiny, name="taken", storage_path=tmp_path)
+    assert (tmp_path / "taken" / "results.csv").read_text() == "precious"
