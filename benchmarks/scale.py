@@ -40,13 +40,15 @@ import ray
 
 from saeray.actors import waiting
 from saeray.actors.waiting import NotYet
-from saeray.cluster import dispatch, launch, roster
+from saeray.cluster import dispatch, roster
+from saeray.cluster.launcher import AboutPack
 from saeray.cluster.roster import Roster
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import expand
 from saeray.spec.messages import DONE, ENDS, NOTHING, ReaderGauges, Report, reader_name
+from saeray.stream import launch
 from saeray.stream.harvester import Harvested
 
 # A worker process can't import this file.
@@ -132,7 +134,7 @@ class FakeTrainers:
         self.problems: dict[str, str | None] = {}
         self.threads: dict[str, threading.Thread] = {}
 
-    def start(self, about: launch.AboutPack, roster_handle: Any, limit: float) -> None:
+    def start(self, about: AboutPack, roster_handle: Any, limit: float) -> None:
         thread = threading.Thread(target=self.run, args=(about.name, roster_handle, limit))
         self.threads[about.name] = thread
         thread.start()
@@ -252,7 +254,7 @@ class SimulatedRoster(Roster):
         self.dispatch.end_of = self.end_of
 
     def start_fake(
-        self, name: str, about: launch.AboutPack, handle: Any, storage_path: str, limit: float
+        self, name: str, about: AboutPack, handle: Any, storage_path: str, limit: float
     ) -> Any:
         n = len(self.hosts)
         if n < self.size.reader_processes:

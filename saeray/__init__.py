@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from saeray.errors import ConfigError
     from saeray.files.checkpoint import load_sae
     from saeray.sae.standard import StandardSAE
-    from saeray.spec.config import LanguageModelSAERunnerConfig, Resources
+    from saeray.spec.config import LanguageModelSAERunnerConfig
+    from saeray.spec.resources import Resources
 
 
 def __getattr__(name: str) -> Any:

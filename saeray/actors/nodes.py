@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import yaml
 
-from saeray.spec.placement import Cluster, Node
+from saeray.spec.room import Cluster, Node
 
 NAMESPACE = "saeray"
 HEAD = "node:__internal_head__"

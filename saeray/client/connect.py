@@ -48,7 +48,7 @@ def runtime_env() -> dict[str, Any]:
 
     Every process of the connection then runs the package as it is here, whatever the cluster has
     installed. Of the environment only Ray's own settings go along, since Ray writes a runtime_env,
-    and with it every key, into its logs (see `cluster.launch.passed_on`).
+    and with it every key, into its logs (see `actors.make.passed_on`).
     """
     return {"py_modules": [str(Path(__file__).resolve().parent.parent)], "env_vars": settings()}
 

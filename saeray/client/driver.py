@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
+from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.client.connect import quieten
@@ -35,7 +36,6 @@ from saeray.client.session import (
     saes_of,
 )
 from saeray.cluster import registry
-from saeray.cluster.launch import actor, passed_on
 from saeray.cluster.roster import roster_name
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.fetch import fetch_folder

@@ -20,28 +20,27 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from saeray.actors.make import as_future
 from saeray.actors.nodes import cluster_now, held_by_others, namespace
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.cluster.launch import (
-    SETTLE_SECONDS,
-    AboutPack,
-    NameTaken,
-    Stream,
-    as_future,
-    found_again,
-    join_stream,
-    running_stream,
-    start_launcher,
-    start_stream,
-)
+from saeray.cluster.launcher import AboutPack, found_again, start_launcher
 from saeray.cluster.reports import Settling
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.errors import ConfigError, Late, SaerayError
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE
 from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, Gauges, PackPlan
-from saeray.spec.placement import Cluster, Fitted, Room, fit, shown, wants_gpu
+from saeray.spec.placement import Fitted, fit, wants_gpu
 from saeray.spec.plan import cut_packs
+from saeray.spec.room import Cluster, Room, shown
+from saeray.stream.launch import (
+    SETTLE_SECONDS,
+    NameTaken,
+    Stream,
+    join_stream,
+    running_stream,
+    start_stream,
+)
 
 logger = logging.getLogger(__name__)
 

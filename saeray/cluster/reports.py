@@ -13,7 +13,6 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.cluster.launch import Stream
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.files.sweep_folder import Outcome
 from saeray.files.tracking import Tracker
@@ -28,6 +27,7 @@ from saeray.spec.messages import (
     Report,
     Result,
 )
+from saeray.stream.launch import Stream
 
 
 class Settling:

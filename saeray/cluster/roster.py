@@ -19,11 +19,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster import registry
 from saeray.cluster.dispatch import Dispatch
-from saeray.cluster.launch import actor, passed_on
 from saeray.cluster.reports import Settling
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.errors import ConfigError

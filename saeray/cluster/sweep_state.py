@@ -21,12 +21,13 @@ from typing import Any
 import ray
 
 from saeray.actors.head_folder import MARKER
-from saeray.cluster.launch import AboutPack, Stream
+from saeray.cluster.launcher import AboutPack
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Memory, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
+from saeray.stream.launch import Stream
 from saeray.version import __version__
 
 

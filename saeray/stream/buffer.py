@@ -6,8 +6,8 @@ One async actor per stream. It holds references, never bytes. A block's life:
              (a slot is charged)                            (the slot is free again)
 
 Slots are blocks; their number is the buffer's bound in bytes. Readers ask for windows by number
-and name the oldest window they still hold, so asking twice is harmless. `Policy` below decides and
-is plain data; the actor acts.
+and name the oldest window they still hold, so asking twice is harmless. `Policy` decides and is
+plain data; the actor acts.
 
 Every block is a function of its index, so nothing here needs to survive: a block that was lost with
 its harvester or its node goes back to *wanted*, and a buffer that was started again harvests what
@@ -21,7 +21,6 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
@@ -31,24 +30,13 @@ from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey, Gauges
 from saeray.spec.order import StreamOrder
+from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
-LAG_SECONDS = 300.0  # how long fast readers wait for a slow one, in all, before it is on its own
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
 USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
 FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
-
-
-@dataclass
-class ReaderState:
-    """One rank of one pack."""
-
-    window: int  # the one it reads or asks for; earlier ones it has done with
-    asks_since: float | None = None  # since when it waits for that window
-    detached: bool = False  # too far behind; its blocks are harvested for it alone
-    blocks_since: float | None = None  # since when others wait for it
-    blocked: float = 0.0  # seconds they have waited for it before that
 
 
 class WindowBlocks(NamedTuple):
@@ -59,134 +47,6 @@ class WindowBlocks(NamedTuple):
 
     blocks: range  # all of the window
     refs: list[Any]  # of the last ones of them
-
-
-@dataclass
-class Policy:
-    """Decides what to harvest, keep and release. No Ray, no clock of its own.
-
-    Attached readers share one stretch of the stream, from the slowest one's window to ahead of the
-    fastest one's, as far as slots reach. A reader that others have waited for too long is detached:
-    while there are such readers the shared stretch gives up one group of slots, and the detached
-    reader that has waited longest gets the two groups its window needs. So the bound is exceeded
-    by at most one group, and a slow reader stops the others for no longer than `LAG_SECONDS`.
-    """
-
-    order: StreamOrder
-    slots: int
-    readers: dict[str, ReaderState] = field(default_factory=dict)
-    held: set[int] = field(default_factory=set)  # blocks under way or ready
-    ready: set[int] = field(default_factory=set)
-
-    def window_blocks(self, reader: ReaderState) -> range:
-        return self.order.blocks_of(min(reader.window, self.order.n_windows - 1))
-
-    def has(self, reader: ReaderState) -> bool:
-        """Whether the window it reads or asks for is there."""
-        return self.is_ready(min(reader.window, self.order.n_windows - 1))
-
-    def is_ready(self, window: int) -> bool:
-        return self.ready.issuperset(self.order.blocks_of(window))
-
-    def served_alone(self) -> ReaderState | None:
-        """The detached reader whose turn it is: of those that wait, the one waiting longest."""
-        waiting = [
-            r
-            for r in self.readers.values()
-            if r.detached and r.asks_since is not None and not self.has(r)
-        ]
-        return min(waiting, key=lambda r: r.asks_since or 0.0, default=None)
-
-    def stretch(self) -> range:
-        """The blocks that attached readers share: from the slowest one's window, as slots reach."""
-        windows = self.windows()
-        if not windows:
-            return range(0)
-        reach = self.slots
-        if any(r.detached for r in self.readers.values()):
-            group = self.order.group_blocks
-            reach = max(2 * group, self.slots + group - max(2 * group, len(self.apart())))
-        slowest = self.order.blocks_of(windows[0]).start
-        return range(slowest, min(slowest + reach, self.order.n_blocks))
-
-    def windows(self) -> list[int]:
-        """The windows of attached readers, each once, from the slowest one's on."""
-        last = self.order.n_windows - 1
-        return sorted({min(r.window, last) for r in self.readers.values() if not r.detached})
-
-    def apart(self) -> set[int]:
-        """Held blocks of detached readers: those being read, and those of the one whose turn it is.
-
-        A half-filled window of any other is given up, or two readers could wait for each other.
-        """
-        blocks: set[int] = set()
-        turn = self.served_alone()
-        for r in self.readers.values():
-            if r.detached and (r is turn or self.has(r)):
-                blocks.update(self.window_blocks(r))
-        return blocks & self.held
-
-    def kept(self) -> set[int]:
-        return self.held.intersection(self.stretch()) | self.apart()
-
-    def next_block(self) -> int | None:
-        """What to harvest now: what is asked for first, then ahead of the fastest reader."""
-        stretch = self.stretch()
-        windows = self.windows()
-        for window in windows:
-            for block in self.order.blocks_of(window):
-                if block not in self.held and block in stretch:
-                    return block
-        turn = self.served_alone()
-        if turn is not None:
-            lacking = set(self.window_blocks(turn)) - self.held
-            if lacking and len(self.apart()) < 2 * self.order.group_blocks:
-                return min(lacking)
-        ahead = max(stretch.start, self.order.blocks_of(windows[-1]).stop) if windows else 0
-        return next((b for b in range(ahead, stretch.stop) if b not in self.held), None)
-
-    def stragglers(self) -> set[str]:
-        """Attached readers at the oldest window, while another's window is out of slots' reach."""
-        windows = self.windows()
-        if not windows or self.order.blocks_of(windows[-1]).stop <= self.stretch().stop:
-            return set()
-        slowest = min(r.window for r in self.readers.values() if not r.detached)
-        return {n for n, r in self.readers.items() if not r.detached and r.window == slowest}
-
-    def watch_lag(self, now: float, limit: float = LAG_SECONDS) -> list[str]:
-        """Detaches readers that others have waited for longer than `limit` in all; names them.
-
-        In all, since one that is a little too slow makes them wait a little at every window.
-        """
-        behind = self.stragglers()
-        detached = []
-        for name, r in self.readers.items():
-            if r.blocks_since is not None:
-                r.blocked += now - r.blocks_since
-            r.blocks_since = now if name in behind else None
-            if r.blocked > limit and name in behind:
-                r.detached, r.blocks_since, r.blocked = True, None, 0.0
-                detached.append(name)
-        return detached
-
-    def welcome(self, name: str, window: int) -> None:
-        """A new reader; detached at once where the others are ahead of it by more than slots."""
-        reader = ReaderState(window)
-        windows = self.windows()
-        if windows:
-            slowest = self.order.blocks_of(windows[0]).start
-            reader.detached = self.window_blocks(reader).start + self.slots <= slowest
-        self.readers[name] = reader
-
-    def ask(self, name: str, window: int, now: float) -> ReaderState:
-        """A reader asks for a window and has done with all before it."""
-        r = self.readers.setdefault(name, ReaderState(window))
-        if r.window != window or r.asks_since is None:
-            r.window, r.asks_since = window, now
-        if r.detached:
-            others = [o.window for n, o in self.readers.items() if n != name and not o.detached]
-            r.detached = bool(others) and window < min(others)  # or it has caught up
-        return r
 
 
 class ActivationBuffer:

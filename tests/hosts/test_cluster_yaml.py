@@ -18,7 +18,7 @@ import pytest
 import yaml
 from support.bundled import ROOT
 
-from saeray.spec.config import Resources
+from saeray.spec.resources import Resources
 
 FILES = ("cluster.yaml", "cluster-local.yaml")
 LIMIT_S = 240  # takes about 6 s on an idle machine

@@ -4,10 +4,12 @@ import pytest
 from support.bundled import ROOT
 
 from saeray.errors import ConfigError
-from saeray.spec.config import LanguageModelSAERunnerConfig, Resources, resolve, stream_key
+from saeray.spec.config import LanguageModelSAERunnerConfig, resolve, stream_key
 from saeray.spec.grid import SAE, derived_name, expand
-from saeray.spec.placement import Cluster, Store, fit
+from saeray.spec.placement import Store, fit
 from saeray.spec.plan import check_fits, cut_packs, plan_stream
+from saeray.spec.resources import Resources
+from saeray.spec.room import Cluster
 
 HOOK = "blocks.2.hook_resid_pre"
 

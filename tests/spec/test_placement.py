@@ -3,8 +3,9 @@
 import pytest
 
 from saeray.errors import ConfigError
-from saeray.spec.config import Resources
-from saeray.spec.placement import Cluster, Node, Room, Store, fit, label_fits, need, store_of
+from saeray.spec.placement import Store, fit, store_of
+from saeray.spec.resources import Resources
+from saeray.spec.room import Cluster, Node, Room, label_fits, need
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from saeray.spec.order import StreamOrder
-from saeray.stream.buffer import Policy, ReaderState
+from saeray.stream.policy import Policy, ReaderState
 
 ORDER = StreamOrder(n_blocks=40, block_rows=8, group_blocks=4, seed=0)  # 10 windows
 

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 from support.running import Ended, config
 
 from saeray.client.connect import all_ended, connected
-from saeray.cluster.launch import held_by_buffers
+from saeray.stream.launch import held_by_buffers
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

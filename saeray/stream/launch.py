@@ -1,11 +1,10 @@
-"""Where each role runs and with what: the only place that turns plain classes into Ray actors.
+"""Where each actor of a stream runs and with what: started, checked, found again by name.
 
 Everything is created outside the placement group of whoever asks (a Tune trial, usually), so that
 it neither takes the trial's share nor dies with it. The actors belong to no process: they outlive
 the roster that created them, which finds them again by their names when it was started again:
 
     <roster>/<stream>/token-server  <roster>/<stream>/harvester-<i>  <roster>/<stream>/buffer
-    <roster>/<pack>
 
 (A stream that sweeps share is called `stream:<key>` instead of `<roster>/<stream>`.) All but the
 harvesters live on the head node, whose loss ends the cluster anyway; they take next to no CPU, and
@@ -15,8 +14,6 @@ the loss of any other node leaves them alone.
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,66 +23,29 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from saeray.actors.make import actor, as_future, passed_on, placed
 from saeray.actors.nodes import cluster_now, namespace, on_head
-from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
 from saeray.files.cache import identity_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import CacheKey
-from saeray.spec.placement import Fitted, Need, shown, store_of
+from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, plan_stream
+from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenServer
 
-RESTARTS = 3  # of a pack's worker group, by Ray Train
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
 STRAGGLER_SECONDS = 5.0  # that a stream's start waits for its other harvesters
 SETTLE_SECONDS = 3.0  # for what an earlier sweep held to be given back, before it counts as taken
-# What the user's own environment says to wandb and the hub. It travels to the actors that need it
-# in their arguments: Ray writes a runtime_env, and with it every key, into its logs.
-PASSED_ON = ("WANDB_", "HF_", "HUGGING_FACE_")
-
-
-def passed_on() -> dict[str, str]:
-    """The part of this process's environment that a sweep's actors are given."""
-    return {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-
-
-def actor(cls: type, name: str, **options: Any) -> Any:
-    """A class as an actor that belongs to no process and is started again when it dies."""
-    standard = {
-        "name": name,
-        "namespace": namespace(),
-        "lifetime": "detached",
-        "num_cpus": 0,
-        "max_restarts": -1,
-        "scheduling_strategy": "DEFAULT",
-    }
-    return ray.remote(cls).options(**(standard | options))
-
-
-def placed(need: Need) -> dict[str, Any]:
-    """Options of an actor that needs this of its node."""
-    custom = {k: v for k, v in need.resources.items() if k not in ("CPU", "GPU")}
-    options: dict[str, Any] = {
-        "num_cpus": need.resources.get("CPU", 0),
-        "num_gpus": need.resources.get("GPU", 0),
-    }
-    if custom:
-        options["resources"] = custom
-    if need.labels:
-        options["label_selector"] = dict(need.labels)
-    return options
 
 
 class NameTaken(Exception):
     """A stream of that name is being started, or runs."""
-
-
-# --- streams --------------------------------------------------------------------------------
 
 
 class AboutStream(NamedTuple):
@@ -302,121 +262,3 @@ async def nodes_of(
             f"{shown(ray.available_resources())} is free."
         )
     return {calls[call]: call.result() for call in done}
-
-
-async def as_future(ref: Any) -> Any:
-    return await ref
-
-
-# --- packs ----------------------------------------------------------------------------------
-
-
-class AboutPack(NamedTuple):
-    """What its launcher knows of a pack, in plain data."""
-
-    name: str  # never used twice: Ray Train would take the second for the first, resumed
-    stream: str
-    configs: dict[str, dict[str, Any]]  # by SAE
-    fitted: Fitted
-
-
-class Launcher:
-    """The actor that runs one pack's TorchTrainer to its end."""
-
-    def __init__(self, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float):
-        self.about = about
-        self.ended = threading.Event()
-        self.problem: str | None = None
-        self.thread = threading.Thread(
-            target=self.run, args=(roster, storage_path, wait_limit_s), daemon=True
-        )
-        self.thread.start()
-
-    def describe(self) -> AboutPack:
-        return self.about
-
-    def outcome(self) -> tuple[str | None] | NotYet:
-        """(why the trainer failed, if it did,) once it has ended."""
-        if self.ended.wait(POLL_SECONDS):
-            return (self.problem,)
-        return NotYet(f"the trainer of {self.about.name}")
-
-    def run(self, roster: Any, storage_path: str, wait_limit_s: float) -> None:
-        try:
-            fit_pack(self.about, roster, storage_path, wait_limit_s)
-        except Exception as error:
-            self.problem = str(error)
-        finally:
-            self.ended.set()
-
-
-def start_launcher(
-    name: str, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float
-) -> Any:
-    # Not started again by Ray: a trainer goes with its launcher, and the roster sees to both.
-    return actor(Launcher, name, max_restarts=0, max_concurrency=4, **on_head()).remote(
-        about, roster, storage_path, wait_limit_s
-    )
-
-
-def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
-    """Runs one pack's TorchTrainer to its end."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    from ray import train
-    from ray.train.torch import TorchTrainer
-
-    from saeray.cluster.pack import train_pack
-
-    fitted = about.fitted
-    per_worker = dict(fitted.trainer.resources)
-    TorchTrainer(
-        train_pack,
-        train_loop_config={"roster": roster, "pack": about.name, "wait_limit_s": wait_limit_s},
-        scaling_config=train.ScalingConfig(
-            num_workers=fitted.num_workers,
-            use_gpu=fitted.trainer_gpus > 0,
-            resources_per_worker=per_worker,
-            label_selector=dict(fitted.trainer_labels) or None,
-        ),
-        run_config=train.RunConfig(
-            name=about.name,
-            storage_path=storage_path,
-            failure_config=train.FailureConfig(max_failures=RESTARTS),
-        ),
-    ).fit()
-
-
-# --- finding them again ---------------------------------------------------------------------
-
-
-async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:
-    """The streams and packs of a roster that was started again; halves of a stream are ended.
-
-    Streams that it shares with other sweeps are those that its packs read.
-    """
-    prefix = f"{roster}/"
-    listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-    names = [
-        a["name"] for a in listed if a["namespace"] == namespace() and a["name"].startswith(prefix)
-    ]
-    handles = {}
-    for name in names:
-        try:
-            handles[name] = ray.get_actor(name, namespace())
-        except ValueError:
-            continue  # just gone
-    packs = [
-        (await handle.describe.remote(), handle)
-        for name, handle in handles.items()
-        if name.count("/") == prefix.count("/")
-    ]
-    wanted = {n.removesuffix("/buffer") for n in handles if n.endswith("/buffer")}
-    wanted |= {about.stream for about, _ in packs}
-    found = [await running_stream(name) for name in sorted(wanted)]
-    streams = [stream for stream in found if stream is not None]
-    whole = {s.about.name for s in streams}
-    for name, handle in handles.items():
-        if name.count("/") > prefix.count("/") and name.rpartition("/")[0] not in whole:
-            ray.kill(handle)
-    return streams, packs

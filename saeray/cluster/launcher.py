@@ -1,0 +1,129 @@
+"""Launcher: the actor that runs one pack's TorchTrainer to its end, `<roster>/<pack>` by name.
+
+It belongs to no process, like the actors of streams: a roster that was started again finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import Any, NamedTuple
+
+import ray
+
+from saeray.actors.make import actor
+from saeray.actors.nodes import namespace, on_head
+from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.spec.placement import Fitted
+from saeray.stream.launch import Stream, running_stream
+
+RESTARTS = 3  # of a pack's worker group, by Ray Train
+
+
+class AboutPack(NamedTuple):
+    """What its launcher knows of a pack, in plain data."""
+
+    name: str  # never used twice: Ray Train would take the second for the first, resumed
+    stream: str
+    configs: dict[str, dict[str, Any]]  # by SAE
+    fitted: Fitted
+
+
+class Launcher:
+    """The actor that runs one pack's TorchTrainer to its end."""
+
+    def __init__(self, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float):
+        self.about = about
+        self.ended = threading.Event()
+        self.problem: str | None = None
+        self.thread = threading.Thread(
+            target=self.run, args=(roster, storage_path, wait_limit_s), daemon=True
+        )
+        self.thread.start()
+
+    def describe(self) -> AboutPack:
+        return self.about
+
+    def outcome(self) -> tuple[str | None] | NotYet:
+        """(why the trainer failed, if it did,) once it has ended."""
+        if self.ended.wait(POLL_SECONDS):
+            return (self.problem,)
+        return NotYet(f"the trainer of {self.about.name}")
+
+    def run(self, roster: Any, storage_path: str, wait_limit_s: float) -> None:
+        try:
+            fit_pack(self.about, roster, storage_path, wait_limit_s)
+        except Exception as error:
+            self.problem = str(error)
+        finally:
+            self.ended.set()
+
+
+def start_launcher(
+    name: str, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float
+) -> Any:
+    # Not started again by Ray: a trainer goes with its launcher, and the roster sees to both.
+    return actor(Launcher, name, max_restarts=0, max_concurrency=4, **on_head()).remote(
+        about, roster, storage_path, wait_limit_s
+    )
+
+
+def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
+    """Runs one pack's TorchTrainer to its end."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    from saeray.cluster.pack import train_pack
+
+    fitted = about.fitted
+    per_worker = dict(fitted.trainer.resources)
+    TorchTrainer(
+        train_pack,
+        train_loop_config={"roster": roster, "pack": about.name, "wait_limit_s": wait_limit_s},
+        scaling_config=train.ScalingConfig(
+            num_workers=fitted.num_workers,
+            use_gpu=fitted.trainer_gpus > 0,
+            resources_per_worker=per_worker,
+            label_selector=dict(fitted.trainer_labels) or None,
+        ),
+        run_config=train.RunConfig(
+            name=about.name,
+            storage_path=storage_path,
+            failure_config=train.FailureConfig(max_failures=RESTARTS),
+        ),
+    ).fit()
+
+
+async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:
+    """The streams and packs of a roster that was started again; halves of a stream are ended.
+
+    Streams that it shares with other sweeps are those that its packs read.
+    """
+    prefix = f"{roster}/"
+    listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+    names = [
+        a["name"] for a in listed if a["namespace"] == namespace() and a["name"].startswith(prefix)
+    ]
+    handles = {}
+    for name in names:
+        try:
+            handles[name] = ray.get_actor(name, namespace())
+        except ValueError:
+            continue  # just gone
+    packs = [
+        (await handle.describe.remote(), handle)
+        for name, handle in handles.items()
+        if name.count("/") == prefix.count("/")
+    ]
+    wanted = {n.removesuffix("/buffer") for n in handles if n.endswith("/buffer")}
+    wanted |= {about.stream for about, _ in packs}
+    found = [await running_stream(name) for name in sorted(wanted)]
+    streams = [stream for stream in found if stream is not None]
+    whole = {s.about.name for s in streams}
+    for name, handle in handles.items():
+        if name.count("/") > prefix.count("/") and name.rpartition("/")[0] not in whole:
+            ray.kill(handle)
+    return streams, packs

@@ -1,0 +1,157 @@
+"""Checks of a config's fields: types, ranges, choices. Each error names field, value and remedy.
+
+The checks that need the model or the text are made where these are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from saeray.errors import bad_value, nearest
+
+if TYPE_CHECKING:
+    from saeray.spec.config import LanguageModelSAERunnerConfig
+
+AUTO = "auto"
+LR_SCHEDULERS = (
+    "constant",
+    "constantwithwarmup",
+    "linearwarmupdecay",
+    "cosineannealing",
+    "cosineannealingwarmup",
+    "cosineannealingwarmrestarts",
+)
+B_DEC_INIT_METHODS = ("geometric_median", "mean", "zeros")
+MSE_NORMALIZATIONS = ("centred_norm", "none")
+FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Every value (or every element of a grid axis) must have its field's type.
+
+    A whole number is accepted for a float, and for an int a float that is whole (YAML reads 3e8
+    as a float or even a string); it is stored as the field's own type.
+    """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        allowed = allowed_types(hints[f.name])
+        value = getattr(config, f.name)
+        if isinstance(value, list):
+            checked: Any = [of_type(prefix + f.name, v, allowed) for v in value]
+        else:
+            checked = of_type(prefix + f.name, value, allowed)
+        object.__setattr__(config, f.name, checked)
+
+
+def allowed_types(hint: Any) -> tuple[type, ...]:
+    if get_origin(hint) is dict:
+        return (dict,)
+    return get_args(hint) if get_origin(hint) is not None else (hint,)
+
+
+def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
+    if type(value) in allowed:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise bad_value(name, value, "a finite number.")
+        return value
+    if isinstance(value, str) and (int in allowed or float in allowed):
+        try:
+            value = float(value)  # YAML 1.1 reads `4e-4` as a string
+        except ValueError:
+            pass
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if int in allowed and float(value).is_integer():
+            return int(value)
+        if float in allowed and math.isfinite(value):
+            return float(value)
+    words = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false",
+        dict: "`name: value` pairs",
+    }  # fmt: skip
+    what = " or ".join(words.get(t, "none" if t is type(None) else t.__name__) for t in allowed)
+    raise bad_value(name, value, f"{what} is wanted here, not {type(value).__name__}.")
+
+
+def check_values(config: LanguageModelSAERunnerConfig) -> None:
+    """The checks that need one value per field; run for every point of a grid."""
+    at_least_one = (
+        "context_size train_batch_size training_tokens n_batches_in_buffer store_batch_size "
+        "feature_sampling_window dead_feature_window eval_windows wandb_log_frequency "
+        "b_dec_init_rows num_cycles"
+    )
+    for name in at_least_one.split():
+        if getattr(config, name) < 1:
+            raise bad_value(name, getattr(config, name), "at least 1.")
+    for name in ("lr_warm_up_steps", "n_checkpoints", "l1_coefficient", "seed", "lr_end"):
+        if getattr(config, name) < 0:
+            raise bad_value(name, getattr(config, name), "not below 0.")
+    for name in ("lr", "expansion_factor", "wait_limit_s", "reader_lag_s"):
+        if getattr(config, name) <= 0:
+            raise bad_value(name, getattr(config, name), "above 0.")
+    if config.checkpoint_every_s is not None and config.checkpoint_every_s <= 0:
+        raise bad_value("checkpoint_every_s", config.checkpoint_every_s, "seconds, or none.")
+    if config.eval_every is not None and config.eval_every < 0:
+        raise bad_value("eval_every", config.eval_every, "optimizer steps, or 0: only at the end.")
+    one_of("lr_scheduler_name", config.lr_scheduler_name, LR_SCHEDULERS)
+    one_of("b_dec_init_method", config.b_dec_init_method, B_DEC_INIT_METHODS)
+    one_of("mse_normalization", config.mse_normalization, MSE_NORMALIZATIONS)
+    one_of("dtype", config.dtype, FLOAT_DTYPES)
+    one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
+    if config.device.split(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
+        raise bad_value("device", config.device, "cpu, cuda, cuda:N, mps or auto.")
+    if config.feature_sampling_method is not None:
+        raise bad_value(
+            "feature_sampling_method",
+            config.feature_sampling_method,
+            "resampling is not there yet; use None, with use_ghost_grads: true against dead "
+            "features.",
+        )
+    if config.n_batches_in_buffer < 2:
+        raise bad_value(
+            "n_batches_in_buffer",
+            config.n_batches_in_buffer,
+            "at least 2, since every window mixes two halves of the buffer.",
+        )
+    if config.training_tokens < config.train_batch_size:
+        raise bad_value(
+            "training_tokens",
+            config.training_tokens,
+            f"less than one batch (train_batch_size = {config.train_batch_size}), so not a single "
+            "step would be made; give at least that many.",
+        )
+    if config.stream_tokens is not None and config.stream_tokens < config.training_tokens:
+        raise bad_value(
+            "stream_tokens",
+            config.stream_tokens,
+            f"shorter than training_tokens = {config.training_tokens}; leave it out.",
+        )
+    check_hook_layer(config)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise bad_value(name, value, f"one of {', '.join(choices)}; {nearest(value, choices)}")
+
+
+def check_hook_layer(config: LanguageModelSAERunnerConfig) -> None:
+    """`hook_point_layer` must agree with the layer in `hook_point`."""
+    if "{layer}" in config.hook_point:
+        if config.hook_point_layer is None:
+            raise bad_value(
+                "hook_point_layer", None, f"{config.hook_point} needs a layer to fill in."
+            )
+        return
+    parts = config.hook_point.split(".")
+    layer = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+    if config.hook_point_layer is None:
+        object.__setattr__(config, "hook_point_layer", layer)
+    elif layer is not None and layer != config.hook_point_layer:
+        raise bad_value(
+            "hook_point_layer",
+            config.hook_point_layer,
+            f"hook_point = {config.hook_point!r} is in layer {layer}; make them agree, or write "
+            "the layer as {layer}.",
+        )
