@@ -135,8 +135,8 @@ def stop_command(arguments: argparse.Namespace) -> int:
         assert address is not None
         return command_as_job(["stop", arguments.sweep], address)
     with connected(address or "auto"):
-        from saeray.client.driver import find_record
         from saeray.client.status import stop
+        from saeray.cluster.registry import find_record
 
         record = find_record(arguments.sweep)
         print(stop(record))
@@ -157,7 +157,7 @@ def fetch_command(arguments: argparse.Namespace) -> int:
         return 0
     with connected(chosen(arguments.address) or "auto"):
         from saeray.actors.head_folder import seen_from_here
-        from saeray.client.driver import find_record
+        from saeray.cluster.registry import find_record
 
         record = find_record(arguments.sweep)
         fetch_folder(seen_from_here(record.folder), target, arguments.checkpoints)

@@ -8,17 +8,14 @@ looks at it, may leave and come back, and fetches the results.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
@@ -35,9 +32,10 @@ from saeray.client.session import (
     run,
     saes_of,
 )
+from saeray.client.watch import Outcome, Stopped, watch
 from saeray.cluster import registry
 from saeray.cluster.roster import roster_name
-from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.errors import ConfigError, SaerayError
 from saeray.files.fetch import fetch_folder
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -46,16 +44,6 @@ from saeray.spec.messages import SweepStatus
 
 COLLECT_SECONDS = 120.0  # that a finished driver waits for somebody to look, before it goes
 CALL_SECONDS = 60.0  # for one answer over the client
-
-
-@dataclass
-class Outcome:
-    """How a driven sweep ended."""
-
-    rows: list[dict[str, Any]]
-    status: SweepStatus
-    error: str | None = None
-    bad_input: bool = False
 
 
 class Driver:
@@ -233,83 +221,3 @@ def driver_of(
         past=ray.kill,
     )
     return driver
-
-
-class LeftRunning(KeyboardInterrupt):
-    """The user has gone; the sweep goes on."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The user has ended the sweep; what was trained is saved."""
-
-
-def watch(
-    look: Callable[[], SweepStatus],
-    outcome: Callable[[], Any],
-    stop: Callable[[], None],
-    name: str,
-    live: bool,
-) -> Outcome:
-    """Draws a sweep that runs elsewhere until it has ended. Ctrl-C asks what to do.
-
-    Raises:
-        LeftRunning: the user goes, the sweep does not.
-        Stopped: the sweep was stopped; what was trained is saved.
-    """
-    from saeray.client.live import LiveView
-
-    def looked() -> SweepStatus:
-        try:
-            return look()
-        except RayActorError as error:
-            raise RuntimeError(str(error)) from None  # the next look will tell
-
-    stopping = False
-    while True:
-        try:
-            with LiveView(looked, live):
-                ended: Any = NotYet("")
-                while isinstance(ended, NotYet):
-                    ended = outcome()
-            if stopping:
-                raise Stopped
-            assert isinstance(ended, Outcome)
-            return ended
-        except KeyboardInterrupt:
-            if stopping:  # Stopped, too
-                raise
-            if wants_to_leave(name):
-                raise LeftRunning(name) from None
-            stopping = True
-            print("saeray: stopping; what is trained so far is being saved …", file=sys.stderr)
-            stop()
-
-
-def wants_to_leave(name: str) -> bool:
-    """Asks whether to leave a sweep running; one who can't be asked wants to stop it."""
-    if not sys.stdin.isatty():
-        return False
-    try:
-        print(
-            f"\n{name} runs on the cluster. [l]eave it running, or [s]top it? ", end="", flush=True
-        )
-        return input().strip().lower().startswith("l")
-    except (EOFError, KeyboardInterrupt):
-        return False
-
-
-def find_record(name: str) -> registry.Record:
-    """The newest sweep of that name, or NAMESPACE/NAME, which the cluster knows.
-
-    Raises:
-        ConfigError: it knows none, or some in several namespaces; names those it knows.
-    """
-    records = registry.read_all()
-    found = [r for r in records if name in (r.name, r.full_name)]
-    if not found:
-        known = ", ".join(dict.fromkeys(r.full_name for r in records)) or "none"
-        raise bad_value("SWEEP", name, f"the cluster knows {known}.")
-    full_names = list(dict.fromkeys(r.full_name for r in found))
-    if len(full_names) > 1:
-        raise bad_value("SWEEP", name, f"there are {', '.join(full_names)}: which of them?")
-    return found[-1]

@@ -20,9 +20,10 @@ import yaml
 
 from saeray.actors.waiting import NotYet
 from saeray.client.connect import NAMESPACE, runtime_env, why_not
-from saeray.client.driver import Outcome, home_copy, watch
-from saeray.client.live import STATUS_FILE, status_from
+from saeray.client.driver import home_copy
 from saeray.client.session import SweepResult, absolute
+from saeray.client.status_file import STATUS_FILE, status_from
+from saeray.client.watch import Outcome, watch
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,33 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from saeray.errors import Late, printable
-from saeray.spec.messages import ENDS, Gauges, ReaderGauges, SAERow, SweepStatus
+from saeray.spec.messages import ENDS, SweepStatus
 
-# Names a file, in Ray's folder of logs, that a sweep run as a job writes its status to: see
-# `saeray.client.jobs`.
-STATUS_FILE = "SAERAY_STATUS_FILE"
 LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
-
-
-def status_as_data(status: SweepStatus) -> dict[str, Any]:
-    """A status as JSON has it; of the metrics only numbers."""
-    data = asdict(status)
-    for row in data["rows"]:
-        row["metrics"] = {k: v for k, v in row["metrics"].items() if isinstance(v, (int, float))}
-    data["gauges"] = [g._asdict() for g in status.gauges]
-    data["readers"] = {name: r._asdict() for name, r in status.readers.items()}
-    return data
-
-
-def status_from(data: Mapping[str, Any]) -> SweepStatus:
-    """The inverse of `status_as_data`; what else stands there is left out."""
-    known = {f.name for f in fields(SweepStatus)}
-    values = {key: value for key, value in data.items() if key in known}
-    values["rows"] = [SAERow(**row) for row in data["rows"]]
-    values["gauges"] = [Gauges(**g) for g in data["gauges"]]
-    values["readers"] = {name: ReaderGauges(**r) for name, r in data["readers"].items()}
-    return SweepStatus(**values)
 
 
 def human(n: float) -> str:

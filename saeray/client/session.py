@@ -7,9 +7,7 @@ here, `driver` in an actor on a cluster.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeray.client.status_file import StatusFile
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
@@ -162,31 +161,6 @@ def run(
     if note is not None:
         note.write(status, rows)
     return SweepResult(name, folder, rows, status)
-
-
-class StatusFile:
-    """Where a sweep that runs as a Ray job says how it stands (`saeray.client.jobs` reads it)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @classmethod
-    def wanted(cls) -> StatusFile | None:
-        """The file that the environment names, in this node's folder of Ray's logs."""
-        from ray._private import worker
-
-        from saeray.client.live import STATUS_FILE
-
-        name, node = os.environ.get(STATUS_FILE), worker._global_node
-        return cls(Path(node.get_logs_dir_path()) / name) if name and node is not None else None
-
-    def write(self, status: SweepStatus, rows: list[dict[str, Any]] | None = None) -> None:
-        from saeray.client.live import status_as_data
-
-        data = status_as_data(status) | ({} if rows is None else {"results": rows})
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(data), encoding="utf-8")
-        os.replace(part, self.path)
 
 
 def keep_keys_out_of_logs() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from saeray.actors.nodes import namespace, on_head
+from saeray.errors import bad_value
 
 TABLE = b"saeray-sweeps"
 
@@ -61,6 +62,23 @@ def folder_called(name: str) -> str | None:
     mine = namespace()
     found = [r.folder for r in read_all() if (r.namespace, r.name) == (mine, name)]
     return found[-1] if found else None
+
+
+def find_record(name: str) -> Record:
+    """The newest sweep of that name, or NAMESPACE/NAME, which the cluster knows.
+
+    Raises:
+        ConfigError: it knows none, or some in several namespaces; names those it knows.
+    """
+    records = read_all()
+    found = [r for r in records if name in (r.name, r.full_name)]
+    if not found:
+        known = ", ".join(dict.fromkeys(r.full_name for r in records)) or "none"
+        raise bad_value("SWEEP", name, f"the cluster knows {known}.")
+    full_names = list(dict.fromkeys(r.full_name for r in found))
+    if len(full_names) > 1:
+        raise bad_value("SWEEP", name, f"there are {', '.join(full_names)}: which of them?")
+    return found[-1]
 
 
 def read_here() -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ray.exceptions import ObjectLostError
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
+from saeray.errors import SaerayError
 from saeray.files.sweep_folder import Outcome
 from saeray.files.tracking import Tracker
 from saeray.spec.messages import (
@@ -30,7 +31,7 @@ from saeray.spec.messages import (
 from saeray.stream.launch import Stream
 
 
-class Settling:
+class Reports:
     """Reports in, results out, each SAE's in their order."""
 
     def __init__(self, state: SweepState) -> None:
@@ -164,6 +165,13 @@ class Settling:
         for entry in self.state.entries.values():
             if not entry.ended:
                 self.end(entry, INTERRUPTED, error)
+
+    def give_up(self, error: BaseException) -> None:
+        """The whole sweep can't go on."""
+        cause = getattr(error, "cause", None)
+        self.state.error = cause if isinstance(cause, SaerayError) else error
+        self.state.phase = "failed"
+        self.interrupt_rest(str(self.state.error))
 
     def result_of(self, entry: Entry) -> Result:
         return Result(

@@ -1,8 +1,9 @@
 """Roster: the meeting point of Tune's trials and the packs. One async actor per sweep.
 
 A trial enlists with its config; once the expected trials are there (or no new one has come for a
-while) they are cut into packs and each pack is launched (`dispatch`). Reports flow back per SAE
-(`settling`); a trial that Tune stops withdraws, and its SAE leaves its pack.
+while) they are cut into packs and each pack is launched (`dispatch`), beside the stream it reads
+(`streams`). Reports flow back per SAE (`reports`); a trial that Tune stops withdraws, and its SAE
+leaves its pack.
 
 A roster that died is started again by Ray: it reads the sweep's folder, finds its streams and
 packs by their names, and they tell it again what it has not settled. Meanwhile they go on.
@@ -24,7 +25,8 @@ from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster import registry
 from saeray.cluster.dispatch import Dispatch
-from saeray.cluster.reports import Settling
+from saeray.cluster.reports import Reports
+from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.errors import ConfigError
 from saeray.files.sweep_folder import Known
@@ -73,8 +75,9 @@ class Roster:
     def __init__(self, sweep: str, folder: str, environment: dict[str, str] | None = None) -> None:
         os.environ.update(environment or {})
         self.state = SweepState(sweep, folder, roster_name(sweep, folder))
-        self.settling = Settling(self.state)
-        self.dispatch = Dispatch(self.state, self.settling)
+        self.reports = Reports(self.state)
+        self.streams = Streams(self.state, self.reports)
+        self.dispatch = Dispatch(self.state, self.reports, self.streams)
         self.driven = False  # by a process that closes it
         self.last_seen = time.monotonic()
         self.last_enlisted = time.monotonic()
@@ -152,7 +155,7 @@ class Roster:
                 await asyncio.wait_for(entry.news.wait(), left)
             except (TimeoutError, asyncio.TimeoutError):
                 return NotYet(f"{name} ({entry.state})")
-        return self.settling.result_of(entry)
+        return self.reports.result_of(entry)
 
     async def withdraw(self, name: str) -> None:
         """A trial was stopped: its SAE leaves its pack at the next log step."""
@@ -172,8 +175,8 @@ class Roster:
         if not passing:
             self.seen()
         now: list[Gauges] = []
-        for stream in self.dispatch.streams:
-            gauges = await self.dispatch.look(stream)
+        for stream in self.streams.running:
+            gauges = await self.streams.look(stream)
             if gauges is None:
                 continue
             now.append(gauges)
@@ -203,18 +206,18 @@ class Roster:
             readers={n: p.reader for n, p in self.state.packs.items() if p.reader is not None},
             warnings=[
                 *self.state.warnings,
-                *self.settling.tracker.warnings,
+                *self.reports.tracker.warnings,
                 *(counts.warnings if counts else []),
             ],
             error=None if self.state.error is None else str(self.state.error),
             bad_input=isinstance(self.state.error, ConfigError),
             epochs=counts.epochs if counts else 1,
             skipped_rows=counts.skipped_rows if counts else 0,
-            evaluation_tokens=self.settling.evaluation_tokens,
+            evaluation_tokens=self.reports.evaluation_tokens,
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
             training_since=self.state.training_since,
-            placement=self.dispatch.placement,
+            placement=self.streams.placement,
         )
 
     async def interrupt(self) -> None:
@@ -240,10 +243,10 @@ class Roster:
             self.state.closed = True
         self.state.phase = "closing"
         await self.dispatch.stop_packs(wait)
-        await self.settling.close()
+        await self.reports.close()
         if wait:
-            await self.dispatch.write_caches()
-        await self.dispatch.end_streams()
+            await self.streams.write_caches()
+        await self.streams.end()
         self.write_record()
         await asyncio.to_thread((self.state.folder / ".ray").delete)
         self.gone.set()
@@ -267,8 +270,8 @@ class Roster:
             if self.state.training_since is None:
                 self.state.training_since = time.time()
         for r in reports:
-            self.settling.take(state, r)
-        return self.settling.answer(state)
+            self.reports.take(state, r)
+        return self.reports.answer(state)
 
     async def settled(self, pack: str) -> Answer | NotYet:
         """An answer once nothing of the pack waits for its evaluation any more."""
@@ -276,7 +279,7 @@ class Roster:
         state = self.state.packs.get(pack)
         if state is None:
             return Answer(self.state.incarnation, [], {})
-        return await self.settling.settled(state) or self.settling.answer(state)
+        return await self.reports.settled(state) or self.reports.answer(state)
 
     async def broken(self, pack: str, problem: str) -> None:
         """A pack says why it can't go on; starting it again would not help."""
@@ -313,16 +316,16 @@ class Roster:
             entry.step, entry.n_training_tokens = known.step, known.n_training_tokens
             entry.metrics, entry.settled = known.metrics, known.step
             entry.row_written = entry.ended
-            self.settling.evaluation_tokens += known.evaluation_tokens
+            self.reports.evaluation_tokens += known.evaluation_tokens
         if not entry.ended:
-            self.settling.open(entry)
+            self.reports.open(entry)
         return entry
 
     def take_up_again(self, entry: Entry) -> None:
         """A stopped or interrupted SAE waits for a pack again."""
         entry.state, entry.withdrawn, entry.error, entry.path = WAITING, False, None, None
         entry.row_written = False
-        self.settling.open(entry)
+        self.reports.open(entry)
 
     async def recall(self) -> None:
         """What a roster that was started again must know: its SAEs, streams and packs."""
@@ -367,7 +370,7 @@ class Roster:
         while not self.state.closed:
             if self.state.entries and time.monotonic() - self.recorded > RENEW_SECONDS:
                 self.write_record()
-                await self.dispatch.renew()
+                await self.streams.renew()
             await asyncio.sleep(POLL_SECONDS)
             quiet = time.monotonic() - self.last_seen
             over = all(e.ended and not e.attached for e in self.state.entries.values())

@@ -1,8 +1,8 @@
 """A running sweep as it stands: its SAEs, its packs, and what has been said of it.
 
-The roster's own file (`roster.py`) speaks with trials and drivers, `dispatch.py` gets packs and
-streams running, `settling.py` turns their reports into results. This is what the three share. An
-SAE's life:
+The roster's own file (`roster.py`) speaks with trials and drivers, `dispatch.py` gets packs running
+and `streams.py` what they read, `reports.py` turns packs' reports into results. This is what they
+share. An SAE's life:
 
     waiting ──pack launched──► training ──last step──► evaluating ──► done
                                   │── withdrawn ──► stopped      └── NaN ──► failed
@@ -27,6 +27,7 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Memory, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
+from saeray.spec.placement import Fitted
 from saeray.stream.launch import Stream
 from saeray.version import __version__
 
@@ -153,3 +154,10 @@ class SweepState:
             await asyncio.to_thread(self.files.remember, memory)
             if self.folder.is_local:
                 await asyncio.to_thread((self.folder / ".ray").write, MARKER, self.marker.encode())
+
+    async def write_sweep_yaml(self, fitted: Fitted) -> None:
+        """The resolved configs, and what they run with."""
+        configs = {e.name: e.config for e in self.entries.values()}
+        await asyncio.to_thread(
+            self.files.write_sweep_yaml, configs, self.provenance, fitted.as_data()
+        )
