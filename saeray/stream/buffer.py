@@ -7,7 +7,7 @@ One async actor per stream. It holds references, never bytes. A block's life:
 
 Slots are blocks; their number is the buffer's bound in bytes. Readers ask for windows by number
 and name the oldest window they still hold, so asking twice is harmless. `Policy` decides and is
-plain data; the actor acts.
+plain data; the actor acts, and `HarvesterPool` has the blocks made.
 
 Every block is a function of its index, so nothing here needs to survive: a block that was lost with
 its harvester or its node goes back to *wanted*, and a buffer that was started again harvests what
@@ -19,24 +19,20 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey, Gauges
 from saeray.spec.order import StreamOrder
+from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
 
-IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
-DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
 USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
-FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
 
 
 class WindowBlocks(NamedTuple):
@@ -83,21 +79,10 @@ class ActivationBuffer:
         self.lag_s = lag_s
         self.room = room
         self.released: deque[float] = deque()  # when each of the latest blocks was
-        self.cache = cache
         self.about = about
         self.incarnation = uuid.uuid4().hex
-        self.in_flight = [0] * len(harvesters)
-        self.down: set[int] = set()  # harvesters that are being started (again)
-        self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
-        self.failures: Counter[int] = Counter()  # of the forward pass, by block
-        self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
         self.blocks: dict[int, list[Any]] = {}  # one reference per hook point
         self.awaited: dict[int, asyncio.Event] = {}  # by window: set once it is ready
-        self.error: SaerayError | None = None
-        self.harvested_tokens = 0
-        self.cached_tokens = 0
-        self.harvest_seconds = 0.0
-        self.started: float | None = None
         self.b_dec: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.will_look_again = False
@@ -106,9 +91,16 @@ class ActivationBuffer:
         self.users: dict[str, float] = {}  # sweep -> when it was last heard of
         self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
         self.closing = False
-        for at in absent:
-            self.down.add(at)
-            self.do(self.revive(at))
+        self.pool = HarvesterPool(
+            token_server,
+            harvesters,
+            len(hook_points),
+            cache,
+            absent,
+            do=self.do,
+            warn=self.warn,
+            up_again=self.pump,
+        )
         if shared:
             self.do(self.watch_users())
 
@@ -229,13 +221,13 @@ class ActivationBuffer:
     async def gauges(self) -> Gauges:
         return Gauges(
             incarnation=self.incarnation,
-            harvested_tokens=self.harvested_tokens,
-            cached_tokens=self.cached_tokens,
+            harvested_tokens=self.pool.harvested_tokens,
+            cached_tokens=self.pool.cached_tokens,
             slots=self.policy.slots,
             used=len(self.policy.held),
             ready=len(self.policy.ready),
-            harvest_seconds=self.harvest_seconds,
-            elapsed_seconds=0.0 if self.started is None else time.monotonic() - self.started,
+            harvest_seconds=self.pool.seconds,
+            elapsed_seconds=self.pool.elapsed_seconds,
             n_harvesters=len(self.harvesters),
             readers={name: r.window for name, r in self.policy.readers.items()},
             detached=list(self.detached),
@@ -253,15 +245,13 @@ class ActivationBuffer:
         if detached:
             self.detached += detached
             self.wake(list(self.awaited))
-        while self.error is None:
-            up = [i for i in range(len(self.harvesters)) if i not in self.down]
-            at = min(up, key=self.in_flight.__getitem__, default=None)
-            if at is None or self.in_flight[at] >= IN_FLIGHT:
-                return
+        while (at := self.pool.free()) is not None:
             wanted = self.policy.next_block()
             if wanted is None or not self.has_room():
                 return
-            self.submit(wanted, at)
+            self.policy.held.add(wanted)
+            self.pool.taken(at)
+            self.do(self.harvest(wanted, at))
 
     def has_room(self) -> bool:
         """Whether one more block would fit beside those whose memory Ray has yet to free.
@@ -310,98 +300,16 @@ class ActivationBuffer:
             if not future.done():
                 del self.b_dec[key]
 
-    def submit(self, block: int, at: int) -> None:
-        if self.started is None:
-            self.started = time.monotonic()
-        self.policy.held.add(block)
-        self.in_flight[at] += 1
-        self.do(self.harvest(block, at))
-
     async def harvest(self, block: int, at: int) -> None:
         """One block at one harvester; when that fails the block is wanted again."""
-        done = None
-        try:
-            self.under_way[block] = ("the token server", time.monotonic())
-            tokens = await self.tokens(block)
-            self.under_way[block] = (f"harvester {at}", time.monotonic())
-            meta, *refs = (
-                self.harvesters[at]
-                .harvest.options(num_returns=1 + len(self.hook_points), max_task_retries=0)
-                .remote(block, tokens, self.cache)
-            )
-            done = await meta
-        except RayActorError as error:
-            self.harvester_died(block, at, error)
-        except Exception as error:
-            self.harvest_failed(block, at, error)
-        finally:
-            del self.under_way[block]
-            self.in_flight[at] -= 1
-        if done is None:
+        refs = await self.pool.harvest(block, at)
+        if refs is None:
             self.policy.held.discard(block)
         else:
             self.blocks[block] = refs
             self.policy.ready.add(block)
-            self.harvested_tokens += done.n_tokens
-            self.cached_tokens += done.cached_tokens
-            self.harvest_seconds += done.seconds
-            for text in done.warnings:
-                self.warn(text)
-            self.deaths.pop(block, None)
-            self.failures.pop(block, None)
         self.tell(block)
         self.pump()
-
-    async def tokens(self, block: int) -> Any:
-        """The token windows of a block. Ray repeats the call when the server is started again."""
-        try:
-            return await self.token_server.block.remote(block)
-        except RayActorError as error:
-            raise SaerayError(f"the token server is gone ({error})") from None
-
-    def harvester_died(self, block: int, at: int, error: RayActorError) -> None:
-        self.deaths[block] += 1
-        if self.deaths[block] >= DEATHS:
-            self.broken(
-                f"{self.deaths[block]} harvesters died over block {block}; out of memory? Lower "
-                f"store_batch_size. The last one: {error}"
-            )
-        if at in self.down:
-            return
-        self.warn(f"harvester {at} died; its blocks are harvested elsewhere or again.")
-        self.down.add(at)
-        self.do(self.revive(at))
-
-    async def revive(self, at: int) -> None:
-        """Waits until Ray has started a harvester again."""
-        while True:
-            try:
-                await self.harvesters[at].ping.options(max_task_retries=0).remote()
-                break
-            except ActorDiedError:  # for good
-                if len(self.down) == len(self.harvesters):
-                    self.broken("no harvester is left")
-                return
-            except RayActorError:
-                await asyncio.sleep(0.2)
-        self.down.discard(at)
-        self.pump()
-
-    def harvest_failed(self, block: int, at: int, error: Exception) -> None:
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, SaerayError):
-            self.error = cause  # on purpose, so it would be the same at any harvester
-            return
-        self.failures[block] += 1
-        if self.failures[block] >= FAILURES:
-            self.broken(f"block {block} failed {FAILURES} times: {cause}")
-            return
-        self.warn(f"harvester {at}: {type(cause).__name__}: {cause}; started again.")
-        # After a GPU error the process is of no use any more.
-        ray.kill(self.harvesters[at], no_restart=False)
-
-    def broken(self, why: str) -> None:
-        self.error = SaerayError(f"the activation stream broke off: {why}")
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -412,10 +320,10 @@ class ActivationBuffer:
         now = time.monotonic()
         missing = [b for b in blocks if b not in self.policy.ready]
         for block in missing:
-            if block in self.under_way:
-                who, since = self.under_way[block]
+            if block in self.pool.under_way:
+                who, since = self.pool.under_way[block]
                 return f"{who} (block {block}, for {now - since:.0f} s)"
-        if len(self.down) == len(self.harvesters):
+        if self.pool.all_down:
             return "the harvesters (all of them are being started again)"
         slowest = sorted(self.policy.readers.items(), key=lambda item: item[1].window)[:3]
         return "slower readers, which hold the buffer: " + ", ".join(
@@ -425,7 +333,7 @@ class ActivationBuffer:
     def tell(self, block: int) -> None:
         """Wakes those who wait for a window that is now ready; all of them after an error."""
         group = block // self.order.group_blocks
-        if self.error is not None:
+        if self.pool.error is not None:
             self.wake(list(self.awaited))
         else:
             self.wake([window for window in (group, group + 1) if self.policy.is_ready(window)])
@@ -443,8 +351,8 @@ class ActivationBuffer:
         deadline = time.monotonic() + POLL_SECONDS
         self.pump()
         while True:
-            if self.error is not None:
-                raise type(self.error)(*self.error.args)
+            if self.pool.error is not None:
+                raise type(self.pool.error)(*self.pool.error.args)
             if self.policy.is_ready(window):
                 return True
             left = deadline - time.monotonic()

@@ -1,0 +1,166 @@
+"""HarvesterPool: which harvester has which block, and what follows when one dies or fails.
+
+The activation buffer decides which block is wanted; here it is given to the harvester with the
+least to do. One that died is left out until Ray has started it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from saeray.errors import SaerayError
+from saeray.spec.messages import CacheKey
+
+IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
+DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
+FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
+
+
+class HarvesterPool:
+    """The harvesters of one stream, on its buffer's event loop."""
+
+    def __init__(
+        self,
+        token_server: Any,
+        harvesters: list[Any],
+        n_hook_points: int,
+        cache: CacheKey | None,
+        absent: Sequence[int],
+        *,
+        do: Callable[[Coroutine[Any, Any, None]], None],
+        warn: Callable[[str], None],
+        up_again: Callable[[], None],
+    ) -> None:
+        """token_server, harvesters: actors. absent: harvesters that wait for a node.
+
+        do: runs work in the background. up_again: is called when a harvester is.
+        """
+        self.token_server = token_server
+        self.harvesters = harvesters
+        self.n_hook_points = n_hook_points
+        self.cache = cache
+        self.do, self.warn, self.up_again = do, warn, up_again
+        self.in_flight = [0] * len(harvesters)
+        self.down = set(absent)  # harvesters that are being started (again)
+        self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
+        self.failures: Counter[int] = Counter()  # of the forward pass, by block
+        self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
+        self.error: SaerayError | None = None  # why the stream can't go on
+        self.harvested_tokens = 0
+        self.cached_tokens = 0
+        self.seconds = 0.0  # summed over harvesters
+        self.started: float | None = None
+        for at in absent:
+            do(self.revive(at))
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the first block was asked for."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    @property
+    def all_down(self) -> bool:
+        return len(self.down) == len(self.harvesters)
+
+    def free(self) -> int | None:
+        """The harvester with the least to do, if it may be given a block."""
+        up = [i for i in range(len(self.harvesters)) if i not in self.down]
+        at = min(up, key=self.in_flight.__getitem__, default=None)
+        if self.error is not None or at is None or self.in_flight[at] >= IN_FLIGHT:
+            return None
+        return at
+
+    def taken(self, at: int) -> None:
+        """A block will be asked of this harvester (`harvest` follows)."""
+        if self.started is None:
+            self.started = time.monotonic()
+        self.in_flight[at] += 1
+
+    async def harvest(self, block: int, at: int) -> list[Any] | None:
+        """One block at one harvester: a reference per hook point, or None when that failed."""
+        done, refs = None, []
+        try:
+            self.under_way[block] = ("the token server", time.monotonic())
+            tokens = await self.tokens(block)
+            self.under_way[block] = (f"harvester {at}", time.monotonic())
+            meta, *refs = (
+                self.harvesters[at]
+                .harvest.options(num_returns=1 + self.n_hook_points, max_task_retries=0)
+                .remote(block, tokens, self.cache)
+            )
+            done = await meta
+        except RayActorError as error:
+            self.harvester_died(block, at, error)
+        except Exception as error:
+            self.harvest_failed(block, at, error)
+        finally:
+            del self.under_way[block]
+            self.in_flight[at] -= 1
+        if done is None:
+            return None
+        self.harvested_tokens += done.n_tokens
+        self.cached_tokens += done.cached_tokens
+        self.seconds += done.seconds
+        for text in done.warnings:
+            self.warn(text)
+        self.deaths.pop(block, None)
+        self.failures.pop(block, None)
+        return refs
+
+    async def tokens(self, block: int) -> Any:
+        """The token windows of a block. Ray repeats the call when the server is started again."""
+        try:
+            return await self.token_server.block.remote(block)
+        except RayActorError as error:
+            raise SaerayError(f"the token server is gone ({error})") from None
+
+    def harvester_died(self, block: int, at: int, error: RayActorError) -> None:
+        self.deaths[block] += 1
+        if self.deaths[block] >= DEATHS:
+            self.broken(
+                f"{self.deaths[block]} harvesters died over block {block}; out of memory? Lower "
+                f"store_batch_size. The last one: {error}"
+            )
+        if at in self.down:
+            return
+        self.warn(f"harvester {at} died; its blocks are harvested elsewhere or again.")
+        self.down.add(at)
+        self.do(self.revive(at))
+
+    async def revive(self, at: int) -> None:
+        """Waits until Ray has started a harvester again."""
+        while True:
+            try:
+                await self.harvesters[at].ping.options(max_task_retries=0).remote()
+                break
+            except ActorDiedError:  # for good
+                if self.all_down:
+                    self.broken("no harvester is left")
+                return
+            except RayActorError:
+                await asyncio.sleep(0.2)
+        self.down.discard(at)
+        self.up_again()
+
+    def harvest_failed(self, block: int, at: int, error: Exception) -> None:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, SaerayError):
+            self.error = cause  # on purpose, so it would be the same at any harvester
+            return
+        self.failures[block] += 1
+        if self.failures[block] >= FAILURES:
+            self.broken(f"block {block} failed {FAILURES} times: {cause}")
+            return
+        self.warn(f"harvester {at}: {type(cause).__name__}: {cause}; started again.")
+        # After a GPU error the process is of no use any more.
+        ray.kill(self.harvesters[at], no_restart=False)
+
+    def broken(self, why: str) -> None:
+        self.error = SaerayError(f"the activation stream broke off: {why}")
