@@ -107,14 +107,11 @@ def run(
     told how it stands, about once a second.
     """
     import ray
-    from ray import tune
 
     from saeray.actors import waiting
     from saeray.actors.head_folder import seen_from_here
     from saeray.client.live import LiveView
-    from saeray.cluster.trial import INTERNAL, SAETrial
 
-    keep_keys_out_of_logs()
     limit = saes[0].config.wait_limit_s
     versions = versions or provenance()
     roster, marker = begun(saes, folder, name, limit, resuming, versions)
@@ -126,29 +123,15 @@ def run(
         watched or (note.write if note is not None else None),
     )
     view.update()
+    keep_keys_out_of_logs()  # and Tune is imported while the language model is being loaded
     ended = {row.name for row in view.status.rows if row.state in ENDS}
-    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes if s.name not in ended]
-    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
     try:
         with view:
             # Trials only wait for reports, and on few cores their start takes a while from the
             # others: after what may yet turn out to be bad input, before the training.
             view.wait_for_stream()
-            # A failed SAE is in the results with its reason; Tune would print its traceback too.
-            logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
             if view.status.error is None:
-                tune.run(
-                    SAETrial,
-                    name=f"tune-{uuid.uuid4().hex[:6]}",
-                    storage_path=(folder / ".ray").uri,
-                    config={INTERNAL: known},
-                    scheduler=scheduler,
-                    verbose=0,
-                    max_failures=TRIAL_RESTARTS,
-                    raise_on_failed_trial=False,
-                    trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
-                    trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
-                )
+                run_trials([s for s in saes if s.name not in ended], folder, name, scheduler)
                 view.wait_for_end(limit)
     finally:
         bad_input = view.status.error is not None
@@ -161,6 +144,30 @@ def run(
     if note is not None:
         note.write(status, rows)
     return SweepResult(name, folder, rows, status)
+
+
+def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
+    """Tune, from the first trial of these SAEs to the end of the last."""
+    from ray import tune
+
+    from saeray.cluster.trial import INTERNAL, SAETrial
+
+    # A failed SAE is in the results with its reason; Tune would print its traceback too.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes]
+    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
+    tune.run(
+        SAETrial,
+        name=f"tune-{uuid.uuid4().hex[:6]}",
+        storage_path=(folder / ".ray").uri,
+        config={INTERNAL: known},
+        scheduler=scheduler,
+        verbose=0,
+        max_failures=TRIAL_RESTARTS,
+        raise_on_failed_trial=False,
+        trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+        trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+    )
 
 
 def keep_keys_out_of_logs() -> None:

@@ -34,7 +34,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent / "tiny-python"
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
-CONTEXT = 256
+CONTEXT = 256  # tokens
+BATCH = 16  # contexts
 HELD_OUT_EVERY = 50  # one document in fifty is never trained on
 
 
@@ -158,6 +159,32 @@ def main() -> None:
     train_ids, held_out_ids = tokenise(tokenizer, train), tokenise(tokenizer, held_out)
     print(f"{len(train)} documents, {len(train_ids):,} tokens; held out {len(held_out_ids):,}")
 
+    model = train_model(tokenizer, train_ids, steps_of(arguments.tokens), arguments.seed)
+    entropy, loss_nats = (
+        unigram_entropy(train_ids, held_out_ids),
+        held_out_loss(model, held_out_ids),
+    )
+    model.save_pretrained(HERE)
+    figures = {
+        "train_tokens_in_text": len(train_ids),
+        "held_out_tokens": len(held_out_ids),
+        "tokens_trained_on": steps_of(arguments.tokens) * BATCH * CONTEXT,
+        "unigram_entropy_nats": round(entropy, 3),
+        "held_out_loss_nats": round(loss_nats, 3),
+    }
+    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def steps_of(tokens: float) -> int:
+    """Optimizer steps that see that many tokens."""
+    return int(tokens / (BATCH * CONTEXT))
+
+
+def train_model(
+    tokenizer: PreTrainedTokenizerFast, train_ids: np.ndarray, steps: int, seed: int
+) -> GPT2LMHeadModel:
+    """A model trained on contexts taken at random from `train_ids` [tokens]."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
@@ -179,16 +206,14 @@ def main() -> None:
         betas=(0.9, 0.95),
         fused=True,
     )
-    batch = 16
-    steps = int(arguments.tokens / (batch * CONTEXT))
-    generator = np.random.default_rng(arguments.seed)
+    generator = np.random.default_rng(seed)
     started = time.time()
     for step in range(steps):
         warm = min(1.0, (step + 1) / 200)
         scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * scale
-        starts = generator.integers(0, len(train_ids) - CONTEXT, size=batch)
+        starts = generator.integers(0, len(train_ids) - CONTEXT, size=BATCH)
         x = torch.from_numpy(np.stack([train_ids[s : s + CONTEXT] for s in starts]))
         loss = model(x, labels=x).loss
         loss.backward()
@@ -196,23 +221,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0:
-            rate = (step + 1) * batch * CONTEXT / (time.time() - started)
+            rate = (step + 1) * BATCH * CONTEXT / (time.time() - started)
             print(f"step {step}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
-
-    entropy, loss_nats = (
-        unigram_entropy(train_ids, held_out_ids),
-        held_out_loss(model, held_out_ids),
-    )
-    model.save_pretrained(HERE)
-    figures = {
-        "train_tokens_in_text": len(train_ids),
-        "held_out_tokens": len(held_out_ids),
-        "tokens_trained_on": steps * batch * CONTEXT,
-        "unigram_entropy_nats": round(entropy, 3),
-        "held_out_loss_nats": round(loss_nats, 3),
-    }
-    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    return model
 
 
 if __name__ == "__main__":

@@ -272,39 +272,11 @@ class PackStep:
         dead = t.dead.nonzero().squeeze(1) if t.options.use_ghost_grads else None
         kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
         grads = self.free("gradients", kind, lambda: Gradients(t.sae))
-        spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
         residuals = self.free("errors", kind, lambda: torch.empty_like(batch.x))
         errors = residuals.take()
         if self.ranks.size > 1:
             errors.zero_()
-        l1_coefficient = t.options.l1_coefficient
-
-        def lane_sum(lane: Lane) -> Gradients:
-            out, space = grads.take(), spaces.take()
-            lane_gradients(
-                t.sae,
-                batch,
-                lane,
-                l1_coefficient=l1_coefficient,
-                errors=errors,
-                out=out,
-                space=space,
-                want_l1=want_metrics,
-            )
-            spaces.put(space)
-            return out
-
-        total: Gradients | None = None
-        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
-        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
-            if total is None:
-                total = part
-            else:
-                total.add_(part)
-                grads.put(part)
-        if total is None:  # fewer lanes than ranks
-            total = grads.take()
-            total.zero_()
+        total = self.sum_over_lanes(t, batch, run_lanes, grads, errors, want_metrics)
         has_dead = dead is not None and len(dead) > 0
         self.ranks.sum_(total.tensors())
         if has_dead or want_metrics:
@@ -324,7 +296,7 @@ class PackStep:
                 mse=mse,
                 l1=l1.clone(),
                 ghost=ghost,
-                overall=mse + l1_coefficient * l1 + ghost,
+                overall=mse + t.options.l1_coefficient * l1 + ghost,
                 l0=total.fired.sum() / len(batch.x),
                 reconstruction=reconstruction(batch.x, errors),
             )
@@ -332,6 +304,47 @@ class PackStep:
         grads.put(total)
         residuals.put(errors)
         return metrics
+
+    def sum_over_lanes(
+        self,
+        t: SAETrainer,
+        batch: Batch,
+        run_lanes: RunLanes,
+        grads: FreeList,
+        errors: Tensor,
+        want_l1: bool,
+    ) -> Gradients:
+        """This rank's lanes of the batch, added up in their order; errors [B, D] is written to."""
+        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
+        spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
+
+        def lane_sum(lane: Lane) -> Gradients:
+            out, space = grads.take(), spaces.take()
+            lane_gradients(
+                t.sae,
+                batch,
+                lane,
+                l1_coefficient=t.options.l1_coefficient,
+                errors=errors,
+                out=out,
+                space=space,
+                want_l1=want_l1,
+            )
+            spaces.put(space)
+            return out
+
+        total: Gradients | None = None
+        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
+        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
+            if total is None:
+                total = part
+            else:
+                total.add_(part)
+                grads.put(part)
+        if total is None:  # fewer lanes than ranks
+            total = grads.take()
+            total.zero_()
+        return total
 
     def free(self, what: str, kind: tuple[Any, ...], make: Callable[[], Any]) -> FreeList:
         with self.lock:

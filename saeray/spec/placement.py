@@ -182,38 +182,7 @@ def fit_into(
 ) -> Fitted:
     """`fit` into exactly these nodes."""
     gpus = sum(node.gpus for node in nodes)
-    alone = use_gpu and gpus <= 1
-    values: dict[str, Any] = {
-        "num_workers": resources.num_workers,
-        "harvester_cpus": resources.harvester_cpus,
-        "harvester_resources": resources.harvester_resources,
-        "harvester_labels": resources.harvester_labels,
-        "trainer_resources": resources.trainer_resources,
-        "trainer_labels": resources.trainer_labels,
-        "trainer_cpus": 1.0,
-        "trainer_gpus": 0.0,
-        "saes_per_trainer": n_saes,
-        "threads": 1,
-        "why": "",
-    }
-    if not harvest:
-        values["harvesters"] = 0
-    elif resources.harvesters != AUTO:
-        values["harvesters"] = int(resources.harvesters)
-    else:
-        values["harvesters"] = max(1, int(gpus) // GPUS_PER_HARVESTER) if use_gpu else 1
-    values["harvester_gpus"] = (
-        (0.25 / max(1, values["harvesters"]) if alone else 1.0)
-        if use_gpu and resources.harvester_gpus == AUTO
-        else (0.0 if resources.harvester_gpus == AUTO else float(resources.harvester_gpus))
-    )
-    if use_gpu:
-        values["trainer_gpus"] = 0.75 if alone else 1.0
-    if resources.trainer_gpus != AUTO:
-        values["trainer_gpus"] = float(resources.trainer_gpus)
-    if resources.trainer_cpus != AUTO:
-        values["trainer_cpus"] = float(resources.trainer_cpus)
-
+    values = amounts(resources, gpus, n_saes, use_gpu, harvest)
     room = Room(nodes)
     harvester = Fitted(**values).harvester
     places = room.place_all(harvester, values["harvesters"])
@@ -250,6 +219,44 @@ def fit_into(
         else threads_of(room, fitted, packs * resources.num_workers)
     )
     return Fitted(**values)
+
+
+def amounts(
+    resources: Resources, gpus: float, n_saes: int, use_gpu: bool, harvest: bool
+) -> dict[str, Any]:
+    """What `Fitted` has of each role, as given or by default; "auto" CPUs and packs come later."""
+    alone = use_gpu and gpus <= 1
+    values: dict[str, Any] = {
+        "num_workers": resources.num_workers,
+        "harvester_cpus": resources.harvester_cpus,
+        "harvester_resources": resources.harvester_resources,
+        "harvester_labels": resources.harvester_labels,
+        "trainer_resources": resources.trainer_resources,
+        "trainer_labels": resources.trainer_labels,
+        "trainer_cpus": 1.0,
+        "trainer_gpus": 0.0,
+        "saes_per_trainer": n_saes,
+        "threads": 1,
+        "why": "",
+    }
+    if not harvest:
+        values["harvesters"] = 0
+    elif resources.harvesters != AUTO:
+        values["harvesters"] = int(resources.harvesters)
+    else:
+        values["harvesters"] = max(1, int(gpus) // GPUS_PER_HARVESTER) if use_gpu else 1
+    values["harvester_gpus"] = (
+        (0.25 / max(1, values["harvesters"]) if alone else 1.0)
+        if use_gpu and resources.harvester_gpus == AUTO
+        else (0.0 if resources.harvester_gpus == AUTO else float(resources.harvester_gpus))
+    )
+    if use_gpu:
+        values["trainer_gpus"] = 0.75 if alone else 1.0
+    if resources.trainer_gpus != AUTO:
+        values["trainer_gpus"] = float(resources.trainer_gpus)
+    if resources.trainer_cpus != AUTO:
+        values["trainer_cpus"] = float(resources.trainer_cpus)
+    return values
 
 
 def best_trainer_cpus(room: Room, fitted: Fitted, n_ranks: int, all_at_once: bool) -> float | None:

@@ -97,26 +97,7 @@ async def start_stream(
     """
     config = configs[0]
     hook_points = sorted({c.resolved_hook_point for c in configs})
-    as_data = config.to_dict()
-    try:
-        token_server = actor(
-            TokenServer,
-            f"{name}/token-server",
-            max_task_retries=TASK_RETRIES,
-            **on_head(),
-        ).remote(as_data, passed_on())
-    except ValueError as error:
-        raise NameTaken(f"{name}: {error}") from None
-    harvesters = [
-        actor(
-            Harvester,
-            f"{name}/harvester-{i}",
-            max_task_retries=TASK_RETRIES,
-            **placed(fitted.harvester),
-            **near(fitted, i),
-        ).remote(as_data, hook_points, passed_on())
-        for i in range(fitted.harvesters)
-    ]
+    token_server, harvesters = start_sources(name, config, hook_points, fitted)
     try:
         nodes = await nodes_of(harvesters, config, fitted)
         first = harvesters[min(nodes)]
@@ -137,39 +118,83 @@ async def start_stream(
     about = AboutStream(
         name,
         key,
-        as_data,
+        config.to_dict(),
         hook_points,
         facts.d_in,
         plan,
         fitted.harvesters,
         list(nodes.values()),
     )
-    buffer = actor(
+    absent = sorted(set(range(fitted.harvesters)) - set(nodes))
+    return Stream(
+        about,
+        token_server,
+        harvesters,
+        start_buffer(about, config, token_server, harvesters, absent, room, cache),
+        sorted(nodes),
+        config.share_stream,
+        nodes=list(nodes.values()),
+    )
+
+
+def start_sources(
+    name: str, config: LanguageModelSAERunnerConfig, hook_points: list[str], fitted: Fitted
+) -> tuple[Any, list[Any]]:
+    """The token server and the harvesters of a stream.
+
+    Raises:
+        NameTaken: somebody else is starting it, or has.
+    """
+    as_data = config.to_dict()
+    try:
+        token_server = actor(
+            TokenServer,
+            f"{name}/token-server",
+            max_task_retries=TASK_RETRIES,
+            **on_head(),
+        ).remote(as_data, passed_on())
+    except ValueError as error:
+        raise NameTaken(f"{name}: {error}") from None
+    harvesters = [
+        actor(
+            Harvester,
+            f"{name}/harvester-{i}",
+            max_task_retries=TASK_RETRIES,
+            **placed(fitted.harvester),
+            **near(fitted, i),
+        ).remote(as_data, hook_points, passed_on())
+        for i in range(fitted.harvesters)
+    ]
+    return token_server, harvesters
+
+
+def start_buffer(
+    about: AboutStream,
+    config: LanguageModelSAERunnerConfig,
+    token_server: Any,
+    harvesters: list[Any],
+    absent: list[int],
+    room: int,
+    cache: CacheKey | None,
+) -> Any:
+    """The buffer of a stream whose sources are there; see `ActivationBuffer` for the arguments."""
+    return actor(
         ActivationBuffer,
-        f"{name}/buffer",
+        f"{about.name}/buffer",
         max_concurrency=1000,
         **on_head(),
     ).remote(
-        plan.order,
-        plan.slots,
-        hook_points,
+        about.plan.order,
+        about.plan.slots,
+        about.hook_points,
         token_server,
         harvesters,
         lag_s=config.reader_lag_s,
         room=room,
         cache=cache,
         about=about,
-        absent=sorted(set(range(fitted.harvesters)) - set(nodes)),
+        absent=absent,
         shared=config.share_stream,
-    )
-    return Stream(
-        about,
-        token_server,
-        harvesters,
-        buffer,
-        sorted(nodes),
-        config.share_stream,
-        nodes=list(nodes.values()),
     )
 
 
