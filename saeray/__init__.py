@@ -3,8 +3,8 @@
     from saeray import LanguageModelSAERunnerConfig, language_model_sae_runner, sweep, SAETrial
 
 Names are resolved when they are first used, so that `import saeray.spec` or `import saeray.sae`
-brings in neither Ray nor a language model. Each folder is a floor, and imports go down only:
-client, cluster, stream, actors, files, lm, spec, sae.
+brings in neither Ray nor a language model. Each folder is a floor, and imports go down only
+(`tests/test_floors.py` has the list).
 """
 
 from __future__ import annotations
