@@ -10,6 +10,8 @@ from support.bundled import ROOT
 
 from saeray.client.cli import load_sweep_file, main
 from saeray.errors import ConfigError
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.grid import SAE, expand
 
 
 def sweep_file(tmp_path, **fields):
@@ -93,3 +95,13 @@ def test_the_installed_command_in_a_process_of_its_own(tiny, tmp_path):
     assert "Traceback" not in done.stderr
     log = tmp_path / "cli" / "trials" / "lr=0.001" / "metrics.jsonl"
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8]
+
+
+def test_every_shipped_sweep_file_is_a_valid_config():
+
+    files = sorted((ROOT / "sweeps").glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        saes = expand(LanguageModelSAERunnerConfig.from_dict(load_sweep_file(file), str(file)))
+        assert all(isinstance(s, SAE) for s in saes)
+        assert file.read_text().startswith("# ")  # says what it is for and what it costs

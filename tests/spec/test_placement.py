@@ -5,7 +5,7 @@ import pytest
 from saeray.errors import ConfigError
 from saeray.spec.placement import Store, fit, store_of
 from saeray.spec.resources import Resources
-from saeray.spec.room import Cluster, Node, Room, label_fits, need
+from saeray.spec.room import Cluster, Node, Room
 
 GIB = 2**30
 
@@ -114,61 +114,22 @@ def test_what_other_streams_may_take_of_the_store_is_not_there():
     assert Store(GIB, GIB).usable == 0
 
 
-def test_room_without_what_is_held_of_a_node_that_is_known():
-    room = Room((*cluster(2, 2).nodes, Node("more", {"CPU": 8}, planned=True)))
-    room.take("id1", need(1.5, 0, {}, {}))
-    room.take("gone", need(1, 0, {}, {}))
-    left = room.left()
-    assert [n.cpus for n in left.nodes] == [2, 0.5]
-    assert [n.cpus for n in left.planned] == [8]
-    room.take("id1", need(1.5, 0, {}, {}))
-    assert [n.cpus for n in room.left().nodes] == [2, 0]
-    assert [n.cpus for n in left.nodes] == [2, 0.5]
+MACHINE = Cluster.one_machine(cpus=2)
 
 
-def test_room_takes_the_tightest_node_and_nothing_when_it_only_counts():
-    room = Room(cluster(4, 2).nodes)
-    one = need(1, 0, {}, {})
-    assert room.how_many(one, 100) == 6
-    assert room.place(one).name == "n1"
-    assert room.how_many(one, 100) == 5
+def test_auto_fits_the_machine():
+    fitted = fit(Resources(), MACHINE, n_saes=6, use_gpu=False)
+    assert (fitted.harvesters, fitted.saes_per_trainer, fitted.threads) == (1, 6, 2)
+    assert fitted.harvesters * fitted.harvester_cpus + fitted.trainer_cpus <= 2
+    gpus = fit(Resources(harvesters=2), Cluster.one_machine(16, 8), n_saes=12, use_gpu=True)
+    assert (gpus.trainer_gpus, gpus.saes_per_trainer) == (1.0, 2)
+    alone = fit(Resources(), Cluster.one_machine(16, 1), n_saes=12, use_gpu=True)
+    assert alone.harvester_gpus + alone.trainer_gpus <= 1
+    assert alone.saes_per_trainer == 12
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        (dict(harvester_resources={"harvester": "many"}), "harvester_resources.harvester"),
-        (dict(harvester_resources=["x"]), "name: value"),
-        (dict(trainer_resources={"GPU": 1}), "its own field, trainer_gpus"),
-        (dict(trainer_resources={"x": 1.5}), "whole number above"),
-        (dict(trainer_labels={"zone": 3}), "trainer_labels.zone"),
-        (dict(node_wait_s=0), "node_wait_s"),
-    ],
-)
-def test_what_is_no_resource_is_refused(fields, words):
-    with pytest.raises(ConfigError, match=words):
-        Resources(**fields)
-
-
-@pytest.mark.parametrize(
-    "wanted, fitting",
-    [
-        ("a", {"a"}),
-        ("!a", {"b", None}),
-        ("in(a, b)", {"a", "b"}),
-        ("in(b)", {"b"}),
-        ("!in(a,b)", {None}),
-    ],
-)
-def test_label_selectors_mean_what_they_mean_to_ray(wanted, fitting):
-    assert {value for value in ("a", "b", None) if label_fits(value, wanted)} == fitting
-    from ray._private.label_utils import validate_label_selector
-
-    assert validate_label_selector({"zone": wanted}) is None  # what is wrong with it
-    assert Resources(trainer_labels={"zone": wanted}).trainer_labels == {"zone": wanted}
-
-
-@pytest.mark.parametrize("wanted", ["", "in()", "in(a", "-a", "!!a", "a b"])
-def test_a_label_that_ray_would_not_take_is_refused(wanted):
-    with pytest.raises(ConfigError, match=r"resources\.trainer_labels\.zone"):
-        Resources(trainer_labels={"zone": wanted})
+def test_resources_that_contradict_the_cluster_are_refused():
+    with pytest.raises(ConfigError, match=r"harvesters of 0.5 CPUs .* the cluster has 2"):
+        fit(Resources(harvesters=4, trainer_cpus=1), MACHINE, 6, use_gpu=False)
+    with pytest.raises(ConfigError, match="no GPU"):
+        fit(Resources(), MACHINE, 6, use_gpu=True)

@@ -9,7 +9,6 @@ import torch
 
 from saeray.errors import Late
 from saeray.spec.order import StreamOrder
-from saeray.stream.arrays import to_array, to_tensor
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvested
 from saeray.stream.reader import Place, Reader
@@ -130,14 +129,3 @@ def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
         Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"
     ):
         next(iter(r))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_blocks_travel_bit_for_bit(dtype):
-    x = torch.randn(5, 3).to(dtype)
-    back = to_tensor(to_array(x), dtype)
-    assert back.dtype == dtype
-    assert torch.equal(back, x)
-    frozen = to_array(x).copy()
-    frozen.setflags(write=False)
-    assert torch.equal(to_tensor(frozen, dtype), x)

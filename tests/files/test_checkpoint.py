@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not at all, readable by sae_lens, and gone on from bit for bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load
+from support.configs import short_run
+
+from saeray.cluster.pack import options_of
+from saeray.files.checkpoint import (
+    load_sae,
+    newest_checkpoint,
+    save_checkpoint,
+    save_final,
+)
+from saeray.files.storage import Folder
+from saeray.sae.standard import initial_sae
+from saeray.sae.trainer import PackStep, SAETrainer
+
+
+def trained(c, steps=3):
+    sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
+    trainer = SAETrainer(sae, options_of(c))
+    for i in range(steps):
+        PackStep().step([trainer], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
+    return trainer
+
+
+def test_the_files_sae_lens_reads(tmp_path):
+    c = short_run(seed=3)
+    t = trained(c)
+    save_final(Folder.at(tmp_path / "final"), c, t)
+    cfg = json.loads((tmp_path / "final" / "cfg.json").read_text())
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (
+        "standard", 4, 16, "float32",
+    )  # fmt: skip
+    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_pre"
+    weights = load((tmp_path / "final" / "sae_weights.safetensors").read_bytes())
+    shapes = {k: tuple(v.shape) for k, v in weights.items()}
+    assert shapes == {"W_enc": (4, 16), "W_dec": (16, 4), "b_enc": (16,), "b_dec": (4,)}
+    torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.ones(16))
+    sparsity = load((tmp_path / "final" / "sparsity.safetensors").read_bytes())["sparsity"]
+    torch.testing.assert_close(sparsity, torch.log10(t.firing_frequency + 1e-10).float())
+    x = torch.randn(5, 4)
+    assert torch.equal(load_sae(str(tmp_path / "final"))(x), t.sae(x))
+
+
+def test_a_checkpoint_continues_bit_for_bit(tmp_path):
+    c = short_run(use_ghost_grads=True, dead_feature_window=1)
+    whole, t = trained(c, 6), trained(c, 3)
+    folder = Folder.at(tmp_path)
+    save_checkpoint(folder / "24", c, t)
+    found, _ = newest_checkpoint(folder)
+    resumed = found.trainer(options_of(c), torch.device("cpu"))
+    for i in range(3, 6):
+        PackStep().step([resumed], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(getattr(resumed.sae, name), getattr(whole.sae, name))
+
+
+@pytest.mark.parametrize("harm", ["cut off", "changed", "marker missing"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, harm):
+    c, folder = short_run(), Folder.at(tmp_path)
+    save_checkpoint(folder / "8", c, trained(c, 1))
+    save_checkpoint(folder / "16", c, trained(c, 2))
+    weights = tmp_path / "16" / "sae_weights.safetensors"
+    if harm == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif harm == "changed":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    else:
+        (tmp_path / "16" / "train_state.json").unlink()
+    found, passed_over = newest_checkpoint(folder)
+    assert found.numbers["step"] == 1
+    assert len(passed_over) == 1
+    assert "16" in passed_over[0]

@@ -1,0 +1,36 @@
+"""results.csv, results.parquet and the frontier."""
+
+import csv
+import io
+
+import pyarrow.parquet
+from support.configs import short_run
+
+from saeray.files.results import result_row, varying_fields, write_pareto, write_results
+from saeray.files.storage import Folder
+
+
+def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
+    configs = [short_run(lr=lr, seed=s) for lr in (1e-3, 2e-3) for s in (1, 2)]
+    axes = varying_fields(configs)
+    assert {"lr", "seed", "l1_coefficient"} <= set(axes)
+    assert "model_name" not in axes
+    figures = {
+        "metrics/l0": 12.5,
+        "metrics/CE_loss_score": 0.9,
+        "metrics/explained_variance": 0.8,
+        "details/n_training_tokens": 80,
+    }
+    rows = [
+        result_row(f"t{i}", c, axes, "done", f"p{i}", figures, None) for i, c in enumerate(configs)
+    ]
+    rows[3] = result_row("t3", configs[3], axes, "failed", None, {}, "the loss is nan")
+    folder = Folder.at(tmp_path)
+    write_results(folder, rows)
+    read = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [r["trial"] for r in read] == ["t0", "t1", "t2", "t3"]
+    assert (float(read[0]["l0"]), float(read[0]["lr"])) == (12.5, 1e-3)
+    assert (read[3]["status"], read[3]["error"], read[3]["l0"]) == ("failed", "the loss is nan", "")
+    assert pyarrow.parquet.read_table(tmp_path / "results.parquet").num_rows == 4
+    write_pareto(folder, rows, "title")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
