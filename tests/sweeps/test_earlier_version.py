@@ -1,0 +1,33 @@
+"""An interrupted sweep that an earlier version left is gone on with to the same end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import saeray
+
+WRITTEN = Path(__file__).parent.parent / "files" / "written_by_0.1"
+
+
+def lines(folder, trial):
+    log = (folder / "trials" / trial / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in log.splitlines()]
+
+
+def test_it_ends_as_the_earlier_version_would_have_ended_it(ray_instance, tmp_path):
+    folder = tmp_path / "interrupted"
+    shutil.copytree(WRITTEN / "interrupted", folder)
+    result = saeray.resume(folder, live=False)
+    assert [r["status"] for r in result.rows] == ["done", "done"]
+    finished = saeray.resume(WRITTEN / "finished")
+    for row, other in zip(result.rows, finished.rows, strict=True):
+        mine = lines(folder, row["trial"])
+        theirs = lines(WRITTEN / "finished", row["trial"])
+        assert [x["step"] for x in mine] == [x["step"] for x in theirs] == list(range(50, 1201, 50))
+        # Bit for bit on the same kind of core; elsewhere sums are rounded in another way.
+        for key in ("losses/overall_loss", "metrics/l0", "metrics/explained_variance"):
+            assert mine[-1][key] == pytest.approx(theirs[-1][key], rel=2e-2), key
+        for figure in ("l0", "ce_loss_score", "explained_variance"):
+            assert row[figure] == pytest.approx(other[figure], rel=2e-2), figure
