@@ -1,4 +1,4 @@
-"""Fixtures: the bundled model and text, and one Ray instance for all tests of a file."""
+"""Fixtures: the bundled model and text, one Ray instance for all tests that ask for one, S3."""
 
 import os
 
@@ -9,6 +9,14 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("WANDB_SILENT", "true")
+# For the S3 server of `s3`; Ray's processes inherit them.
+os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
+
+
+def pytest_collection_modifyitems(items):
+    """Files that use the shared Ray come last, one after the other: the rest must find none."""
+    using = {item.module for item in items if "ray_instance" in item.fixturenames}
+    items.sort(key=lambda item: item.module in using)
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def tiny():
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_instance():
     """Ray on this machine, shared. What a test leaves behind there, the next one would see."""
     from saeray.client.connect import end_ray, start_ray
@@ -66,9 +74,6 @@ def s3():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
-    before = {k: os.environ.get(k) for k in keys}
-    os.environ.update(keys)  # Ray's processes inherit them
 
     def bucket(name):
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
@@ -77,5 +82,3 @@ def s3():
 
     yield bucket
     server.stop()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})

@@ -15,7 +15,6 @@ def weights(result):
 
 
 def test_a_second_sweep_harvests_nothing(s3, ray_instance, tiny, tmp_path):
-    """On S3. The server is started before Ray, whose processes inherit the keys."""
     # Checkpoints on an object store, where lines of the log are written from time to time only.
     tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2), checkpoint_every_s=0.1)
     # The results of the first go to S3 as well, those of the second to a local folder.
