@@ -80,7 +80,10 @@ def cluster_now(taken: Mapping[str, Mapping[str, float]] | None = None) -> Clust
 
 
 def held_by_others() -> dict[str, dict[str, float]]:
-    """What is in use of each node, by its id: for a sweep that holds nothing itself yet."""
+    """What is in use of each node of which anything is, by its id.
+
+    For a sweep that holds nothing itself yet.
+    """
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -92,7 +95,9 @@ def held_by_others() -> dict[str, dict[str, float]]:
                 for name, amount in n["Resources"].items()
                 if not name.startswith(("node:", "memory", "object_store_memory"))
             }
-            held[n["NodeID"]] = {name: amount for name, amount in used.items() if amount > 1e-6}
+            used = {name: amount for name, amount in used.items() if amount > 1e-6}
+            if used:
+                held[n["NodeID"]] = used
     return held
 
 
