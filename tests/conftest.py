@@ -22,6 +22,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def tiny():
     """The fields of a small sweep on the bundled model; a copy for each test."""
+    return tiny_fields()
+
+
+def tiny_fields():
     return dict(
         model_name=str(MODEL),
         hook_point=HOOK,
@@ -65,7 +69,7 @@ def undisturbed(tmp_path_factory):
     return left_alone(tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def s3():
     """A server that speaks S3 on loopback; a function from a name to the URI of a new bucket."""
     import boto3
@@ -82,3 +86,16 @@ def s3():
 
     yield bucket
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def alone(ray_instance, s3):
+    """What a sweep of `tiny_fields()` gives, one SAE. Its blocks are kept in a cache on S3.
+
+    Its results are on S3 as well, with checkpoints all the time.
+    """
+    import saeray
+
+    cached = dict(activation_cache=s3("cache"), resources=dict(harvesters=2))
+    fields = tiny_fields() | cached | dict(checkpoint_every_s=0.1)
+    return saeray.sweep(fields, name="alone", storage_path=s3("results"), live=False)

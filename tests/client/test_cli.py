@@ -1,9 +1,5 @@
 """The command line: exit codes, overrides, and errors of one paragraph without a traceback."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import yaml
 from support.bundled import ROOT
@@ -80,25 +76,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     assert "24 blocks, 50,331,648 bytes" in out
 
 
-def test_the_installed_command_in_a_process_of_its_own(tiny, tmp_path):
-    """Starts and ends a Ray of its own; exit code 1 when an SAE failed."""
-    fields = tiny | {"lr": [1e-3, 1e30], "training_tokens": 8192}
-    done = subprocess.run(
-        [sys.executable, "-m", "saeray", "sweep", sweep_file(tmp_path, **fields),
-         "--name", "cli", "--storage-path", str(tmp_path)],
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert "LM tokens harvested: 8,192; one SAE trained on 8,192 (1.000x)" in done.stdout
-    assert "lr=1e+30" in done.stdout
-    assert "training" in done.stderr  # plain lines, not being a terminal
-    assert "Traceback" not in done.stderr
-    log = tmp_path / "cli" / "trials" / "lr=0.001" / "metrics.jsonl"
-    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8]
-
-
 def test_every_shipped_sweep_file_is_a_valid_config():
-
     files = sorted((ROOT / "sweeps").glob("*.yaml"))
     assert len(files) >= 2
     for file in files:

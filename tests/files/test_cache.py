@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.configs import config
 
-from saeray.files.cache import ActivationCache
+from saeray.files.cache import ActivationCache, identity_of
+from saeray.spec.config import resolve
 
 HOOK = "blocks.0.hook_resid_pre"
 IDENTITY = {"format": 1, "model_name": "m", "weights": "w", "block_shapes": {HOOK: [6, 4]}}
@@ -94,3 +96,12 @@ def test_hook_points_of_earlier_sweeps_stay_in_the_manifest(cache, tmp_path):
     ActivationCache(str(tmp_path), IDENTITY | {"block_shapes": {"blocks.1.hook_resid_pre": [6, 4]}})
     manifest = json.loads(cache.folder.read("manifest.json"))
     assert set(manifest["block_shapes"]) == {HOOK, "blocks.1.hook_resid_pre"}
+
+
+def test_how_blocks_are_mixed_and_who_reads_them_is_no_part_of_the_identity():
+    def identity(**changes):
+        return identity_of(resolve(config(**changes)), "weights", "cpu", {HOOK: 4})
+
+    for changes in (dict(n_batches_in_buffer=8), dict(lr=1e-2), dict(training_tokens=5 * 10**6)):
+        assert identity(**changes) == identity()
+    assert identity(context_size=64) != identity()

@@ -19,7 +19,7 @@ import yaml
 from support import hosts
 from support.bundled import ROOT
 from support.hosts import listens, wait_for
-from support.running import Ended, assert_same, config
+from support.running import DISTURBED, Ended, assert_same, config
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,10 +91,10 @@ class Cluster:
         env = SHELL | {"PYTHONPATH": f"{hosts.HOME}/saeray"}
         return self.laptop.popen(f"saeray {command} > said 2>&1", env=env)
 
-    def write_sweep(self, path, resources=None):
+    def write_sweep(self, path, resources=None, **changes):
         bundled = "saeray:models/tiny-python"
         data = config() | dict(model_name=bundled, dataset_path=f"{bundled}/text/train.parquet")
-        data |= dict(resources=resources or {}, storage_path="results")
+        data |= dict(resources=resources or {}, storage_path="results") | changes
         self.laptop.path(path).write_text(yaml.safe_dump(data))
 
     def where(self, kind, n=1):
@@ -294,35 +294,30 @@ def test_the_command_line_over_ray_client(cluster, undisturbed):
     assert_same(cluster.fetched("d", "results/d"), undisturbed)
 
 
-def test_the_command_line_through_the_job_server(cluster, undisturbed):
+def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
+    """(e) It goes on by its name."""
     cluster.write_sweep("~/sweep.yaml", LABELLED)
-    said = cluster.saeray(
-        f"sweep sweep.yaml --name e --address http://127.0.0.1:{DASHBOARD}", timeout=180
-    )
-    assert "submitted as raysubmit_" in said
-    assert re.search(r"training: harvested .* buffer \d+/12 blocks", said)  # seen from here
-    assert "harvester (0.5 CPUs, label machine=worker1)" in said
-    listed = cluster.saeray(f"status --address http://127.0.0.1:{DASHBOARD}")
-    assert re.search(r"^e +done +2/2 +100%", listed, re.MULTILINE)
-    cluster.saeray(f"fetch e e --address {cluster.client}")
-    assert_same(cluster.fetched("e"), undisturbed)
-
-
-def test_ctrl_c_of_a_job_saves_what_is_trained_and_it_goes_on_by_its_name(cluster, undisturbed):
-    cluster.write_sweep("~/sweep.yaml")
     address = f"--address http://127.0.0.1:{DASHBOARD}"
-    sweep = cluster.start_saeray(f"sweep sweep.yaml --name h {address}")
-    there = Ended(cluster.head.path("~/results"), "h")
+    sweep = cluster.start_saeray(f"sweep sweep.yaml --name e {address}")
+    there = Ended(cluster.head.path("~/results"), "e")
     wait_for(lambda: there.steps() >= 40, "the training", 120)
     (pid,) = [p for p, line in cluster.laptop.processes().items() if "saeray sweep" in line
               and "python" in line.split()[0]]  # fmt: skip
     os.kill(pid, signal.SIGINT)
-    assert sweep.wait(timeout=90) == 130, cluster.laptop.path("~/said").read_text()
+    said = cluster.laptop.path("~/said")
+    assert sweep.wait(timeout=90) == 130, said.read_text()
+    assert "submitted as raysubmit_" in said.read_text()
+    assert "harvester (0.5 CPUs, label machine=worker1)" in said.read_text()
     assert there.steps() < 480
     listed = json.loads(cluster.saeray(f"status --json --address {cluster.client} 2> /dev/null"))
-    assert [s["state"] for s in listed if s["name"] == "h"] == ["interrupted"]
-    cluster.saeray(f"sweep --resume h {address}", timeout=180)
-    assert_same(there, undisturbed)
+    assert [s["state"] for s in listed if s["name"] == "e"] == ["interrupted"]
+
+    resumed = cluster.saeray(f"sweep --resume e {address}", timeout=180)
+    assert re.search(r"training: harvested .* buffer \d+/12 blocks", resumed)  # seen from here
+    listed = cluster.saeray(f"status {address}")
+    assert re.search(r"^e +done +2/2 +100%", listed, re.MULTILINE)
+    cluster.saeray(f"fetch e e --address {cluster.client}")
+    assert_same(cluster.fetched("e"), undisturbed)
 
 
 def test_two_ranks_on_two_machines(cluster, undisturbed):
@@ -363,7 +358,7 @@ def test_a_machine_is_lost_in_mid_sweep_and_the_results_are_the_same(cluster, un
     one_core = dict(
         saes_per_trainer=2, trainer_cpus=1, trainer_labels={"machine": "in(worker1,worker2)"}
     )
-    cluster.write_sweep("~/sweep.yaml", one_core)
+    cluster.write_sweep("~/sweep.yaml", one_core, **DISTURBED)
     sweep = cluster.start_saeray(f"sweep sweep.yaml --name g --address {cluster.client}")
     there = Ended(cluster.head.path("~/results"), "g")
     wait_for(lambda: there.steps() >= 40, "the training", 120)

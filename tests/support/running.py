@@ -34,13 +34,22 @@ def config():
         eval_windows=8,
         eval_every=60,
         wandb_log_frequency=5,
-        checkpoint_every_s=1.0,
         use_ghost_grads=True,
         dead_feature_window=30,
         log_to_wandb=False,
         device="cpu",
         seed=7,
     )
+
+
+# What a sweep that is disturbed has beside `config()`; it changes no byte of the outcome.
+DISTURBED = dict(checkpoint_every_s=1.0)
+
+
+def weights_of(result, **of):
+    """The weights, as bytes, of the one SAE of a result, or the one with these values."""
+    (row,) = [r for r in result.rows if all(r[k] == v for k, v in of.items())]
+    return (result.folder / "trials" / row["trial"] / "final").read("sae_weights.safetensors")
 
 
 def pids(kind):
@@ -95,7 +104,7 @@ class Running(Ended):
     def __init__(self, folder, name, **changes):
         super().__init__(folder, name)
         self.result = self.error = None
-        self.config = config() | changes
+        self.config = config() | DISTURBED | changes
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 

@@ -1,54 +1,51 @@
-"""Sweeps that keep their blocks in an activation cache, and those that find them there."""
+"""Sweeps that keep their blocks in an activation cache, and those that find them there.
+
+That a whole sweep harvests nothing, `test_command` shows.
+"""
 
 import json
 
 import pytest
+from support.running import weights_of
 
 import saeray
 from saeray.errors import ConfigError
 from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
 
 
-def weights(result):
-    (row,) = result.rows
-    return (result.folder / "trials" / row["trial"] / "final").read("sae_weights.safetensors")
-
-
-def test_a_second_sweep_harvests_nothing(s3, ray_instance, tiny, tmp_path):
-    # Checkpoints on an object store, where lines of the log are written from time to time only.
-    tiny |= dict(activation_cache=s3("cache"), resources=dict(harvesters=2), checkpoint_every_s=0.1)
-    # The results of the first go to S3 as well, those of the second to a local folder.
-    first = saeray.sweep(tiny, name="first", storage_path=s3("results"), live=False)
-    assert first.status.harvested_tokens == 16 * 1024
-    assert set(first.folder.names()) == {
+def test_a_sweep_fills_a_cache_on_s3_and_leaves_its_results_there(alone, tiny):
+    assert alone.status.harvested_tokens == 16 * 1024
+    assert set(alone.folder.names()) == {
         "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
     }  # fmt: skip
-    lines = (first.folder / "trials" / first.rows[0]["trial"]).read("metrics.jsonl").splitlines()
+    # Where lines of the log are written from time to time only, while checkpoints wait for them.
+    lines = (alone.folder / "trials" / alone.rows[0]["trial"]).read("metrics.jsonl").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16]
-    second = saeray.sweep(tiny, name="second", storage_path=tmp_path, live=False)
-    assert second.status.harvested_tokens == 0
-    assert second.status.cached_tokens == 16 * 1024
-    assert weights(second) == weights(first)
 
 
-def test_what_is_missing_or_damaged_is_harvested_again(s3, ray_instance, tiny, tmp_path):
-    tiny |= dict(activation_cache=str(tmp_path / "cache"))
-    saeray.sweep(tiny, name="first", storage_path=tmp_path, live=False)
-    (digest,) = Folder.at(tmp_path / "cache").names()
-    blocks = tmp_path / "cache" / digest / tiny["hook_point"]
-    assert len(list(blocks.iterdir())) == 16
-    damaged, missing = blocks / "00000005.arrow", blocks / "00000007.arrow"
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-9])
-    missing.unlink()
-    # Another buffer and another rate read the same blocks.
-    other = tiny | dict(lr=2e-3, n_batches_in_buffer=8)
-    second = saeray.sweep(other, name="second", storage_path=tmp_path, live=False)
+def activation_cache_of(result):
+    (config,) = SweepFolder(result.folder, result.name).read_configs().values()
+    return config.activation_cache
+
+
+def test_what_is_missing_or_damaged_is_harvested_again(alone, tiny, tmp_path):
+    cache = activation_cache_of(alone)
+    (digest,) = Folder.at(cache).names()
+    blocks = Folder.at(cache) / digest / tiny["hook_point"]
+    assert len(blocks.names()) == 16
+    whole = blocks.read("00000005.arrow")
+    blocks.write("00000005.arrow", whole[:-9])
+    blocks.filesystem.delete_file(f"{blocks.path}/00000007.arrow")
+    second = saeray.sweep(
+        tiny | dict(activation_cache=cache), name="second", storage_path=tmp_path, live=False
+    )
     assert second.status.harvested_tokens == 2 * 1024
     assert second.status.cached_tokens == 14 * 1024
     assert any("00000005.arrow" in w for w in second.status.warnings)
-    assert damaged.read_bytes() == whole
-    assert missing.exists()
+    assert blocks.read("00000005.arrow") == whole
+    assert len(blocks.names()) == 16
+    assert weights_of(second) == weights_of(alone)
 
 
 def test_a_cache_nobody_can_open_is_refused_by_its_own_name(tiny, tmp_path):

@@ -11,20 +11,13 @@ TOLERANCE = dict(rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_ranks(ray_instance, tiny, tmp_path):
-    def result(name, **resources):
-        done = saeray.sweep(
-            tiny | dict(resources=resources, eval_every=8, n_checkpoints=2),
-            name=name, storage_path=tmp_path, live=False,
-        )  # fmt: skip
-        assert done.ok
-        return done
-
-    two = result("two", num_workers=2)
-    one = result("one", num_workers=1)
+def test_a_sweep_of_two_ranks(alone, tiny, tmp_path):
+    ranks = dict(resources=dict(num_workers=2), eval_every=8, n_checkpoints=2)
+    two = saeray.sweep(tiny | ranks, name="two", storage_path=tmp_path, live=False)
+    assert two.ok
     assert two.status.harvested_tokens == 16 * 1024
-    (row,), (other,) = two.rows, one.rows
-    mine, theirs = two.load(row["trial"]), one.load(other["trial"])
+    (row,), (other,) = two.rows, alone.rows
+    mine, theirs = two.load(row["trial"]), alone.load(other["trial"])
     for name in PARAMETERS:
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **TOLERANCE)
     assert row["ce_loss_score"] == pytest.approx(other["ce_loss_score"], rel=1e-3)
