@@ -18,7 +18,7 @@ import saeray
 from saeray.client.connect import all_ended, connected
 from saeray.errors import ConfigError
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 PORT = 20801
 
@@ -79,6 +79,7 @@ def laptop(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.cluster
 def test_a_sweep_from_a_laptop_comes_home_and_is_the_same(cluster, undisturbed, laptop):
     result = saeray.sweep(
         config(), name="away", storage_path="results", address=cluster.client, live=False
@@ -92,6 +93,7 @@ def test_a_sweep_from_a_laptop_comes_home_and_is_the_same(cluster, undisturbed, 
         saeray.sweep(config(), name="away", storage_path="results", address=cluster.client)
 
 
+@pytest.mark.cluster
 def test_a_killed_laptop_disturbs_nothing_and_results_are_fetched(cluster, undisturbed, laptop):
     there = Ended(cluster.home / "kept", "killed")
     process = command(
@@ -145,6 +147,7 @@ class Terminal:
         return self.process.returncode
 
 
+@pytest.mark.cluster
 def test_ctrl_c_leaves_it_running_or_stops_it_as_one_says(cluster, undisturbed, laptop):
     there = Ended(cluster.home / "kept", "asked")
     address = ("--address", cluster.client)
@@ -185,6 +188,7 @@ for trial in done.trials:
 """
 
 
+# CI does the same between hosts, in test_hosts.
 def test_tune_run_over_the_client_needs_no_more_than_the_runtime_env(cluster, undisturbed, laptop):
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, cluster.client, json.dumps(config()), "team-a"],
@@ -198,6 +202,7 @@ def test_tune_run_over_the_client_needs_no_more_than_the_runtime_env(cluster, un
     assert status(cluster)["bare"]["namespace"] == "team-a"
 
 
+@pytest.mark.cluster
 def test_nothing_is_left_on_the_cluster(cluster):
     import ray
     from ray._private.state import actors
@@ -222,6 +227,7 @@ sys.exit(main(["status", "--address", sys.argv[1]]))
 """
 
 
+@pytest.mark.cluster
 def test_another_version_of_ray_is_told_what_to_set(cluster):
     done = subprocess.run(
         [sys.executable, "-c", MISMATCH, cluster.client], capture_output=True, text=True, timeout=60

@@ -5,7 +5,7 @@ import time
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support.running import Running, assert_same
+from support.running import QUICK_HEALTH_CHECKS, Running, assert_same
 
 from saeray.client.connect import all_ended, start_ray
 
@@ -26,7 +26,12 @@ def cluster():
     """A head with no CPU to give, and nodes to add to it."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args=dict(num_cpus=0, object_store_memory=200_000_000, include_dashboard=False),
+        head_node_args=dict(
+            num_cpus=0,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            _system_config=QUICK_HEALTH_CHECKS,
+        ),
     )
     assert start_ray(cluster.address)
     yield cluster

@@ -19,7 +19,7 @@ import yaml
 from support import hosts
 from support.bundled import ROOT
 from support.hosts import listens, wait_for
-from support.running import DISTURBED, Ended, assert_same, config
+from support.running import DISTURBED, QUICK_HEALTH_CHECKS, Ended, assert_same, config
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,6 +62,9 @@ class Cluster:
         self.laptop.checkout("~/saeray")
         for host in (self.head, *self.workers):  # a host has little shared memory
             options = f"--object-store-memory=500000000 --labels=machine={host.name}"
+            if host is self.head:
+                noticed = json.dumps(QUICK_HEALTH_CHECKS, separators=(",", ":"))
+                options += f" --system-config={noticed}"
             host.path("~/ray_start_options").write_text(options)
         shipped = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
         config = changed_for_these_hosts(shipped, self.head, self.workers)

@@ -46,6 +46,16 @@ def config():
 DISTURBED = dict(checkpoint_every_s=1.0)
 
 
+# Of Ray's head: a node that is gone is noticed in seconds. By default it takes 15 of them where its
+# port refuses connections, and more than 60 where nothing answers.
+QUICK_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 3,
+}
+
+
 def weights_of(result, **of):
     """The weights, as bytes, of the one SAE of a result, or the one with these values."""
     (row,) = [r for r in result.rows if all(r[k] == v for k, v in of.items())]
