@@ -12,9 +12,9 @@ from typing import Any
 import ray
 import yaml
 
+from saeray.spec.messages import NAMESPACE
 from saeray.spec.room import Cluster, Node
 
-NAMESPACE = "saeray"
 HEAD = "node:__internal_head__"
 HEAD_SHARE = 0.0001  # of it, per process that must be there: the least Ray takes, so 10,000 fit
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
+from saeray.spec.messages import NAMESPACE
 
-NAMESPACE = "saeray"
 CONNECT_TRIES = 3
 EXIT_SECONDS = 5.0  # for the workers of a Ray that was ended, to end too
 CLIENT, JOBS, LOCAL = "ray://", ("http://", "https://"), "local"

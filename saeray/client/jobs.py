@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from saeray.actors.waiting import NotYet
-from saeray.client.connect import NAMESPACE, runtime_env, why_not
+from saeray.client.connect import runtime_env, why_not
 from saeray.client.driver import home_copy
 from saeray.client.session import SweepResult, absolute
 from saeray.client.status_file import STATUS_FILE, status_from
@@ -27,7 +27,7 @@ from saeray.client.watch import Outcome, watch
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import SweepStatus
+from saeray.spec.messages import NAMESPACE, SweepStatus
 
 SWEEP_FILE = "sweep.yaml"
 POLL_SECONDS = 2.0

@@ -16,7 +16,7 @@ from rich.text import Text
 from saeray.client.live import bottleneck, duration
 from saeray.cluster import registry
 from saeray.cluster.dispatch import CLOSE_SECONDS
-from saeray.spec.messages import DONE, FAILED, INTERRUPTED, STOPPED, SweepStatus
+from saeray.spec.messages import DONE, FAILED, INTERRUPTED, NAMESPACE, STOPPED, SweepStatus
 
 LOOK_SECONDS = 10.0  # for a roster to answer
 
@@ -111,7 +111,7 @@ def table(sweeps: list[Listed]) -> str:
         out.add_column(column, overflow="fold")
     for s in sweeps:
         out.add_row(
-            Text(s.name if s.namespace == "saeray" else f"{s.namespace}/{s.name}"),
+            Text(s.name if s.namespace == NAMESPACE else f"{s.namespace}/{s.name}"),
             s.state,
             f"{s.n_ended}/{s.n_saes}",
             f"{s.progress:.0%}",

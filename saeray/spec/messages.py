@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from saeray.spec.order import StreamOrder
 
+NAMESPACE = "saeray"  # Ray's, where actors have their names, unless the user names another
+
 # The states an SAE goes through. The last four are ends.
 WAITING, TRAINING, EVALUATING = "waiting", "training", "evaluating"
 DONE, STOPPED, FAILED, INTERRUPTED = "done", "stopped", "failed", "interrupted"
