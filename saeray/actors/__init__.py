@@ -1,4 +1,4 @@
 """What every Ray process of ours needs: made, waited for, placed, and files on the head's disk.
 
-Uses `files`, `spec` and below.
+Uses `files` and `spec`.
 """

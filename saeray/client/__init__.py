@@ -1,4 +1,4 @@
 """The user's side: command line, `sweep` and `resume`, sweeps from a laptop, status, live view.
 
-Uses every floor below.
+Uses `cluster`, `actors`, `files`, `lm`, `spec` and `sae`.
 """

@@ -79,7 +79,7 @@ def laptop(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.cluster
+# In CI by the command line, between hosts.
 def test_a_sweep_from_a_laptop_comes_home_and_is_the_same(cluster, undisturbed, laptop):
     result = saeray.sweep(
         config(), name="away", storage_path="results", address=cluster.client, live=False

@@ -40,12 +40,14 @@ def changed_for_these_hosts(config, head, workers):
     """cluster-local.yaml with what a user changes in it, and the environment there already."""
     config["provider"] |= {"head_ip": head.ip, "worker_ips": [w.ip for w in workers]}
     config["auth"]["ssh_user"] = "root"
+    noticed = " ".join(f"RAY_{name}={value}" for name, value in QUICK_HEALTH_CHECKS.items())
     make_environment, install = config["setup_commands"][:2]
     assert "venv" in make_environment and "pip install" in install
     config["setup_commands"][:2] = [
         f"ln -sfn {shlex.quote(sys.prefix)} ~/saeray/.venv",
         # the checkout that came with file_mounts, not the one this environment was made for
         "grep -qs PYTHONPATH ~/.bashrc || echo 'export PYTHONPATH=$HOME/saeray' >> ~/.bashrc",
+        f"echo 'export {noticed}' >> ~/.bashrc",
     ]
     return config
 
@@ -62,9 +64,6 @@ class Cluster:
         self.laptop.checkout("~/saeray")
         for host in (self.head, *self.workers):  # a host has little shared memory
             options = f"--object-store-memory=500000000 --labels=machine={host.name}"
-            if host is self.head:
-                noticed = json.dumps(QUICK_HEALTH_CHECKS, separators=(",", ":"))
-                options += f" --system-config={noticed}"
             host.path("~/ray_start_options").write_text(options)
         shipped = yaml.safe_load((ROOT / "cluster-local.yaml").read_text())
         config = changed_for_these_hosts(shipped, self.head, self.workers)
@@ -169,7 +168,7 @@ print(json.dumps({kind: sorted(hosts) for kind, hosts in found.items()}))
 IN_PYTHON = """
 import yaml, saeray
 config = yaml.safe_load(open("sweep.yaml"))
-result = saeray.sweep(config, name="b", storage_path="results", address="auto", live=False)
+result = saeray.sweep(config, name="a", storage_path="BUCKET", address="auto", live=False)
 print(result.summary())
 """
 
@@ -180,7 +179,7 @@ from ray import tune
 ray.init(sys.argv[1], runtime_env=saeray.runtime_env(), namespace="saeray")
 config = yaml.safe_load(open("sweep.yaml"))
 config["lr"] = tune.grid_search(config["lr"])
-done = tune.run(saeray.SAETrial, name="c", config=config, verbose=0)
+done = tune.run(saeray.SAETrial, name="b", config=config, verbose=0)
 print(json.dumps([t.last_result["n_training_tokens"] for t in done.trials]))
 """.replace("import sys", "import json, sys")
 
@@ -249,15 +248,13 @@ def test_a_token_that_is_not_the_clusters_is_told_what_to_set(cluster):
     assert "Traceback" not in refused
 
 
-def test_a_job_with_its_results_on_s3(cluster, undisturbed, tmp_path):
-    """(a) `ray job submit … saeray sweep`; the laptop fetches from S3, without the cluster."""
+def test_a_script_by_ray_submit_with_its_results_on_s3(cluster, undisturbed):
+    """(a) The script runs on the head; the laptop fetches from S3, without the cluster."""
+    cluster.write_sweep("~/sweep.yaml")
     with cluster.s3() as bucket:
-        cluster.laptop.path("~/job").mkdir()
-        cluster.write_sweep("~/job/sweep.yaml")
-        said = cluster.submit_job(
-            "--working-dir job -- "
-            f"saeray sweep sweep.yaml --name a --storage-path {shlex.quote(bucket)}"
-        )
+        cluster.laptop.path("~/program.py").write_text(IN_PYTHON.replace("BUCKET", bucket))
+        cluster.on_laptop("ray rsync-up cluster.yaml sweep.yaml '~/sweep.yaml'")
+        said = cluster.on_laptop("ray submit cluster.yaml program.py", timeout=180)
         assert "LM tokens harvested: 245,760" in said
         key, _, query = bucket.partition("?")
         said = cluster.saeray(f"fetch {shlex.quote(f'{key}/a?{query}')} a", env=KEYS)
@@ -265,45 +262,27 @@ def test_a_job_with_its_results_on_s3(cluster, undisturbed, tmp_path):
     assert_same(cluster.fetched("a"), undisturbed)
 
 
-def test_a_script_by_ray_submit(cluster, undisturbed):
-    """(b) The script runs on the head, and its results stay there until they are fetched."""
-    cluster.write_sweep("~/sweep.yaml")
-    cluster.laptop.path("~/program.py").write_text(IN_PYTHON)
-    cluster.on_laptop("ray rsync-up cluster.yaml sweep.yaml '~/sweep.yaml'")
-    said = cluster.on_laptop("ray submit cluster.yaml program.py", timeout=180)
-    assert "LM tokens harvested: 245,760" in said
-    cluster.saeray(f"fetch b b --address {cluster.client}")
-    assert_same(cluster.fetched("b"), undisturbed)
-
-
 def test_tune_run_over_ray_client(cluster, undisturbed):
-    """(c)"""
+    """(b)"""
     cluster.write_sweep("~/sweep.yaml")
     assert cluster.python(BY_TUNE, cluster.client, timeout=180) == [245760, 245760]
-    cluster.saeray(f"fetch c c --address {cluster.client}")
-    assert set(cluster.fetched("c").weights().values()) == set(undisturbed.weights().values())
+    cluster.saeray(f"fetch b b --address {cluster.client}")
+    assert set(cluster.fetched("b").weights().values()) == set(undisturbed.weights().values())
 
 
-def test_the_command_line_over_ray_client(cluster, undisturbed):
-    """(d) Harvesters on one machine, trainers on the other, results at home."""
-    cluster.write_sweep("~/sweep.yaml", LABELLED)
-    sweep = cluster.start_saeray(f"sweep sweep.yaml --name d --address {cluster.client}")
-    where = wait_for(lambda: cluster.where("SAETrial", 2), "the trials", 90)
+def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
+    """(c) Harvesters on one machine, trainers on the other. It goes on by its name."""
+    # So many checkpoints slow it down: it must still run once its actors have been found.
+    cluster.write_sweep("~/sweep.yaml", LABELLED, checkpoint_every_s=0.01)
+    address = f"--address http://127.0.0.1:{DASHBOARD}"
+    sweep = cluster.start_saeray(f"sweep sweep.yaml --name c {address}")
+    there = Ended(cluster.head.path("~/results"), "c")
+    wait_for(lambda: there.steps() >= 40, "the training", 120)
+    where = wait_for(lambda: cluster.where("SAETrial", 2), "the trials", 60)
     assert where["Harvester"] == ["worker1"]
     assert where["RayTrainWorker"] == ["worker2"]
     assert where["ActivationBuffer"] == where["Roster"] == ["head"]
     assert where["SAETrial"] == ["head", "head"]
-    assert sweep.wait(timeout=120) == 0, cluster.laptop.path("~/said").read_text()
-    assert_same(cluster.fetched("d", "results/d"), undisturbed)
-
-
-def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
-    """(e) It goes on by its name."""
-    cluster.write_sweep("~/sweep.yaml", LABELLED)
-    address = f"--address http://127.0.0.1:{DASHBOARD}"
-    sweep = cluster.start_saeray(f"sweep sweep.yaml --name e {address}")
-    there = Ended(cluster.head.path("~/results"), "e")
-    wait_for(lambda: there.steps() >= 40, "the training", 120)
     (pid,) = [p for p, line in cluster.laptop.processes().items() if "saeray sweep" in line
               and "python" in line.split()[0]]  # fmt: skip
     os.kill(pid, signal.SIGINT)
@@ -313,17 +292,18 @@ def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undistur
     assert "harvester (0.5 CPUs, label machine=worker1)" in said.read_text()
     assert there.steps() < 480
     listed = json.loads(cluster.saeray(f"status --json --address {cluster.client} 2> /dev/null"))
-    assert [s["state"] for s in listed if s["name"] == "e"] == ["interrupted"]
+    assert [s["state"] for s in listed if s["name"] == "c"] == ["interrupted"]
 
-    resumed = cluster.saeray(f"sweep --resume e {address}", timeout=180)
+    resumed = cluster.saeray(f"sweep --resume c {address}", timeout=180)
     assert re.search(r"training: harvested .* buffer \d+/12 blocks", resumed)  # seen from here
     listed = cluster.saeray(f"status {address}")
-    assert re.search(r"^e +done +2/2 +100%", listed, re.MULTILINE)
-    cluster.saeray(f"fetch e e --address {cluster.client}")
-    assert_same(cluster.fetched("e"), undisturbed)
+    assert re.search(r"^c +done +2/2 +100%", listed, re.MULTILINE)
+    cluster.saeray(f"fetch c c --address {cluster.client}")
+    assert_same(cluster.fetched("c"), undisturbed)
 
 
 def test_two_ranks_on_two_machines(cluster, undisturbed):
+    """(d) The command line over Ray Client; results come home."""
     ranks = dict(
         num_workers=2,
         trainer_cpus=2,  # all that a machine has
@@ -331,11 +311,11 @@ def test_two_ranks_on_two_machines(cluster, undisturbed):
         harvester_labels={"machine": "head"},
     )
     cluster.write_sweep("~/sweep.yaml", ranks)
-    sweep = cluster.start_saeray(f"sweep sweep.yaml --name f --address {cluster.client}")
+    sweep = cluster.start_saeray(f"sweep sweep.yaml --name d --address {cluster.client}")
     where = wait_for(lambda: cluster.where("RayTrainWorker", 2), "the trainer", 90)
     assert where["RayTrainWorker"] == ["worker1", "worker2"]
     assert sweep.wait(timeout=180) == 0, cluster.laptop.path("~/said").read_text()
-    mine = cluster.fetched("f", "results/f")
+    mine = cluster.fetched("d", "results/d")
     assert [r["status"] for r in mine.rows] == ["done", "done"]
     for ours, theirs in zip(mine.rows, undisturbed.rows, strict=True):
         assert ours["n_training_tokens"] == theirs["n_training_tokens"]
@@ -346,6 +326,8 @@ def test_two_ranks_on_two_machines(cluster, undisturbed):
 def test_the_hosts_have_the_package_that_ray_up_gave_them(cluster):
     said = cluster.submit_job("-- python -c 'import saeray; print(saeray.__file__)'")
     assert f"{hosts.HOME}/saeray/saeray/__init__.py" in said
+    said = cluster.submit_job("-- saeray status")  # the command, in a job submitted by hand
+    assert re.search(r"^d +done +2/2 +100%", said, re.MULTILINE)
 
 
 def test_a_package_changed_on_the_laptop_travels_with_its_program(cluster):
@@ -357,13 +339,13 @@ def test_a_package_changed_on_the_laptop_travels_with_its_program(cluster):
 
 
 def test_a_machine_is_lost_in_mid_sweep_and_the_results_are_the_same(cluster, undisturbed, capsys):
-    """The one that trains, or else both would have to be waited for."""
+    """(e) The one that trains, or else both would have to be waited for."""
     one_core = dict(
         saes_per_trainer=2, trainer_cpus=1, trainer_labels={"machine": "in(worker1,worker2)"}
     )
     cluster.write_sweep("~/sweep.yaml", one_core, **DISTURBED)
-    sweep = cluster.start_saeray(f"sweep sweep.yaml --name g --address {cluster.client}")
-    there = Ended(cluster.head.path("~/results"), "g")
+    sweep = cluster.start_saeray(f"sweep sweep.yaml --name e --address {cluster.client}")
+    there = Ended(cluster.head.path("~/results"), "e")
     wait_for(lambda: there.steps() >= 40, "the training", 120)
     (name,) = cluster.where("RayTrainWorker")["RayTrainWorker"]
     lost = cluster.hosts[name]
@@ -374,7 +356,7 @@ def test_a_machine_is_lost_in_mid_sweep_and_the_results_are_the_same(cluster, un
     with capsys.disabled():
         print(f"\n{name} lost at {reached} steps: 30 more after {time.monotonic() - killed:.0f} s")
     assert sweep.wait(timeout=180) == 0, cluster.laptop.path("~/said").read_text()
-    assert_same(cluster.fetched("g", "results/g"), undisturbed)
+    assert_same(cluster.fetched("e", "results/e"), undisturbed)
     others = [w for w in cluster.workers if w is not lost]
     cluster.wait_for_nodes(cluster.head, *others)
 

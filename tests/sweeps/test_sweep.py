@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import ray
 import torch
 import yaml
 from support.bundled import HOOK, MODEL
@@ -19,10 +20,25 @@ from saeray.sae.standard import StandardSAE
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for `Spy`
+
 
 def free(ray):
     """What nobody has reserved; of the object store only that it is there."""
     return {k: v for k, v in ray.available_resources().items() if "memory" not in k}
+
+
+def everything(ray):
+    """What `free` is once nobody has reserved anything."""
+    total = ray.cluster_resources()
+    return {k: v for k, v in total.items() if "memory" not in k and "_group_" not in k}
+
+
+def until_all_is_free(ray):
+    deadline = time.monotonic() + 60
+    while free(ray) != everything(ray) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert free(ray) == everything(ray)
 
 
 def rosters(sweep):
@@ -64,18 +80,14 @@ def grid(**changes):
 
 @pytest.fixture(scope="module")
 def six(ray_instance, tmp_path_factory):
-    """A sweep of `grid()`: the result, its folder, and resources before and after."""
+    """A sweep of `grid()`: the result and its folder."""
     folder = tmp_path_factory.mktemp("sweeps")
-    before = free(ray_instance)
     result = saeray.sweep(grid(), name="six", storage_path=folder, live=False)
-    deadline = time.monotonic() + 60
-    while free(ray_instance) != before and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return result, folder / "six", before, free(ray_instance)
+    return result, folder / "six"
 
 
 def test_every_sae_of_the_grid_is_trained(six):
-    result, _, _, _ = six
+    result, _ = six
     assert result.ok
     assert [r["status"] for r in result.rows] == ["done"] * 6
     assert {(r["lr"], r["l1_coefficient"]) for r in result.rows} == {
@@ -93,7 +105,7 @@ def test_the_language_model_runs_once_for_all_of_them(six):
 
 
 def test_results_tell_what_training_did(six):
-    result, folder, _, _ = six
+    result, folder = six
     by_l1 = {}
     for r in result.rows:
         assert 0 < r["explained_variance"] < 1
@@ -110,7 +122,7 @@ def test_results_tell_what_training_did(six):
 
 
 def test_the_sweeps_folder_is_as_documented(six):
-    result, folder, _, _ = six
+    result, folder = six
     data = yaml.safe_load((folder / "sweep.yaml").read_text())
     assert set(data["saes"]) == {r["trial"] for r in result.rows}
     assert {"saeray", "ray", "torch", "git_commit"} <= set(data["versions"])
@@ -153,7 +165,7 @@ def leveldb_records(data, start):
 
 
 def test_wandb_has_one_offline_run_per_sae(six):
-    result, folder, _, _ = six
+    result, folder = six
     runs = sorted((folder / "wandb").glob("offline-run-*"))
     assert len(runs) == 6
     from wandb.proto import wandb_internal_pb2
@@ -175,9 +187,8 @@ def test_wandb_has_one_offline_run_per_sae(six):
     assert seen == {r["trial"]: "six" for r in result.rows}
 
 
-def test_nothing_is_left_behind(six):
-    _, _, before, after = six
-    assert after == before  # CPUs are free again, and no placement group is left
+def test_nothing_is_left_behind(six, ray_instance):
+    until_all_is_free(ray_instance)  # CPUs, and no placement group is left
     assert rosters("six") == []
 
 
@@ -207,10 +218,10 @@ def test_packing_waves_and_harvesters_do_not_change_a_bit(six, tmp_path):
 def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
     tiny, tmp_path, ray_instance, alone
 ):
-    everything = ray_instance.cluster_resources()["CPU"]
+    cpus = ray_instance.cluster_resources()["CPU"]
     config = tiny | dict(
         context_size=[32, 64],
-        resources=dict(harvester_cpus=1, trainer_cpus=everything - 1),
+        resources=dict(harvester_cpus=1, trainer_cpus=cpus - 1),
         wait_limit_s=60,
     )
     result = saeray.sweep(config, name="streams", storage_path=tmp_path, live=False)
@@ -240,12 +251,7 @@ def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instan
     rows = list(csv.DictReader(io.StringIO((tmp_path / "late" / "results.csv").read_text())))
     assert {r["trial"] for r in rows} == set(sweep["saes"])
     assert [r["status"] for r in rows] == ["done"] * 2
-    deadline = time.monotonic() + 60
-    total = ray_instance.cluster_resources()
-    everything = {k: v for k, v in total.items() if "memory" not in k and "_group_" not in k}
-    while free(ray_instance) != everything and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert free(ray_instance) == everything
+    until_all_is_free(ray_instance)
     assert rosters("late") == []
 
 
@@ -302,14 +308,16 @@ def test_the_guides_snippet(tiny, tmp_path, monkeypatch):
     assert torch.equal(sparse_autoencoder(x), load_sae(str(folder / "trials/sae/final"))(x))
 
 
+class Spy(saeray.SAETrial):
+    """Reports whether its process has imported torch."""
+
+    def step(self):
+        return super().step() | {"torch_is_loaded": "torch" in sys.modules}
+
+
+@pytest.mark.slow  # in CI a late trial, and trials from a laptop between hosts, are run like this
 def test_plain_tune_run(tiny, tmp_path):
     from ray import tune
-
-    class Spy(saeray.SAETrial):
-        """Reports whether its process has imported torch."""
-
-        def step(self):
-            return super().step() | {"torch_is_loaded": "torch" in sys.modules}
 
     analysis = tune.run(
         Spy,
@@ -342,7 +350,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     from ray import tune
 
     results = tune.Tuner(
-        saeray.SAETrial,
+        Spy,
         param_space=tiny
         | {
             # Long enough for Tune to decide while the pack trains.
@@ -363,6 +371,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
         run_config=tune.RunConfig(name="asha", storage_path=str(tmp_path), verbose=0),
     ).fit()
     assert not results.errors
+    assert [r.metrics["torch_is_loaded"] for r in results] == [False] * 4
     tokens = {r.config["lr"]: r.metrics["n_training_tokens"] for r in results}
     assert max(tokens.values()) == ASHA_STEPS * 1024
     assert tokens[1e-5] < ASHA_STEPS * 1024  # the worst was stopped
