@@ -273,7 +273,7 @@ def test_tune_run_over_ray_client(cluster, undisturbed):
 def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
     """(c) Harvesters on one machine, trainers on the other. It goes on by its name."""
     # So many checkpoints slow it down: it must still run once its actors have been found.
-    cluster.write_sweep("~/sweep.yaml", LABELLED, checkpoint_every_s=0.01)
+    cluster.write_sweep("~/sweep.yaml", LABELLED, checkpoint_every_s=0.2)
     address = f"--address http://127.0.0.1:{DASHBOARD}"
     sweep = cluster.start_saeray(f"sweep sweep.yaml --name c {address}")
     there = Ended(cluster.head.path("~/results"), "c")

@@ -15,7 +15,7 @@ from support.running import Ended, config
 from saeray.client.connect import all_ended, connected
 from saeray.stream.launch import held_by_buffers
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 OURS = (
     "Roster", "Harvester", "ActivationBuffer", "TokenServer", "Launcher", "RayTrainWorker",
@@ -84,6 +84,11 @@ def alive(kind):
     return sum(k.split(".")[-1] == kind for k in kinds)
 
 
+def harvested(text):
+    """LM tokens, as a sweep's summary says."""
+    return int(text.split("LM tokens harvested: ")[1].split(";")[0].replace(",", ""))
+
+
 def assert_like(mine, undisturbed):
     """Weights and log of the one SAE are those of a sweep that shared nothing."""
     weights, logs = undisturbed.weights(), undisturbed.logs()
@@ -93,6 +98,7 @@ def assert_like(mine, undisturbed):
     assert len(mine.weights()) == 1
 
 
+@pytest.mark.cluster
 def test_two_sweeps_share_a_stream_and_clean_up_separately(cluster, undisturbed, tmp_path):
     with connected(cluster.address):
         a = Sweep(cluster, tmp_path, "a", 1e-3, "team")
@@ -102,6 +108,12 @@ def test_two_sweeps_share_a_stream_and_clean_up_separately(cluster, undisturbed,
             sweep.wait_for(20)
         assert alive("Roster") == 3
         assert alive("Harvester") == alive("ActivationBuffer") == 2  # one a namespace
+
+        # 3 half buffers of 4 blocks of 16 * 64 rows of 128 floats for each of the two streams, on
+        # the node that harvests.
+        held = asyncio.run(held_by_buffers())
+        assert list(held.values()) == [2 * 12 * 16 * 64 * 128 * 4]
+        assert next(iter(held)) in {n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")}
 
         # A name that is in two namespaces is asked back for; its full name is not.
         assert "which of them?" in said(command(cluster, "stop", "a"), 2)
@@ -115,8 +127,8 @@ def test_two_sweeps_share_a_stream_and_clean_up_separately(cluster, undisturbed,
         assert states[("team", "b")] == "interrupted"
         assert states[("team", "a")] in ("running", "done")
 
-        text = said(a.process)
-        assert "LM tokens harvested" in text
+        # What the shared buffer harvested while `a` was there: one pass and a little, not two.
+        assert harvested(said(a.process)) < 1.5 * 245_760
         said(same_name.process)
         assert_like(a, undisturbed)
         assert_like(same_name, undisturbed)
@@ -138,15 +150,9 @@ def test_one_pass_serves_both(cluster, undisturbed, tmp_path):
             Sweep(cluster, tmp_path, name, lr, "both") for name, lr in (("c", 1e-3), ("d", 3e-3))
         ]
         sweeps[0].wait_for(20)
-        # 3 half buffers of 4 blocks of 16 * 64 rows of 128 floats; on the node that harvests.
-        held = asyncio.run(held_by_buffers())
-        assert list(held.values()) == [12 * 16 * 64 * 128 * 4]
-        assert next(iter(held)) in {n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")}
         texts = [said(sweep.process) for sweep in sweeps]
         for sweep in sweeps:
             assert_like(sweep, undisturbed)
     # Each counts what the shared buffer harvested while it was there; 245,760 is one pass.
-    counts = [
-        int(t.split("LM tokens harvested: ")[1].split(";")[0].replace(",", "")) for t in texts
-    ]
+    counts = [harvested(text) for text in texts]
     assert max(counts) < 1.5 * 245_760, counts

@@ -401,7 +401,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
         pytest.param(
             dict(n_batches_in_buffer=2000, store_batch_size=256, training_tokens=10**9),
             "buffer",
-            marks=(pytest.mark.slow, pytest.mark.cluster),
+            marks=pytest.mark.slow,  # the same by numbers alone, in test_plan
         ),
     ],
 )
