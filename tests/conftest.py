@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from support.bundled import HOOK, MODEL
+from support.bundled import fields
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
@@ -26,26 +26,17 @@ def tiny():
 
 
 def tiny_fields():
-    return dict(
-        model_name=str(MODEL),
-        hook_point=HOOK,
-        dataset_path=str(MODEL / "text" / "train.parquet"),
-        context_size=64,
+    return fields(
         expansion_factor=2,
         lr=1e-3,
         l1_coefficient=1e-3,
         lr_warm_up_steps=4,
         training_tokens=16 * 1024,
         train_batch_size=1024,
-        store_batch_size=16,
         n_batches_in_buffer=4,
         b_dec_init_rows=256,
-        eval_windows=8,
         eval_every=0,
         wandb_log_frequency=4,
-        log_to_wandb=False,
-        device="cpu",
-        seed=7,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
+from saeray.lm.hub import PACKAGE
 from saeray.spec.messages import NAMESPACE
 
 CONNECT_TRIES = 3
@@ -50,7 +51,7 @@ def runtime_env() -> dict[str, Any]:
     installed. Of the environment only Ray's own settings go along, since Ray writes a runtime_env,
     and with it every key, into its logs (see `actors.make.passed_on`).
     """
-    return {"py_modules": [str(Path(__file__).resolve().parent.parent)], "env_vars": settings()}
+    return {"py_modules": [str(PACKAGE)], "env_vars": settings()}
 
 
 def settings() -> dict[str, str]:

@@ -7,7 +7,7 @@ import threading
 import time
 
 import yaml
-from support.bundled import HOOK, MODEL
+from support.bundled import fields
 
 import saeray
 from saeray.files.storage import Folder
@@ -17,28 +17,19 @@ STEPS = 240
 
 
 def config():
-    return dict(
-        model_name=str(MODEL),
-        hook_point=HOOK,
-        dataset_path=str(MODEL / "text" / "train.parquet"),
-        context_size=64,
+    return fields(
         expansion_factor=8,
         lr=[1e-3, 3e-3],
         l1_coefficient=1e-3,
         lr_warm_up_steps=20,
         training_tokens=STEPS * 1024,
         train_batch_size=1024,
-        store_batch_size=16,
         n_batches_in_buffer=8,
         b_dec_init_rows=512,
-        eval_windows=8,
         eval_every=60,
         wandb_log_frequency=5,
         use_ghost_grads=True,
         dead_feature_window=30,
-        log_to_wandb=False,
-        device="cpu",
-        seed=7,
     )
 
 

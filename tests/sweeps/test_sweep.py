@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 import yaml
-from support.bundled import HOOK, MODEL
+from support.bundled import fields
 from support.running import weights_of
 
 import saeray
@@ -51,31 +51,22 @@ def rosters(sweep):
 
 def grid(**changes):
     """The fields of 3 L1 x 2 LR on the bundled model."""
-    return (
-        dict(
-            model_name=str(MODEL),
-            hook_point=HOOK,
-            dataset_path=str(MODEL / "text" / "train.parquet"),
-            context_size=64,
-            expansion_factor=4,
-            lr=[1e-3, 3e-3],
-            l1_coefficient=[3e-4, 1e-3, 3e-3],
-            lr_warm_up_steps=4,
-            training_tokens=64 * 1024,
-            train_batch_size=2048,
-            store_batch_size=16,
-            n_batches_in_buffer=8,
-            b_dec_init_rows=512,
-            eval_windows=8,
-            eval_every=16,
-            wandb_log_frequency=4,
-            n_checkpoints=2,
-            use_ghost_grads=True,
-            device="cpu",
-            seed=7,
-        )
-        | changes
+    six = fields(
+        expansion_factor=4,
+        lr=[1e-3, 3e-3],
+        l1_coefficient=[3e-4, 1e-3, 3e-3],
+        lr_warm_up_steps=4,
+        training_tokens=64 * 1024,
+        train_batch_size=2048,
+        n_batches_in_buffer=8,
+        b_dec_init_rows=512,
+        eval_every=16,
+        wandb_log_frequency=4,
+        n_checkpoints=2,
+        use_ghost_grads=True,
+        log_to_wandb=True,
     )
+    return six | changes
 
 
 @pytest.fixture(scope="module")
