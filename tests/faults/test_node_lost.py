@@ -30,7 +30,7 @@ def cluster():
             num_cpus=0,
             object_store_memory=200_000_000,
             include_dashboard=False,
-            _system_config=QUICK_HEALTH_CHECKS,
+            _system_config=dict(QUICK_HEALTH_CHECKS),
         ),
     )
     assert start_ray(cluster.address)

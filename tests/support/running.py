@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import MappingProxyType
 
 import yaml
 from support.bundled import fields
@@ -39,12 +40,15 @@ DISTURBED = dict(checkpoint_every_s=1.0)
 
 # Of Ray's head: a node that is gone is noticed in seconds. By default it takes 15 of them where its
 # port refuses connections, and more than 60 where nothing answers.
-QUICK_HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 3000,
-    "health_check_failure_threshold": 3,
-}
+# Can't be written to: Ray adds to the mapping it is given, and the hosts export what is in it.
+QUICK_HEALTH_CHECKS = MappingProxyType(
+    {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 3000,
+        "health_check_failure_threshold": 3,
+    }
+)
 
 
 def weights_of(result, **of):
