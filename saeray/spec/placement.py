@@ -18,8 +18,6 @@ from saeray.spec.resources import Resources
 from saeray.spec.room import EPSILON, Cluster, Need, Node, Room, need
 
 LEAST_CPUS = 0.1  # of a trainer: below it Ray's accounting means nothing any more
-# Fewer and larger packs are worth some idle cores: each costs a worker group of Ray Train.
-WORTH_FEWER_PACKS = 0.75
 # Of an object store, buffers may take this share: Ray begins to spill to disk at 0.8
 # (object_spilling_threshold), and snapshots of weights need some as well.
 STORE_SHARE = 0.75
@@ -195,17 +193,20 @@ def fit_into(
     )
     n_ranks = most_packs * resources.num_workers
     if placed and resources.trainer_cpus == AUTO and not use_gpu:
-        spread = resources.saes_per_trainer != AUTO
-        cpus = best_trainer_cpus(room, Fitted(**values), n_ranks, all_at_once=spread)
-        if cpus is not None:
-            values["trainer_cpus"] = cpus
+        if resources.saes_per_trainer == AUTO:
+            values["trainer_cpus"] = best_trainer_cpus(room, Fitted(**values), n_saes) or 1.0
+        else:
+            values["trainer_cpus"] = most_cpus(room, Fitted(**values), n_ranks)
     fitted = Fitted(**values)
     slots = room.how_many(fitted.trainer, n_ranks) if placed else 0
     if slots < resources.num_workers:
         raise does_not_fit(fitted, cluster)
     packs = min(most_packs, slots // resources.num_workers)
     if resources.saes_per_trainer == AUTO:
+        if not use_gpu:  # a second pack on the same cores would only read the stream twice
+            packs = min(packs, room.n_nodes(fitted.trainer))
         values["saes_per_trainer"] = -(-n_saes // packs)
+        packs = -(-n_saes // values["saes_per_trainer"])
         where = "GPU beside the harvesters" if use_gpu else "node, on all its cores"
         values["why"] = (
             f"{packs} packs, one per {where}" if packs > 1 else "one pack of all SAEs fits best"
@@ -259,36 +260,55 @@ def amounts(
     return values
 
 
-def best_trainer_cpus(room: Room, fitted: Fitted, n_ranks: int, all_at_once: bool) -> float | None:
-    """CPUs of each rank: as many as make use of the nodes, in as few packs as that takes.
+def best_trainer_cpus(room: Room, fitted: Fitted, n_saes: int) -> float | None:
+    """CPUs of each rank where packs are cut as the nodes are: the shortest time for all SAEs.
 
-    `all_at_once`: the number of packs is given; as many CPUs as let all of them run.
+    The packs of a sweep are equally large and read one stream in step, so that with n of them the
+    time goes as ceil(n_saes / n) / CPUs. All of them ask for the same, which is all that is free
+    of the smallest node that takes part: Ray puts a pack onto the emptiest node it fits, and a
+    pack that asked for less than another could take its only place. A node with room for two
+    would get two, so smaller nodes than half the largest take no part.
     """
     others = Need({k: v for k, v in fitted.trainer.resources.items() if k != "CPU"}, {})
+    others = others._replace(labels=fitted.trainer.labels)
+    ranks = fitted.num_workers
+    free = [
+        room.free[at].get("CPU", 0.0) for at in range(len(room.nodes)) if room.holds(at, others)
+    ]
+    best: tuple[float, float] | None = None
+    for cpus in {hundredths(f / k) for f in free for k in range(1, ranks + 1)}:
+        if cpus < LEAST_CPUS or (ranks == 1 and max(free) + EPSILON >= 2 * cpus):
+            continue
+        each = Need({"CPU": cpus, **others.resources}, others.labels)
+        packs = min(room.how_many(each, n_saes * ranks) // ranks, room.n_nodes(each), n_saes)
+        if packs:
+            time = -(-n_saes // packs) / (cpus * ranks)
+            best = min(best or (time, -cpus), (time, -cpus))
+    if best is None:
+        return None
+    # What is left of a core is room for a sweep that joins, where whole ones keep packs apart too.
+    cpus, whole = -best[1], float(int(-best[1] + EPSILON))
+    same_nodes = sum(f + EPSILON >= whole for f in free) == sum(f + EPSILON >= cpus for f in free)
+    return whole if ranks == 1 and same_nodes and max(free) + EPSILON < 2 * whole else cpus
+
+
+def most_cpus(room: Room, fitted: Fitted, n_ranks: int) -> float:
+    """CPUs of each rank where the number of packs is given: as many as let all of them run."""
+    others = {k: v for k, v in fitted.trainer.resources.items() if k != "CPU"}
 
     def slots(cpus: float) -> int:
-        each = Need({"CPU": cpus, **others.resources}, fitted.trainer.labels)
-        return room.how_many(each, n_ranks)
+        return room.how_many(Need({"CPU": cpus, **others}, fitted.trainer.labels), n_ranks)
 
     candidates = {
-        whole_or_fraction(free.get("CPU", 0.0) / k)
-        for free in room.free
-        for k in range(1, max(n_ranks if all_at_once else fitted.num_workers, 1) + 1)
+        hundredths(free.get("CPU", 0.0) / k) for free in room.free for k in range(1, n_ranks + 1)
     }
-    candidates = {c for c in candidates if c >= LEAST_CPUS} | {LEAST_CPUS}
-    if all_at_once:
-        enough = [c for c in candidates if slots(c) >= n_ranks]
-        return max(enough, default=LEAST_CPUS)
-    useful = {c: slots(c) // fitted.num_workers * fitted.num_workers * c for c in candidates}
-    best = max(useful.values())
-    if best <= 0:
-        return None
-    return max(c for c, used in useful.items() if used >= WORTH_FEWER_PACKS * best)
+    enough = [c for c in candidates if c >= LEAST_CPUS and slots(c) >= n_ranks]
+    return max(enough, default=LEAST_CPUS)
 
 
-def whole_or_fraction(cpus: float) -> float:
-    """Ray takes whole numbers above 1, and hundredths below are plenty."""
-    return float(int(cpus + EPSILON)) if cpus + EPSILON >= 1 else int(cpus * 100 + EPSILON) / 100
+def hundredths(cpus: float) -> float:
+    """Ray counts resources in ten-thousandths; hundredths are plenty, and can be read."""
+    return int(cpus * 100 + EPSILON) / 100
 
 
 def threads_of(room: Room, fitted: Fitted, n_ranks: int) -> int:

@@ -1,7 +1,7 @@
 """Room: what processes need, what nodes there are, and what is left once the needs are placed.
 
-Plain data. Each role is one `Need`; needs are placed on nodes one by one, as Ray will, so that what
-is promised fits node by node and not only in the sum.
+Plain data. Each role is one `Need`; needs are placed on nodes one by one, so that what is
+promised fits node by node and not only in the sum.
 """
 
 from __future__ import annotations
@@ -153,6 +153,10 @@ class Room:
         return Cluster(
             tuple(n for n in nodes if not n.planned), tuple(n for n in nodes if n.planned)
         )
+
+    def n_nodes(self, need: Need) -> int:
+        """How many nodes have room for at least one of this need."""
+        return sum(self.holds(at, need) for at in range(len(self.nodes)))
 
     def how_many(self, need: Need, at_most: int) -> int:
         """How many of this need there is room for; nothing is taken."""

@@ -1,5 +1,7 @@
 """Where harvesters and trainers go: node by node, with the numbers where nothing fits."""
 
+import itertools
+
 import pytest
 
 from saeray.errors import ConfigError
@@ -27,17 +29,53 @@ def test_a_trainer_must_fit_on_one_node_and_not_into_the_sum_of_all():
         fit(Resources(trainer_cpus=4), cluster(2, 2, 2), 6, use_gpu=False)
 
 
-def test_auto_makes_use_of_every_node_with_as_few_packs_as_that_takes():
-    # The head gives nothing; the harvester leaves 1.5 + 2: three packs of one CPU use 3 of 3.5, a
-    # pack of two only 2.
+def test_auto_is_a_pack_a_node_on_all_its_cores():
+    # The head gives nothing; the harvester leaves 1.5 + 2. Packs of one CPU each could both be
+    # put onto the free node, packs of 1.5 can't.
     two = fit(Resources(), cluster(0, 2, 2), 6, use_gpu=False)
-    assert (two.trainer_cpus, two.saes_per_trainer, two.threads) == (1.0, 2, 1)
-    # 3.5 and 8 are left: three packs of 3 CPUs would use 9, one pack of 8 nearly as much.
+    assert (two.trainer_cpus, two.saes_per_trainer, two.threads) == (1.5, 3, 2)
+    # 3.5 and 8 are left: a node with room for one pack of 3.5 has room for two, so 8 take part.
     uneven = fit(Resources(), cluster(4, 8), 12, use_gpu=False)
     assert (uneven.trainer_cpus, uneven.saes_per_trainer) == (8.0, 12)
-    # 16 nodes with 8 CPUs: 15 whole ones, so 12 SAEs are 12 packs.
-    many = fit(Resources(), cluster(*[8] * 16), 12, use_gpu=False)
-    assert (many.trainer_cpus, many.saes_per_trainer) == (8.0, 1)
+    # 16 nodes with 8 CPUs, 7.5 of one: packs of 7 are one a node, so 12 SAEs are 12 packs and 24
+    # SAEs are 12 packs of two; with 15 or with 16 of them, one would have to train two anyway.
+    many = cluster(*[8] * 16)
+    for n_saes, cpus, per_pack in ((12, 8.0, 1), (24, 8.0, 2), (32, 7.0, 2)):
+        fitted = fit(Resources(), many, n_saes, use_gpu=False)
+        assert (fitted.trainer_cpus, fitted.saes_per_trainer, fitted.threads) == (cpus, per_pack, 8)
+    # Five SAEs on four nodes: three nodes take as long as four.
+    assert fit(Resources(), cluster(*[8] * 4), 5, use_gpu=False).saes_per_trainer == 2
+    assert fit(Resources(), cluster(*[8] * 4), 5, use_gpu=False).trainer_cpus == 8.0
+
+
+HELD = (0.0, 0.25, 0.5, 1.37)  # of a node, by other work
+
+
+@pytest.mark.parametrize("n_nodes", range(1, 9))
+def test_never_more_packs_than_nodes_whatever_the_grid_and_the_cores(n_nodes):
+    """1 to 200 SAEs, 1 to 128 cores, other work on some nodes; and nodes of two sizes."""
+    for cpus in (1, 2, 3, 4, 6, 8, 16, 31, 64, 128):
+        for held, smaller in itertools.product(HELD, (1, 2)):
+            sizes = [max(0.5, cpus - held), *[max(1, cpus // smaller)] * (n_nodes - 1)]
+            nodes = cluster(*sizes)
+            if sum(sizes) < 0.6:
+                continue
+            for n_saes in (1, 2, 3, 7, 14, 15, 16, 40, 64, 113, 200):
+                fitted = fit(Resources(), nodes, n_saes, use_gpu=False)
+                packs = -(-n_saes // fitted.saes_per_trainer)
+                room = Room(nodes.nodes)
+                assert room.place_all(fitted.harvester, 1) is not None  # its share is kept
+                free = [f["CPU"] for f in room.free]
+                used = [f for f in free if f + 1e-6 >= fitted.trainer_cpus]
+                assert 1 <= packs <= len(used), (sizes, n_saes, fitted)
+                # Wherever Ray puts them, no two of them are on one node.
+                assert max(free) < 2 * fitted.trainer_cpus, (sizes, n_saes, fitted)
+                # All that is free of the smallest, but for what is left of a core.
+                assert min(used) - fitted.trainer_cpus < 1, (sizes, n_saes, fitted)
+                assert fitted.threads >= int(min(used)), (sizes, n_saes, fitted)
+                # No slower than one pack on the largest node.
+                slowest = -(-n_saes // packs) / min(used)
+                assert slowest <= n_saes / max(free) + 1e-9, (sizes, n_saes, fitted)
 
 
 def test_given_packs_get_as_many_cpus_as_let_all_of_them_run():
