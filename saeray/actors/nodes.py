@@ -13,10 +13,9 @@ import ray
 import yaml
 
 from saeray.spec.messages import NAMESPACE
-from saeray.spec.room import Cluster, Node
+from saeray.spec.room import HEAD, Cluster, Node
 
-HEAD = "node:__internal_head__"
-HEAD_SHARE = 0.0001  # of it, per process that must be there: the least Ray takes, so 10,000 fit
+HEAD_SHARE = 0.0001  # of HEAD, per process that must be there: the least Ray takes, so 10,000 fit
 
 
 def namespace() -> str:

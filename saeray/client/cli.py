@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from saeray.errors import ConfigError, SaerayError, printable
+from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.version import __version__
 
@@ -55,12 +56,20 @@ def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> 
         else:
             data[target] = value
     for key in ("model_name", "dataset_path"):
-        value = data.get(key)
-        if isinstance(value, str) and not Path(value).expanduser().is_absolute():
-            beside = file.parent / value
-            if beside.exists():
-                data[key] = str(beside.resolve())
+        if key in data:
+            data[key] = found_beside(file, data[key])
     return data
+
+
+def found_beside(file: Path, value: Any) -> Any:
+    """A path, or each of a list, that lies beside the sweep file; anything else as it is."""
+    if isinstance(value, list):
+        return [found_beside(file, one) for one in value]
+    if isinstance(value, str) and not Path(value).expanduser().is_absolute():
+        beside = file.parent / value
+        if beside.exists():
+            return str(beside.resolve())
+    return value
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
@@ -165,25 +174,43 @@ def fetch_command(arguments: argparse.Namespace) -> int:
 
 
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
-    """Checks everything that a sweep checks, model and dataset included, and prints the plan."""
-    from saeray.lm.hub import load_tokenizer
-    from saeray.lm.model import LanguageModel, check_d_in
-    from saeray.lm.tokens import TokenWindows
+    """Checks everything that a sweep checks, models and texts included, and prints the plan."""
+    from saeray.lm.check import check_models, check_texts, hook_points_of
     from saeray.spec.config import resolve
     from saeray.spec.grid import expand
-    from saeray.spec.plan import describe, plan_stream
+    from saeray.spec.plan import by_stream, describe, plan_stream
 
     saes = expand(resolve(config))
-    first = saes[0].config
-    hook_points = sorted({s.config.resolved_hook_point for s in saes})
-    facts = LanguageModel(first, hook_points).facts
-    for s in saes:
-        check_d_in(s.config, facts)
-    TokenWindows(first, load_tokenizer(first))
-    plan = plan_stream(first, hook_points, facts.d_in)
+    streams = [[s.config for s in members] for members in by_stream(saes).values()]
+    facts = check_models(streams)
+    check_texts([configs[0] for configs in streams])
+    plans = [
+        plan_stream(configs[0], hook_points_of(configs), of.d_in)
+        for configs, of in zip(streams, facts, strict=True)
+    ]
     print(describe(saes))
-    print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
+    for plan, configs, of in zip(plans, streams, facts, strict=True):
+        print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
+        print(f"  {memory_alone(configs, of, plan.buffer_bytes)}")
+    for text in dict.fromkeys(text for s in saes for text in cautions(s.config)):
+        print(f"! {text}")
     return 0
+
+
+def memory_alone(configs: list[LanguageModelSAERunnerConfig], facts: Any, buffer: int) -> str:
+    """What a stream and its SAEs would take on this machine alone, in words."""
+    from saeray.spec.memory import memory_of
+    from saeray.spec.placement import fit
+    from saeray.spec.room import Cluster
+
+    use_gpu = facts.device == "cuda"
+    machine = Cluster.one_machine(os.cpu_count() or 1, gpus=float(use_gpu))
+    try:
+        fitted = fit(configs[0].resources, machine, len(configs), use_gpu)
+    except ConfigError as error:
+        return f"on this machine alone: {error}"
+    memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, buffer)
+    return f"on this machine alone: {memory}"
 
 
 def parser() -> argparse.ArgumentParser:

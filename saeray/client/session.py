@@ -250,7 +250,9 @@ def done_already(place: Folder) -> SweepResult | None:
 
 
 def absolute(path: Any) -> Any:
-    """A path that is there, as other processes find it; anything else as it is."""
+    """A path that is there, as other processes find it; anything else as it is. Of a list, each."""
+    if isinstance(path, list):
+        return [absolute(one) for one in path]
     if isinstance(path, str) and "://" not in path and Path(path).expanduser().exists():
-        return portable(Path(path))
+        return portable(Path(path).expanduser())
     return path

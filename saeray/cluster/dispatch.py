@@ -74,6 +74,8 @@ class Dispatch:
                     if e.state == WAITING and e.name not in queued:
                         by_stream.setdefault(e.stream_key, []).append(SAE(e.name, e.config))
                 for key, saes in by_stream.items():
+                    self.streams.unchecked[key] = [s.config for s in saes]
+                for key, saes in by_stream.items():
                     placed = await self.streams.place(key, saes, self.fitted_packs)
                     if placed is None:
                         self.put_off.update(s.name for s in saes)

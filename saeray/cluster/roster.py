@@ -30,6 +30,7 @@ from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.errors import ConfigError
 from saeray.files.sweep_folder import Known
+from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE, refuse_duplicates
 from saeray.spec.messages import (
@@ -319,6 +320,8 @@ class Roster:
             self.reports.evaluation_tokens += known.evaluation_tokens
         if not entry.ended:
             self.reports.open(entry)
+            for text in cautions(config):
+                self.state.do(self.state.warn(text))
         return entry
 
     def take_up_again(self, entry: Entry) -> None:

@@ -57,6 +57,8 @@ class Streams:
         self.starting: dict[str, asyncio.Task[Stream]] = {}  # by the stream's name
         self.placement = ""  # what was chosen, and why
         self.own: dict[str, Own] = {}  # by stream
+        # Configs by stream key that nobody has checked; the first stream to start sees to all.
+        self.unchecked: dict[str, list[LanguageModelSAERunnerConfig]] = {}
         # What others held of each node when this sweep began: not there to be planned with.
         self.taken: dict[str, dict[str, float]] | None = None
 
@@ -189,6 +191,8 @@ class Streams:
             self.reports.give_up(error)
             raise
         self.running.append(stream)
+        if stream.memory:
+            self.placement += f"; {stream.memory}"
         self.own[name] = Own(fitted, stream.nodes or fitted.harvester_nodes)
         await self.state.write_sweep_yaml(fitted)
         if self.state.training_since is None:
@@ -201,15 +205,17 @@ class Streams:
         self, name: str, key: str, configs: list[LanguageModelSAERunnerConfig], fitted: Fitted
     ) -> Stream:
         """A stream of its own, or the one that another sweep is starting at the same time."""
+        later = [others for other, others in self.unchecked.items() if other != key]
+        self.unchecked.clear()
         if not configs[0].share_stream:
-            return await start_stream(name, key, configs, fitted)
+            return await start_stream(name, key, configs, fitted, later)
         limit = configs[0].wait_limit_s
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             stream = await running_stream(name)
             try:
                 if stream is None:
-                    stream = await start_stream(name, key, configs, fitted)
+                    stream = await start_stream(name, key, configs, fitted, later)
             except NameTaken:
                 await asyncio.sleep(1.0)  # somebody else is at it
                 continue

@@ -20,13 +20,14 @@ from ray import tune
 from ray.exceptions import RayError
 
 from saeray.actors import waiting
-from saeray.actors.nodes import HEAD, HEAD_SHARE, has_head
+from saeray.actors.nodes import HEAD_SHARE, has_head
 from saeray.actors.waiting import NotYet
 from saeray.cluster.roster import find_or_create
 from saeray.errors import Late, SAEFailed
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.grid import derived_name
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED
+from saeray.spec.room import HEAD
 
 INTERNAL = "_saeray"  # key in a trial's config for a sweep of ours: its SAE and its folder
 POINTER = "sae.json"

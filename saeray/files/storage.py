@@ -60,7 +60,7 @@ class Folder:
         return cls(filesystem, path, text.rstrip("/"))
 
     def __truediv__(self, name: str) -> Folder:
-        place, mark, query = self.uri.partition("?")  # of an endpoint, a region
+        place, mark, query = self.parts
         return Folder(
             self.filesystem,
             str(PurePosixPath(self.path) / name),
@@ -73,8 +73,14 @@ class Folder:
 
     @property
     def parent_uri(self) -> str:
-        place, mark, query = self.uri.partition("?")
+        place, mark, query = self.parts
         return place.rstrip("/").rpartition("/")[0] + mark + query
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """The URI, `?`, and what says where the store is: its endpoint, a region."""
+        # In a path on this machine `?` is a character like any other.
+        return self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"

@@ -40,6 +40,7 @@ class ModelFacts(NamedTuple):
     fast_path: bool
     fingerprint: str  # of the weights and of how the forward runs: what activations depend on
     device: str  # kind: cpu, cuda or mps
+    parameter_bytes: int  # of the weights
 
 
 class _Reached(Exception):
@@ -192,7 +193,12 @@ class LanguageModel:
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
         path = "fast" if fast_path else "run_with_cache"
         return ModelFacts(
-            d_in, d_vocab, fast_path, f"{path}:{fingerprint(self.model)}", self.device.type
+            d_in,
+            d_vocab,
+            fast_path,
+            f"{path}:{fingerprint(self.model)}",
+            self.device.type,
+            sum(p.numel() * p.element_size() for p in self.model.parameters()),
         )
 
     def agree(self, fast: Tensor, slow: Tensor) -> bool:

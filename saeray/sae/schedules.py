@@ -19,7 +19,8 @@ def lr_multiplier(
     constant: 1. constantwithwarmup: min(1, (step + 1) / warm_up_steps). linearwarmupdecay: the same
     warm-up, then linearly to 0 at total_steps. cosineannealing: half a cosine from 1 to `lr_end`
     over all steps. cosineannealingwarmup: warm-up first, the cosine over what is left.
-    cosineannealingwarmrestarts: `num_cycles` half cosines one after the other.
+    cosineannealingwarmrestarts: `num_cycles` half cosines of total_steps / num_cycles steps each,
+    the last of which ends with the training. `lr_end` is a fraction of lr, like what is returned.
 
     Raises:
         ValueError: an unknown name.
@@ -38,8 +39,9 @@ def lr_multiplier(
     if name == "cosineannealingwarmup":
         return warm if warming else half_cosine((step - warm_up_steps) / left, lr_end)
     if name == "cosineannealingwarmrestarts":
-        cycle = max(1, total_steps // num_cycles)
-        return half_cosine((step % cycle) / cycle, lr_end)
+        # In whole numbers: where the cycles don't divide the steps, a step is still in one cycle.
+        total = max(1, total_steps)
+        return half_cosine(step * num_cycles % total / total, lr_end)
     raise ValueError(f"lr_scheduler_name {name!r} is unknown")
 
 

@@ -6,6 +6,7 @@ The checks that need the model or the text are made where these are loaded.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -91,6 +92,13 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     for name in ("lr", "expansion_factor", "wait_limit_s", "reader_lag_s"):
         if getattr(config, name) <= 0:
             raise bad_value(name, getattr(config, name), "above 0.")
+    if config.lr_end > 1:
+        raise bad_value(
+            "lr_end",
+            config.lr_end,
+            "a fraction of lr is wanted, 0 to 1: 0.1 ends at a tenth of it, whatever lr is.",
+        )
+    check_name(config.name)
     if config.checkpoint_every_s is not None and config.checkpoint_every_s <= 0:
         raise bad_value("checkpoint_every_s", config.checkpoint_every_s, "seconds, or none.")
     if config.eval_every is not None and config.eval_every < 0:
@@ -129,6 +137,38 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             f"shorter than training_tokens = {config.training_tokens}; leave it out.",
         )
     check_hook_layer(config)
+
+
+NAME = re.compile(r"[^\W_][\w.+=,@ -]*")  # letters and digits of any script
+NAME_BYTES = 200  # of 255 that file systems have, since files are written beside their place
+
+
+def check_name(name: str | None) -> None:
+    """A sweep's name is a folder's: one that stays inside storage_path, wherever that is."""
+    if name is None:
+        return
+    if not NAME.fullmatch(name) or name.endswith(" ") or len(name.encode()) > NAME_BYTES:
+        raise bad_value(
+            "name",
+            name,
+            "a folder's name is wanted: letters, digits and . _ + = , @ - or spaces between them, "
+            f"beginning with a letter or a digit, of at most {NAME_BYTES} bytes.",
+        )
+
+
+def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
+    """What is odd about the config of one SAE, though it can be meant."""
+    found = []
+    warms_up = config.lr_scheduler_name.endswith("warmup") or (
+        config.lr_scheduler_name == "linearwarmupdecay"
+    )
+    if warms_up and config.lr_warm_up_steps >= config.steps:
+        found.append(
+            f"lr_warm_up_steps = {config.lr_warm_up_steps:,}: training ends after "
+            f"{config.steps:,} steps (training_tokens // train_batch_size), before lr is "
+            "reached; lower it, or train on more tokens."
+        )
+    return found
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,18 +11,17 @@ Nothing is repaired in silence: an unknown key, a wrong type or a contradiction 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from saeray.errors import ConfigError, bad_value, nearest
+from saeray.errors import ConfigError, bad_value
 from saeray.spec.checks import AUTO, check_types, check_values
+from saeray.spec.guide import in_our_words
 from saeray.spec.resources import Resources, resources_from
-
-# Names the guide's own code used at one time or another for the same thing.
-ALIASES = {"total_training_tokens": "training_tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,8 @@ class LanguageModelSAERunnerConfig:
     l1_coefficient: float = 1e-3
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int = 500  # optimizer steps
-    lr_end: float = 0.0  # cosine schedules end at this fraction of lr
-    num_cycles: int = 1  # of cosineannealingwarmrestarts
+    lr_end: float = 0.0  # a fraction of lr (0.1: a tenth of it), where cosine schedules end
+    num_cycles: int = 1  # half cosines of cosineannealingwarmrestarts, of the same length
     train_batch_size: int = 4096  # tokens per optimizer step
     training_tokens: int = 2_000_000  # steps = training_tokens // train_batch_size
     adam_beta1: float = 0.9
@@ -184,29 +183,41 @@ class LanguageModelSAERunnerConfig:
         Raises:
             ConfigError: an unknown key (with the nearest known ones), a missing or bad value.
         """
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in data.items():
-            key = ALIASES.get(key, key)
-            if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r}; {nearest(str(key), known)}")
-            if key in values:
-                raise ConfigError(f"{source}: {key} is given twice, once under another name.")
-            values[key] = value
-        missing = [
-            f.name
-            for f in fields(cls)
-            if f.name not in values
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ConfigError(f"{source}: {', '.join(missing)} must be given.")
         try:
-            return cls(**values)
+            return cls(**{str(key): value for key, value in data.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 
+
+def guides_keywords_too(init: Callable[..., None]) -> Callable[..., None]:
+    """`__init__` that takes what `from_dict` takes, and refuses the rest in the same words."""
+
+    @functools.wraps(init)
+    def made(self: Any, *positional: Any, **given: Any) -> None:
+        if positional:
+            raise ConfigError("fields are given by name: LanguageModelSAERunnerConfig(lr=…).")
+        values = in_our_words(given, [f.name for f in fields(self)])
+        missing = missing_fields(type(self), values)
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} must be given.")
+        init(self, **values)
+
+    return made
+
+
+def missing_fields(cls: Any, values: Mapping[str, Any]) -> list[str]:
+    """The fields without a default that have no value."""
+    nothing = dataclasses.MISSING
+    return [
+        f.name
+        for f in fields(cls)
+        if f.name not in values and f.default is nothing and f.default_factory is nothing
+    ]
+
+
+LanguageModelSAERunnerConfig.__init__ = guides_keywords_too(  # type: ignore[method-assign]
+    LanguageModelSAERunnerConfig.__init__
+)
 
 # Fields that concern the whole sweep, so a list in them means nothing.
 NOT_AN_AXIS = frozenset(

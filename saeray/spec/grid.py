@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from saeray.errors import ConfigError
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, grid_axes, resolve
+
+NAME_LENGTH = 120  # characters of an SAE's name: file systems have 255, and paths have several
+LABEL_LENGTH = 20  # what is left of a long label
 
 
 class SAE(NamedTuple):
@@ -26,32 +30,71 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
     """
     config = resolve(config)
     axes = grid_axes(config)
+    along = [getattr(config, axis) for axis in axes]
     points = []
-    for values in itertools.product(*(getattr(config, axis) for axis in axes)):
+    for values, labels in zip(
+        itertools.product(*along), itertools.product(*map(labels_of, along)), strict=True
+    ):
         point = config.replace(**dict(zip(axes, values, strict=True)))
-        points.append(SAE(derived_name(point, axes), point))
+        points.append(SAE(joined(axes, labels), point))
     refuse_duplicates(points)
     return points
 
 
-def derived_name(config: LanguageModelSAERunnerConfig, axes: Sequence[str] | None = None) -> str:
-    """The folder name of an SAE: its values on the axes, `l1_coefficient=8e-05,lr=0.0004`.
+def derived_name(config: LanguageModelSAERunnerConfig) -> str:
+    """The folder name of an SAE of which no axes are known (a bare `tune.run`).
 
-    Without known axes (a bare `tune.run`, where a trial sees only its own config) the name is made
-    of l1_coefficient, lr and a digest of the whole config, which keeps it unique and derived.
+    There a trial sees only its own config: l1_coefficient, lr and a digest of the whole config,
+    which keeps it unique and derived.
     """
-    if axes is None:
-        whole = digest(config.to_dict(), 6)
-        return f"{derived_name(config, ('l1_coefficient', 'lr'))},{whole}"
-    parts = [f"{axis}={in_a_name(getattr(config, axis))}" for axis in axes]
-    return ",".join(parts) or "sae"
+    known = ("l1_coefficient", "lr")
+    name = joined(known, [label(getattr(config, field)) for field in known])
+    return f"{name},{digest(config.to_dict(), 6)}"
 
 
-def in_a_name(value: Any) -> str:
+def joined(axes: Sequence[str], labels: Sequence[str]) -> str:
+    """`l1_coefficient=8e-05,lr=0.0004`, at most NAME_LENGTH characters long.
+
+    Labels that are too long for that are cut, the longest first, each with a digest in its end.
+    """
+    labels = list(labels)
+
+    def name() -> str:
+        return ",".join(f"{a}={text}" for a, text in zip(axes, labels, strict=True)) or "sae"
+
+    while len(name()) > NAME_LENGTH:
+        at = max(range(len(labels)), key=lambda i: len(labels[i]))
+        if len(labels[at]) <= LABEL_LENGTH:  # so many axes that their names alone are too long
+            return f"{name()[: NAME_LENGTH - 7]}-{digest(name(), 6)}"
+        labels[at] = f"{labels[at][: LABEL_LENGTH - 7]}-{digest(labels[at], 6)}"
+    return name()
+
+
+def labels_of(values: Sequence[Any]) -> list[str]:
+    """The values of an axis in names: short, and different where the values are.
+
+    Of a path its last part; where two would then be called the same, or where hardly a character
+    can stand in a folder's name, with a digest of the whole value.
+    """
+    short = [label(value) for value in values]
+    shared = Counter(text.casefold() for text, _ in {(label(v), repr(v)) for v in values})
+    return [
+        text if shared[text.casefold()] == 1 and readable(text) else f"{text}-{digest(value, 6)}"
+        for text, value in zip(short, values, strict=True)
+    ]
+
+
+def label(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if isinstance(value, float) and float(text) != value:
         text = repr(value)  # %g would give two different values one name
+    if isinstance(value, str):
+        text = value.partition("?")[0].rstrip("/").rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text)
+
+
+def readable(text: str) -> bool:
+    return any(c.isalnum() for c in text.partition(".")[0])
 
 
 def refuse_duplicates(points: Sequence[SAE]) -> None:

@@ -37,6 +37,7 @@ class Fitted:
     trainer_gpus: float
     threads: int
     why: str
+    packs: int = 0  # that run at the same time
     harvester_resources: Mapping[str, float] = field(default_factory=dict)
     harvester_labels: Mapping[str, str] = field(default_factory=dict)
     trainer_resources: Mapping[str, float] = field(default_factory=dict)
@@ -207,13 +208,14 @@ def fit_into(
             packs = min(packs, room.n_nodes(fitted.trainer))
         values["saes_per_trainer"] = -(-n_saes // packs)
         packs = -(-n_saes // values["saes_per_trainer"])
+        values["packs"] = packs
         where = "GPU beside the harvesters" if use_gpu else "node, on all its cores"
         values["why"] = (
             f"{packs} packs, one per {where}" if packs > 1 else "one pack of all SAEs fits best"
         )
     else:
         values["saes_per_trainer"] = int(resources.saes_per_trainer)
-        values["why"] = "saes_per_trainer as given"
+        values["why"], values["packs"] = "saes_per_trainer as given", packs
     values["threads"] = (
         max(1, int(values["trainer_cpus"]))
         if use_gpu or resources.trainer_cpus != AUTO

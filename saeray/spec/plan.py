@@ -106,11 +106,17 @@ def cut_packs(saes: Sequence[SAE], per_pack: int) -> list[list[SAE]]:
     return packs
 
 
-def describe(saes: Sequence[SAE]) -> str:
-    """The plan of a sweep in words, for --dry-run."""
+def by_stream(saes: Sequence[SAE]) -> dict[str, list[SAE]]:
+    """The SAEs of each activation stream, by its key."""
     streams: dict[str, list[SAE]] = {}
     for sae in saes:
         streams.setdefault(stream_key(sae.config), []).append(sae)
+    return streams
+
+
+def describe(saes: Sequence[SAE]) -> str:
+    """The plan of a sweep in words, for --dry-run."""
+    streams = by_stream(saes)
     lines = [f"{len(saes)} SAEs on {len(streams)} activation stream(s)"]
     for members in streams.values():
         c = members[0].config

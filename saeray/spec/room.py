@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 EPSILON = 1e-6
+HEAD = "node:__internal_head__"  # the resource by which Ray knows its head node
 
 
 class Need(NamedTuple):
@@ -53,6 +54,10 @@ class Node(NamedTuple):
     @property
     def gpus(self) -> float:
         return self.resources.get("GPU", 0.0)
+
+    @property
+    def is_head(self) -> bool:
+        return HEAD in self.resources
 
     def __str__(self) -> str:
         return f"{self.name}: {Need(shown(self.resources), self.labels)}"

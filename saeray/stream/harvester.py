@@ -81,6 +81,17 @@ class Harvester:
             check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
         return facts
 
+    def check_others(self, streams: list[list[dict[str, Any]]]) -> list[ModelFacts]:
+        """`check` of streams that others will serve, before this harvester loads its own model.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        from saeray.lm.check import check_models
+
+        read = LanguageModelSAERunnerConfig.from_dict
+        return check_models([[read(c) for c in configs] for configs in streams])
+
     def ping(self) -> None:
         """Answers when the actor is up."""
 

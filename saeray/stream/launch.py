@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -28,7 +29,9 @@ from saeray.actors.nodes import cluster_now, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
 from saeray.files.cache import identity_of
+from saeray.lm.check import hook_points_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.memory import check_memory, memory_of
 from saeray.spec.messages import CacheKey
 from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, plan_stream
@@ -36,6 +39,11 @@ from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenServer
+
+if TYPE_CHECKING:
+    from saeray.lm.model import ModelFacts
+
+Config = LanguageModelSAERunnerConfig
 
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
@@ -73,6 +81,7 @@ class Stream:
     shared: bool = False  # with other sweeps
     evaluations: int = 0  # handed out so far; spreads them over the harvesters
     nodes: list[str] = field(default_factory=list)  # of harvesters that this sweep has started
+    memory: str = ""  # what it and its packs take, in words
     held_out: Any = None  # reference of the held-out windows, once they are asked for
 
     @property
@@ -84,28 +93,28 @@ class Stream:
 
 
 async def start_stream(
-    name: str, key: str, configs: list[LanguageModelSAERunnerConfig], fitted: Fitted
+    name: str, key: str, configs: list[Config], fitted: Fitted, later: Sequence[list[Config]] = ()
 ) -> Stream:
     """Starts the actors of one stream and has them check model, hooks, widths and dataset.
 
     It begins with the harvesters that have a node; others join it when they get theirs.
+
+    later: configs of each stream that the sweep will start when this one is through; they are
+        checked like this one's, before anything is spent.
 
     Raises:
         ConfigError: something of it is wrong; the actors are gone again.
         Late: no harvester got a node in time.
         NameTaken: somebody else is starting it, or has.
     """
-    config = configs[0]
-    hook_points = sorted({c.resolved_hook_point for c in configs})
+    config, hook_points = configs[0], hook_points_of(configs)
     token_server, harvesters = start_sources(name, config, hook_points, fitted)
     try:
         nodes = await nodes_of(harvesters, config, fitted)
-        first = harvesters[min(nodes)]
-        facts, _ = await asyncio.gather(
-            first.check.options(max_task_retries=0).remote([c.to_dict() for c in configs]),
-            token_server.check.options(max_task_retries=0).remote(),
-        )
+        facts = await checked(harvesters[min(nodes)], token_server, configs, later)
         plan = plan_stream(config, hook_points, facts.d_in)
+        memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes)
+        check_memory(memory, fitted, cluster_now(), list(nodes.values()))
         room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:
@@ -134,7 +143,38 @@ async def start_stream(
         sorted(nodes),
         config.share_stream,
         nodes=list(nodes.values()),
+        memory=str(memory),
     )
+
+
+async def checked(
+    harvester: Any, token_server: Any, configs: list[Config], later: Sequence[list[Config]]
+) -> ModelFacts:
+    """The facts of a stream's model, once model and text are found to be right; `later` ones too.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+
+    def plain(configs: Sequence[Config]) -> list[dict[str, Any]]:
+        return [c.to_dict() for c in configs]
+
+    calls = [
+        harvester.check.options(max_task_retries=0).remote(plain(configs)),
+        token_server.check.options(max_task_retries=0).remote(),
+    ]
+    if later:  # before: one harvester has room for one model
+        others = harvester.check_others.options(max_task_retries=0)
+        texts = token_server.check_others.options(max_task_retries=0)
+        calls = [
+            others.remote([plain(other) for other in later]),
+            texts.remote(plain([other[0] for other in later])),
+            *calls,
+        ]
+        for facts, other in zip(await calls[0], later, strict=True):
+            plan_stream(other[0], hook_points_of(other), facts.d_in)
+    found: list[ModelFacts] = await asyncio.gather(*calls)
+    return found[-2]
 
 
 def start_sources(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saeray.lm.check import check_texts
 from saeray.lm.hub import load_tokenizer
 from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -42,6 +43,10 @@ class TokenServer:
     def check(self) -> None:
         """Raises the `ConfigError` of a dataset that can't be used."""
         self.open()
+
+    def check_others(self, configs: list[dict[str, Any]]) -> None:
+        """`check` of streams that others will serve."""
+        check_texts([LanguageModelSAERunnerConfig.from_dict(c) for c in configs])
 
     def block(self, index: int) -> np.ndarray:
         """The windows of LM batch `index`: int32 [store_batch_size, context_size]."""

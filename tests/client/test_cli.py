@@ -2,12 +2,15 @@
 
 import pytest
 import yaml
-from support.bundled import ROOT
+from support.bundled import MODEL, ROOT
 
 from saeray.client.cli import load_sweep_file, main
+from saeray.client.session import absolute
 from saeray.errors import ConfigError
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE, expand
+
+TEXT = MODEL / "text" / "train.parquet"
 
 
 def sweep_file(tmp_path, **fields):
@@ -32,6 +35,20 @@ def test_model_and_dataset_may_be_relative_to_the_file(tmp_path):
     data = load_sweep_file(sweep_file(tmp_path, dataset_path="text.parquet", model_name="gpt2"))
     assert data["dataset_path"] == str((tmp_path / "text.parquet").resolve())
     assert data["model_name"] == "gpt2"
+    axis = ["text.parquet", str(tmp_path / "text.parquet"), "hub/name", "saeray:models/x"]
+    data = load_sweep_file(sweep_file(tmp_path, dataset_path=axis))
+    assert data["dataset_path"] == [str((tmp_path / "text.parquet").resolve()), *axis[1:]]
+
+
+def test_paths_in_a_list_are_found_like_a_single_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.parquet").touch()
+    here = str(tmp_path / "text.parquet")
+    axis = ["text.parquet", "~/text.parquet", str(MODEL), "saeray:models/x", "hub/name"]
+    bundled = "saeray:models/tiny-python"
+    assert absolute(axis) == [here, here, bundled, "saeray:models/x", "hub/name"]
+    assert [absolute(one) for one in axis] == absolute(axis)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +74,11 @@ def test_files_that_are_no_sweeps(tmp_path, text, words):
         (["--set", "d_in=64", "--dry-run"], "d_in = 64"),
         (["--set", "dataset_path=/no/such.parquet", "--dry-run"], "no such file or directory"),
         (["--set", "context_size=1024", "--dry-run"], "context_size = 1024"),
+        # Of a grid over streams, each: its text, its model, its buffer.
+        (["--set", f"dataset_path=[{TEXT},/no/such.parquet]", "--dry-run"], "no such file"),
+        (["--set", "context_size=[64,1024]", "--dry-run"], "context_size = 1024"),
+        (["--set", "name=../outside"], "name = '../outside'"),
+        (["--name", "a/b"], "name = 'a/b'"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, words, capsys):
@@ -74,6 +96,18 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     # 1,048,576 tokens in LM batches of 32 x 128; three half buffers of 8 blocks of 2 MiB.
     assert "1,048,576 LM tokens in 256 blocks of 4,096" in out
     assert "24 blocks, 50,331,648 bytes" in out
+    assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 655 MB for the" in out
+    assert "720 MB for trials" in out  # 120 each
+    assert "!" not in out
+
+
+def test_a_dry_run_warns_of_what_is_odd(capsys):
+    odd = ["--set", "lr_warm_up_steps=2000", "--set", "lr=[1e-3,2e-3]", "--dry-run"]
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), *odd]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    # 1,048,576 tokens in batches of 4,096; one line for all SAEs.
+    (warning,) = warnings
+    assert warning.startswith("! lr_warm_up_steps = 2,000: training ends after 256 steps")
 
 
 def test_every_shipped_sweep_file_is_a_valid_config():

@@ -38,6 +38,15 @@ def test_a_folder_on_s3_is_used_like_a_local_one(s3):
     assert not again.exists()
 
 
+def test_a_question_mark_is_a_character_like_any_other_in_a_local_path(tmp_path):
+    folder = Folder.at(tmp_path / "what?" / "x#y z")
+    (folder / "sweep").write("a", b"1")
+    assert (tmp_path / "what?" / "x#y z" / "sweep" / "a").read_bytes() == b"1"
+    again = Folder.at((folder / "sweep").uri)  # as another process opens it
+    assert again.read("a") == b"1"
+    assert Folder.at(again.parent_uri).names() == ["sweep"]
+
+
 @pytest.mark.parametrize(
     "uri",
     ["s3://AKIA123:topsecret@bucket/x", "s3://bucket/x?access_key=AKIA123&secret_key=topsecret"],

@@ -1,5 +1,6 @@
 """Learning-rate schedules, with the arithmetic."""
 
+import itertools
 import math
 
 import pytest
@@ -30,6 +31,11 @@ def test_schedules_by_hand():
     assert at("cosineannealingwarmrestarts", [0, 25, 50, 75], num_cycles=2) == pytest.approx(
         [1, 0.5, 1, 0.5]
     )
+    # three of 100 / 3: the second begins at step 34 (3 * 34 = 102), the last step is 97 % through
+    thirds = at("cosineannealingwarmrestarts", range(100), num_cycles=3)
+    assert thirds[34] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.02)))
+    assert thirds[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.97)))
+    assert sum(b > a for a, b in itertools.pairwise(thirds)) == 2
 
 
 def test_an_unknown_name_is_an_error():

@@ -5,8 +5,10 @@ from support.bundled import HOOK
 from support.configs import config
 
 from saeray.errors import ConfigError
+from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve, stream_key
 from saeray.spec.grid import expand
+from saeray.spec.guide import FOREIGN
 from saeray.spec.resources import Resources
 
 
@@ -38,6 +40,18 @@ from saeray.spec.resources import Resources
         (dict(resources={"harvester_cpus": 1.5}), "resources.harvester_cpus", "whole number"),
         (dict(resources={"saes_per_trainer": "all"}), "resources.saes_per_trainer", "auto"),
         (dict(stream_tokens=4096), "stream_tokens", "training_tokens"),
+        (dict(lr_end=4e-5 * 1e5), "lr_end", "a fraction of lr"),
+        (dict(name="a/b"), "name", "a folder's name"),
+        (dict(name=".."), "name", "a folder's name"),
+        (dict(name="a\nb"), "name", "a folder's name"),
+        (dict(name="", lr=1e-3), "name", "a folder's name"),
+        (dict(name="ä" * 101), "name", "at most 200 bytes"),
+        # Of the guide's code and its heirs: what asks for something else than what is done.
+        (dict(lp_norm=2), "lp_norm = 2", "L1"),
+        (dict(use_cached_activations=True), "use_cached_activations = True", "activation_cache"),
+        (dict(hook_point_head_index=3), "hook_point_head_index", "hook_z"),
+        (dict(l1_coeficient=1e-3), "unknown key 'l1_coeficient'", "l1_coefficient"),
+        (dict(hook_name="blocks.1.hook_resid_pre"), "hook_point is given twice", "another name"),
     ],
 )
 def test_a_bad_value_names_field_and_remedy(changes, field, remedy):
@@ -54,7 +68,32 @@ def test_an_unknown_key_is_refused_with_the_nearest():
         LanguageModelSAERunnerConfig.from_dict(data, source="sweep.yaml")
 
 
+def test_keywords_of_the_guides_code_that_say_what_is_done_anyway_are_taken():
+    guide = dict(
+        use_cached_activations=False, lp_norm=1.0, from_pretrained_path=None, resample_batches=1028,
+        dead_feature_estimation_method="no_fire", feature_reinit_scale=0.2, noise_scale=0.0,
+        hook_point_head_index=None, verbose=False, total_training_tokens=8192 * 4,
+        store_batch_size_prompts=8, train_batch_size_tokens=2048,
+    )  # fmt: skip
+    taken = config(**guide)
+    assert taken == config(training_tokens=8192 * 4, store_batch_size=8, train_batch_size=2048)
+    assert set(FOREIGN).isdisjoint(taken.to_dict())  # what has a field is not foreign any more
+    with pytest.raises(ConfigError, match="given by name"):
+        LanguageModelSAERunnerConfig("gpt2-small")
+
+
+def test_a_warm_up_that_never_ends_is_warned_of():
+    # 8 steps of 1,024 tokens
+    run = dict(training_tokens=8192, train_batch_size=1024)
+    assert cautions(config(lr_warm_up_steps=7, **run)) == []
+    (said,) = cautions(config(lr_warm_up_steps=8, **run))
+    assert "after 8 steps" in said
+    assert cautions(config(lr_warm_up_steps=8, lr_scheduler_name="constant", **run)) == []
+
+
 def test_missing_fields_are_named():
+    with pytest.raises(ConfigError, match="hook_point, dataset_path must be given"):
+        LanguageModelSAERunnerConfig(model_name="m")
     with pytest.raises(ConfigError, match="hook_point, dataset_path must be given"):
         LanguageModelSAERunnerConfig.from_dict({"model_name": "m"})
 

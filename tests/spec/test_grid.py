@@ -1,5 +1,7 @@
 """Grids: the product of lists, each point with a name of its own."""
 
+import re
+
 import pytest
 from support.bundled import HOOK
 from support.configs import config
@@ -30,11 +32,48 @@ def test_a_grid_is_the_product_of_its_lists_and_shares_one_stream():
     assert {s.config.stream_tokens for s in lengths} == {16384}
 
 
+def names(**axes):
+    return [s.name for s in expand(config(**axes))]
+
+
 def test_names_are_derived_and_safe():
     c = resolve(config(lr=0.0004))
     assert derived_name(c) == derived_name(resolve(config(lr=0.0004)))
     assert derived_name(c) != derived_name(c.replace(seed=1))
-    assert derived_name(c, ["hook_point"]) == f"hook_point={HOOK}"
-    assert "/" not in derived_name(c.replace(model_name="a/b"), ["model_name"])
-    close = [derived_name(c.replace(lr=x), ["lr"]) for x in (0.00041234567, 0.00041234568)]
-    assert len(set(close)) == 2
+    assert derived_name(c).startswith("l1_coefficient=0.001,lr=0.0004,")
+    assert names(hook_point=[HOOK]) == [f"hook_point={HOOK}"]
+    assert names(model_name=["a/b", "a/c"]) == ["model_name=b", "model_name=c"]
+    assert len(set(names(lr=[0.00041234567, 0.00041234568]))) == 2
+
+
+def test_values_that_would_be_called_the_same_have_a_digest():
+    hashed = r"dataset_path={}-[0-9a-f]{{6}}"
+    for values, shown in (
+        (["训练.parquet", "测试.parquet"], r"__\.parquet"),
+        (["a/train.parquet", "b/train.parquet"], r"train\.parquet"),
+        (["s3://one/x?region=a", "s3://two/x/?region=a"], "x"),
+        (["Pile", "pile"], "[Pp]ile"),
+    ):
+        found = names(dataset_path=values)
+        assert len({name.casefold() for name in found}) == 2
+        assert all(re.fullmatch(hashed.format(shown), name) for name in found), found
+    # The same value twice is still one SAE twice.
+    with pytest.raises(ConfigError, match="duplicate trial dataset_path=p"):
+        names(dataset_path=["d/p", "d/p"])
+
+
+def test_names_are_never_longer_than_a_folders_may_be():
+    long = ["/data/" + letter * 150 for letter in "ab"]
+    found = names(dataset_path=long, model_name=long, lr=[1e-3, 2e-3])
+    assert len(set(found)) == 8
+    assert max(map(len, found)) <= 120
+    assert all(re.search(r"model_name=a{13}-\w{6},|model_name=b{13}-\w{6},", n) for n in found)
+    assert all(n.endswith(("lr=0.001", "lr=0.002")) for n in found)  # what is short is whole
+    axes = dict(
+        lr_warm_up_steps=[1, 2], feature_sampling_window=[1, 2], dead_feature_window=[1, 2],
+        dead_feature_threshold=[1e-3, 1e-4], b_dec_init_method=["mean", "zeros"],
+        wandb_log_frequency=[1, 2],
+    )  # fmt: skip
+    many = names(**axes)
+    assert len(set(many)) == 64
+    assert max(map(len, many)) <= 120

@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 import yaml
-from support.bundled import fields
+from support.bundled import MODEL, fields
 from support.running import weights_of
 
 import saeray
@@ -383,8 +383,16 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(hook_point="blocks.2.hook_resid_prr"), "did you mean"),
-        # These two in `make test` by test_cli, without a cluster.
+        # Of two streams the second, which would be started when the first is through.
+        (
+            dict(dataset_path=[str(MODEL / "text" / "train.parquet"), "/no/such/file.parquet"]),
+            "no such file",
+        ),
+        pytest.param(dict(context_size=[64, 4096]), "context_size = 4096", marks=pytest.mark.slow),
+        # These in `make test` by test_cli, without a cluster.
+        pytest.param(
+            dict(hook_point="blocks.2.hook_resid_prr"), "did you mean", marks=pytest.mark.slow
+        ),
         pytest.param(dict(d_in=64), "d_in = 64", marks=pytest.mark.slow),
         pytest.param(
             dict(dataset_path="/no/such/file.parquet"), "no such file", marks=pytest.mark.slow
@@ -400,6 +408,7 @@ def test_what_only_the_cluster_can_see_is_refused_before_training(tiny, tmp_path
     with pytest.raises(ConfigError, match=words):
         saeray.sweep(tiny | changes, name="bad", storage_path=tmp_path, live=False)
     assert rosters("bad") == []
+    assert list((tmp_path / "bad").glob("trials/*/checkpoints/*")) == []
 
 
 def test_a_folder_that_is_there_is_not_written_over(tiny, tmp_path):

@@ -1,0 +1,123 @@
+"""Main memory that a sweep takes, node by node, beside the object store.
+
+Plain data. What processes take by themselves was measured (proportional set size, so that what
+they share counts once) on Linux with Python 3.11, torch 2.13, transformers 5 and Ray 2.60.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from saeray.errors import ConfigError
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.placement import Fitted
+from saeray.spec.plan import DTYPE_BYTES
+from saeray.spec.room import Cluster, Room
+
+HARVESTER = 0.65e9  # torch and TransformerLens, beside the weights
+WORKER = 0.65e9  # of a rank of a pack, beside its SAEs
+PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
+TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
+SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
+# Of an SAE in training, in numbers per parameter: weights, two moments of Adam and the gradient;
+# and a copy of the first three, which a checkpoint is written from.
+NUMBERS_PER_PARAMETER = 4 + 3
+
+
+class Memory(NamedTuple):
+    """Bytes of main memory, by what takes them."""
+
+    object_store: int  # of the buffer
+    language_model: int  # each harvester
+    harvesters: int
+    pack: int  # the largest one's ranks, with their SAEs
+    packs: int  # at once
+    trials: int  # all of them together
+
+    def __str__(self) -> str:
+        parts = [f"{size(self.object_store)} of the object store"]
+        if self.harvesters:
+            parts.append(f"{self.harvesters} x {size(self.language_model)} for the language model")
+        parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
+        parts.append(f"{size(self.trials)} for trials")
+        parts.append(f"{size(SWEEP)} for the rest")
+        return "memory: " + ", ".join(parts)
+
+
+def memory_of(
+    configs: Sequence[LanguageModelSAERunnerConfig],
+    fitted: Fitted,
+    widths: dict[str, int],
+    parameter_bytes: int,
+    buffer_bytes: int,
+) -> Memory:
+    """What these SAEs take, on one stream.
+
+    widths: d_in by hook point. parameter_bytes: of the language model's weights.
+    """
+    on_gpu = fitted.trainer_gpus > 0
+    each = sorted(sae_bytes(c, widths[c.resolved_hook_point], on_gpu) for c in configs)
+    per_pack = min(fitted.saes_per_trainer, len(each))
+    n_packs = -(-len(each) // per_pack)
+    return Memory(
+        buffer_bytes,
+        int(HARVESTER) + parameter_bytes,
+        fitted.harvesters,
+        fitted.num_workers * int(WORKER) + sum(each[-per_pack:]) * fitted.num_workers,
+        min(n_packs, fitted.packs or n_packs),
+        int(TRIAL) * len(each),
+    )
+
+
+def sae_bytes(config: LanguageModelSAERunnerConfig, d_in: int, on_gpu: bool = False) -> int:
+    """Main memory of one SAE in training; on a GPU only the copy for a checkpoint is in it."""
+    d_sae = config.d_sae(d_in)
+    parameters = 2 * d_in * d_sae + d_in + d_sae
+    numbers = 3 if on_gpu else NUMBERS_PER_PARAMETER
+    return parameters * numbers * DTYPE_BYTES[config.dtype]
+
+
+def check_memory(
+    memory: Memory, fitted: Fitted, cluster: Cluster, harvester_nodes: Sequence[str]
+) -> None:
+    """Refuses what can't fit into a node, as far as Ray knows of the nodes' memory.
+
+    harvester_nodes: ids of the nodes of the harvesters that are up.
+
+    Raises:
+        ConfigError: with the numbers, and what would take less.
+    """
+    room = Room(cluster.nodes)
+    taken: dict[int, Counter[str]] = {at: Counter() for at in range(len(room.nodes))}
+    index = {node.id: at for at, node in enumerate(room.nodes)}
+    for node_id in harvester_nodes:
+        if node_id in index:
+            taken[index[node_id]]["the language model"] += memory.language_model
+            room.take(node_id, fitted.harvester)
+    for _ in range(memory.packs * fitted.num_workers):
+        node = room.place(fitted.trainer)
+        if node is not None:
+            taken[index[node.id]]["packs"] += memory.pack // fitted.num_workers
+    for at, node in enumerate(room.nodes):
+        if node.is_head:
+            taken[at]["Ray Train"] += int(PACK) * memory.packs
+            taken[at]["trials"] += memory.trials
+            taken[at]["the rest"] += int(SWEEP)
+        there = node.resources.get("memory", 0.0)
+        if there and sum(taken[at].values()) > there:
+            parts = ", ".join(f"{size(n)} for {what}" for what, n in taken[at].most_common())
+            raise ConfigError(
+                f"memory: {size(sum(taken[at].values()))} are needed on {node.name} ({parts}), "
+                f"but Ray has {size(there)} there. Train fewer SAEs at a time, lower "
+                "expansion_factor, use a larger resources.saes_per_trainer (fewer packs), or give "
+                "it a larger node (ray start --memory, if Ray counts too little)."
+            )
+
+
+def size(n_bytes: float) -> str:
+    for unit, of in (("GB", 1e9), ("MB", 1e6)):
+        if n_bytes >= of:
+            return f"{n_bytes / of:.3g} {unit}"
+    return f"{n_bytes / 1e3:.3g} kB"

@@ -1,0 +1,81 @@
+"""What a sweep takes of main memory, with the arithmetic, and what is refused."""
+
+import pytest
+from support.bundled import HOOK
+from support.configs import config
+
+from saeray.errors import ConfigError
+from saeray.spec.memory import HARVESTER, PACK, SWEEP, WORKER, check_memory, memory_of, sae_bytes
+from saeray.spec.placement import fit
+from saeray.spec.resources import Resources
+from saeray.spec.room import HEAD, Cluster, Node
+
+GB = 10**9
+
+
+def planned(n_saes, cluster, resources=None, **changes):
+    configs = [config(expansion_factor=8, **changes)] * n_saes
+    fitted = fit(resources or Resources(), cluster, n_saes, use_gpu=False)
+    return memory_of(configs, fitted, {HOOK: 1000}, 2 * GB, 3 * GB), fitted
+
+
+def nodes(head_gb, *others_gb):
+    """A head of 2 CPUs, and other nodes of 8, with memory as Ray counts it."""
+    head = Node("head", {"CPU": 2, "memory": head_gb * GB, HEAD: 1.0}, id="head")
+    others = [
+        Node(f"n{i}", {"CPU": 8, "memory": gb * GB}, id=f"n{i}") for i, gb in enumerate(others_gb)
+    ]
+    return Cluster((head, *others))
+
+
+def test_what_an_sae_takes():
+    # 2 x 1000 x 8000 + 1000 + 8000 parameters; weights, two moments, a gradient and a copy of the
+    # first three, of 4 bytes each. On a GPU only the copy is in main memory.
+    assert sae_bytes(config(expansion_factor=8), 1000) == 16_009_000 * 7 * 4
+    assert sae_bytes(config(expansion_factor=8), 1000, on_gpu=True) == 16_009_000 * 3 * 4
+    assert sae_bytes(config(expansion_factor=8, dtype="float64"), 1000) == 16_009_000 * 7 * 8
+
+
+def test_what_a_sweep_takes_is_said():
+    memory, fitted = planned(12, nodes(100))
+    assert (memory.packs, memory.harvesters, fitted.packs) == (1, 1, 1)
+    assert memory.pack == WORKER + 12 * 16_009_000 * 28
+    assert memory.language_model == HARVESTER + 2 * GB
+    said = str(memory)
+    # 0.65 + 12 x 0.448 + 1.2 of Ray Train's processes; 12 x 0.12
+    assert said == (
+        "memory: 3 GB of the object store, 1 x 2.65 GB for the language model, 1 x 7.23 GB for "
+        "packs, 1.44 GB for trials, 1.1 GB for the rest"
+    )
+
+
+def test_what_fits_each_node_is_taken_and_what_does_not_is_refused_with_the_numbers():
+    # The head: 2.65 + (0.65 + 12 x 0.448) + 1.2 + 1.44 + 1.1 = 12.4 GB.
+    for head_gb, fits in ((12.5, True), (12.3, False)):
+        memory, fitted = planned(12, nodes(head_gb))
+        if fits:
+            check_memory(memory, fitted, nodes(head_gb), ["head"])
+            continue
+        with pytest.raises(ConfigError, match=r"12\.4 GB are needed on head \(6\.03 GB for packs"):
+            check_memory(memory, fitted, nodes(head_gb), ["head"])
+    # Three nodes of 8 cores, a pack of 4 SAEs on each: 0.65 + 1.79 GB.
+    for gb, fits in ((2.5, True), (2.4, False)):
+        cluster = nodes(10, gb, gb, gb)
+        memory, fitted = planned(12, cluster)
+        assert (memory.packs, memory.pack) == (3, WORKER + 4 * 16_009_000 * 28)
+        if fits:
+            check_memory(memory, fitted, cluster, ["head"])
+            continue
+        with pytest.raises(ConfigError, match=r"2\.44 GB are needed on n0"):
+            check_memory(memory, fitted, cluster, ["head"])
+
+
+def test_trials_and_ray_trains_processes_count_on_the_head():
+    # 100 x 0.12 + 1.2 + 1.1: whatever the other nodes have.
+    cluster = nodes(14, 500)
+    memory, fitted = planned(100, cluster)
+    with pytest.raises(ConfigError, match=r"14\.3 GB are needed on head \(12 GB for trials"):
+        check_memory(memory, fitted, cluster, ["n0"])
+    assert memory.trials + PACK + SWEEP == pytest.approx(14.3 * GB)
+    # Where Ray does not say how much memory a node has, nothing is refused.
+    check_memory(memory, fitted, Cluster((Node("n", {"CPU": 8, HEAD: 1.0}, id="n"),)), ["n"])
