@@ -4,8 +4,8 @@ import json
 
 from support.configs import short_run
 
-from saeray.files.storage import Folder
 from saeray.files.metrics_log import MetricsLog
+from saeray.files.storage import Folder
 from saeray.files.tracking import NoRun, open_run
 
 
