@@ -25,6 +25,7 @@ from saeray.client.session import SweepResult, absolute
 from saeray.client.status_file import STATUS_FILE, status_from
 from saeray.client.watch import Outcome, watch
 from saeray.errors import SaerayError
+from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import NAMESPACE, SweepStatus
@@ -78,7 +79,7 @@ class Job:
         # `ray.util.state.get_log` takes no http:// address; the client adds the token.
         place = f"/api/v0/logs/file?node_id={node}&filename={self.status_file}&lines=-1&format=text"
         try:
-            data = self.client._do_request("GET", place).json()
+            data = strict_json.loads(self.client._do_request("GET", place).content)
         except Exception:  # no such file yet, or the dashboard is busy: the next look will tell
             return None
         return data if isinstance(data, dict) else None

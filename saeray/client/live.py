@@ -114,7 +114,7 @@ def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
         table.add_column(column, justify="right")
 
     def figure(metrics: dict[str, Any], key: str, form: str) -> str:
-        return format(metrics[key], form) if key in metrics else "–"
+        return "–" if metrics.get(key) is None else format(metrics[key], form)
 
     for row in status.rows:
         m = row.metrics

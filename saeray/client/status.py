@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from dataclasses import asdict, dataclass
 
@@ -16,6 +15,7 @@ from rich.text import Text
 from saeray.client.live import bottleneck, duration
 from saeray.cluster import registry
 from saeray.cluster.dispatch import CLOSE_SECONDS
+from saeray.files import strict_json
 from saeray.spec.messages import DONE, FAILED, INTERRUPTED, NAMESPACE, STOPPED, SweepStatus
 
 LOOK_SECONDS = 10.0  # for a roster to answer
@@ -129,4 +129,4 @@ def table(sweeps: list[Listed]) -> str:
 
 
 def as_json(sweeps: list[Listed]) -> str:
-    return json.dumps([asdict(s) for s in sweeps], indent=2)
+    return strict_json.dumps([asdict(s) for s in sweeps], indent=2)

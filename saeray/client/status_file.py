@@ -5,13 +5,13 @@ It lies among Ray's logs, which the dashboard serves; `jobs` reads it from the o
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from saeray.files import strict_json
 from saeray.spec.messages import Gauges, ReaderGauges, SAERow, SweepStatus
 
 # The environment variable that names the file.
@@ -35,7 +35,7 @@ class StatusFile:
     def write(self, status: SweepStatus, rows: list[dict[str, Any]] | None = None) -> None:
         data = status_as_data(status) | ({} if rows is None else {"results": rows})
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(data), encoding="utf-8")
+        part.write_text(strict_json.dumps(data), encoding="utf-8")
         os.replace(part, self.path)
 
 

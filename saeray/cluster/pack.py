@@ -292,17 +292,13 @@ class Pack:
                 time.sleep(0.1)
 
     def report_of(self, m: Member, of_step: StepMetrics, step: int) -> Report:
-        quality = of_step.reconstruction
-        metrics = {
+        metrics: dict[str, Any] = {
             "losses/mse_loss": float(of_step.mse),
             "losses/l1_loss": float(of_step.l1),
             "losses/ghost_grad_loss": float(of_step.ghost),
             "losses/overall_loss": float(of_step.overall),
-            "metrics/explained_variance": float(quality.explained_variance),
-            "metrics/explained_variance_std": float(quality.explained_variance_std),
+            **of_step.reconstruction.metrics(),
             "metrics/l0": float(of_step.l0),
-            "metrics/l2_norm": float(quality.l2_norm),
-            "metrics/l2_ratio": float(quality.l2_ratio),
             "details/current_learning_rate": m.trainer.adam.param_groups[0]["lr"],
             "details/n_training_tokens": m.n_training_tokens,
             "details/training_seconds": time.perf_counter() - self.started,

@@ -6,7 +6,6 @@ a record says where that is and how it ended.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import ray
 
 from saeray.actors.nodes import namespace, on_head
 from saeray.errors import bad_value
+from saeray.files import strict_json
 
 TABLE = b"saeray-sweeps"
 
@@ -47,7 +47,7 @@ def write(record: Record) -> None:
     from ray.experimental.internal_kv import _internal_kv_put
 
     key = f"{record.namespace}/{record.roster}"
-    _internal_kv_put(key.encode(), json.dumps(asdict(record)).encode(), namespace=TABLE)
+    _internal_kv_put(key.encode(), strict_json.dumps(asdict(record)).encode(), namespace=TABLE)
 
 
 def read_all() -> list[Record]:
@@ -87,4 +87,4 @@ def read_here() -> list[dict[str, Any]]:
     values = (
         _internal_kv_get(key, namespace=TABLE) for key in _internal_kv_list(b"", namespace=TABLE)
     )
-    return [json.loads(value) for value in values if value is not None]
+    return [strict_json.loads(value) for value in values if value is not None]

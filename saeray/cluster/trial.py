@@ -12,7 +12,6 @@ there, so schedulers may pause and restore trials without copying weights.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from saeray.actors.nodes import HEAD_SHARE, has_head
 from saeray.actors.waiting import NotYet
 from saeray.cluster.roster import find_or_create
 from saeray.errors import Late, SAEFailed
+from saeray.files import strict_json
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.grid import derived_name
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED
@@ -107,11 +107,11 @@ class SAETrial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         pointer = {"name": self.name, "folder": self.folder, "number": self.number}
-        (Path(checkpoint_dir) / POINTER).write_text(json.dumps(pointer))
+        (Path(checkpoint_dir) / POINTER).write_text(strict_json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to copy: the roster goes on from the SAE's own newest checkpoint."""
-        pointer = json.loads((Path(checkpoint) / POINTER).read_text())
+        pointer = strict_json.loads((Path(checkpoint) / POINTER).read_text())
         self.folder, self.number = pointer["folder"], pointer["number"]
 
     def cleanup(self) -> None:

@@ -12,13 +12,13 @@ was made of and its checksum are right; any other is harvested again and replace
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 
@@ -78,13 +78,14 @@ class ActivationCache:
             found = {}
         if not found or shapes != shapes | self.shapes:
             manifest = identity | {"block_shapes": shapes | self.shapes}
-            self.folder.write("manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+            text = strict_json.dumps(manifest, indent=2) + "\n"
+            self.folder.write("manifest.json", text.encode())
 
     def read_manifest(self) -> dict[str, Any]:
         if "manifest.json" not in self.folder.names():
             return {}
         try:
-            found = json.loads(self.folder.read("manifest.json"))
+            found = strict_json.loads(self.folder.read("manifest.json"))
             return found if isinstance(found["block_shapes"], dict) else {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.warnings.append(
@@ -130,7 +131,7 @@ def packed(array: np.ndarray, about: dict[str, Any]) -> bytes:
     """An Arrow IPC file with one column of fixed-size lists [d_in] and a row per activation."""
     values = pa.array(np.ascontiguousarray(array).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, array.shape[1])
-    note = json.dumps(about | {"sha256": checksum(array)}, sort_keys=True)
+    note = strict_json.dumps(about | {"sha256": checksum(array)}, sort_keys=True)
     schema = pa.schema([pa.field("activations", column.type)], metadata={"saeray": note})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
@@ -146,7 +147,7 @@ def unpacked(data: bytes, about: dict[str, Any]) -> np.ndarray:
     """
     try:
         with pa.ipc.open_file(pa.BufferReader(data)) as reader:
-            note = json.loads((reader.schema.metadata or {})[b"saeray"])
+            note = strict_json.loads((reader.schema.metadata or {})[b"saeray"])
             column = reader.get_batch(0).column(0)
             array = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
     except (pa.ArrowException, KeyError, ValueError, IndexError, OSError) as error:

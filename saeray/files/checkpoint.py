@@ -10,7 +10,6 @@ was cut off or damaged is noticed and an older one is used.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.standard import StandardSAE
@@ -117,7 +117,7 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
         Damaged: a file is missing, cut off or changed.
     """
     try:
-        numbers = json.loads(folder.read(STATE_MARKER))
+        numbers = strict_json.loads(folder.read(STATE_MARKER))
         files = {name: folder.read(name) for name in numbers["sha256"]}
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{folder.uri}: {error}") from None
@@ -165,4 +165,4 @@ def sae_from_weights(weights: Mapping[str, Tensor]) -> StandardSAE:
 
 
 def json_bytes(data: object) -> bytes:
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+    return (strict_json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

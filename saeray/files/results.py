@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -21,13 +21,15 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 COLUMNS = {
     "l0": "metrics/l0",
     "explained_variance": "metrics/explained_variance",
+    "explained_variance_per_token": "metrics/explained_variance_per_token",
     "ce_loss_score": "metrics/CE_loss_score",
     "ce_loss_without_sae": "metrics/ce_loss_without_sae",
     "ce_loss_with_sae": "metrics/ce_loss_with_sae",
     "ce_loss_with_ablation": "metrics/ce_loss_with_ablation",
     "kl_div": "metrics/kl_div_with_sae",
-    # Fired on less than dead_feature_threshold of the tokens of the last sampling window.
+    # Fired on less than dead_feature_threshold of the tokens of the last full sampling window.
     "dead_features": "sparsity/below_dead_feature_threshold",
+    "features_never_fired_held_out": "eval/features_never_fired",
     "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
     "mse_loss": "losses/mse_loss",
     "l1_loss": "losses/l1_loss",
@@ -76,26 +78,24 @@ def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
     folder.write("results.parquet", parquet.getvalue())
 
 
+def has(row: Mapping[str, Any], key: str) -> bool:
+    """Whether there is a figure to draw."""
+    return row.get(key) is not None and math.isfinite(row[key])
+
+
 def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> None:
     """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    drawn = [
-        r
-        for r in rows
-        if all(
-            r.get(k) is not None and math.isfinite(r[k])
-            for k in ("l0", "ce_loss_score", "explained_variance")
-        )
-    ]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
-    labels = drawn if len(drawn) <= MOST_LABELS else []  # more cover each other, and take seconds
     for panel, key, label in (
         (panels[0], "ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)"),
-        (panels[1], "explained_variance", "explained variance"),
+        (panels[1], "explained_variance", "explained variance, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²"),
     ):
+        drawn = [r for r in rows if has(r, "l0") and has(r, key)]
+        labels = drawn if len(drawn) <= MOST_LABELS else []  # more take seconds, and hide others
         for lr in sorted({r["lr"] for r in drawn}):
             line = sorted((r for r in drawn if r["lr"] == lr), key=lambda r: r["l0"])
             panel.plot(

@@ -12,7 +12,6 @@ else is needed to go on with a sweep. No Ray.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,9 @@ import pyarrow.parquet
 import yaml
 
 from saeray.errors import ConfigError
-from saeray.files.results import result_row, varying_fields, write_pareto, write_results
+from saeray.files import strict_json
+from saeray.files.metrics_log import read_lines, with_names_of_now
+from saeray.files.results import COLUMNS, result_row, varying_fields, write_pareto, write_results
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
@@ -124,7 +125,8 @@ class SweepFolder:
         if "results.parquet" not in self.folder.names():
             return []
         table = pyarrow.parquet.read_table(io.BytesIO(self.folder.read("results.parquet")))
-        return table.to_pylist()
+        columns = dict.fromkeys(COLUMNS)  # of which an earlier version may not have all
+        return [columns | with_names_of_now(row) for row in table.to_pylist()]
 
     def known(self, names: Sequence[str]) -> dict[str, Known]:
         """What was reached of each SAE. Interrupted ones wait again."""
@@ -136,7 +138,7 @@ class SweepFolder:
             if state not in ENDS or state == INTERRUPTED:
                 state = WAITING
             step, n_tokens, evaluated, metrics = 0, 0, 0, {}
-            for line in self.metrics_lines(name):
+            for line in read_lines(self.folder / "trials" / name):
                 step = max(step, line.pop("step"))
                 n_tokens = max(n_tokens, line.get("details/n_training_tokens", 0))
                 evaluated += line.get("eval/n_tokens", 0)
@@ -153,30 +155,15 @@ class SweepFolder:
             )
         return found
 
-    def metrics_lines(self, name: str) -> list[dict[str, Any]]:
-        """The lines of an SAE's metrics.jsonl; one that was cut off by a crash is left out."""
-        folder = self.folder / "trials" / name
-        if "metrics.jsonl" not in folder.names():
-            return []
-        lines = []
-        for text in folder.read("metrics.jsonl").decode(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-        return lines
-
     # --- while it runs ----------------------------------------------------------------------
 
     def remember(self, memory: Memory) -> None:
         """What a roster must know again when it is started again."""
-        (self.folder / ".ray").write(MEMORY, json.dumps(memory._asdict()).encode())
+        (self.folder / ".ray").write(MEMORY, strict_json.dumps(memory._asdict()).encode())
 
     def recall(self) -> Memory | None:
         """What `remember` wrote last; None when it never did."""
         folder = self.folder / ".ray"
         if MEMORY not in folder.names():
             return None
-        return Memory(**json.loads(folder.read(MEMORY)))
+        return Memory(**strict_json.loads(folder.read(MEMORY)))

@@ -6,21 +6,18 @@ wandb's own errors are caught: one warning, the JSONL goes on, and `wandb sync` 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from saeray.files.metrics_log import MetricsLog
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 
 logger = logging.getLogger(__name__)
-
-FLUSH_SECONDS = 30.0  # between puts of a metrics.jsonl to an object store
 
 
 class Run(Protocol):
@@ -101,50 +98,6 @@ def open_run(
         return WandbRun(config, name, sweep, local), None
     except (wandb.Error, OSError) as error:
         return NoRun(), f"wandb: {error} (metrics.jsonl goes on)."
-
-
-class MetricsLog:
-    """metrics.jsonl: one line per report. Steps logged before a restart are not logged again."""
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        self.lines: list[str] = []
-        self.last_step = -1
-        self.written_step = -1  # up to which lines are where they survive this process
-        self.flushed = time.monotonic()
-        if "metrics.jsonl" not in folder.names():
-            return
-        found = folder.read("metrics.jsonl").decode().splitlines()
-        for line in found:
-            try:
-                self.last_step = max(self.last_step, json.loads(line)["step"])
-            except (ValueError, KeyError):
-                continue  # cut off by a crash
-            self.lines.append(line)
-        self.written_step = self.last_step
-        if self.lines != found:
-            folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
-
-    def append(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Adds a line unless that step has one; says whether it did."""
-        if step <= self.last_step:
-            return False
-        self.last_step = step
-        self.lines.append(json.dumps({"step": step, **record}, sort_keys=True))
-        if self.folder.is_local:
-            os.makedirs(self.folder.path, exist_ok=True)
-            with open(Path(self.folder.path) / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(self.lines[-1] + "\n")
-            self.written_step = step
-        elif time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Object stores can't append: there the whole file is put again."""
-        if not self.folder.is_local and self.written_step < self.last_step:
-            self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
-            self.written_step, self.flushed = self.last_step, time.monotonic()
 
 
 class Tracker:

@@ -88,7 +88,7 @@ class SAETrainer:
         self.steps_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.fired_in_window = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.tokens_in_window = 0
-        # Frequencies of the last full window: what is reported just after a new one began.
+        # Frequencies of the last full window: what is reported until the next one is full.
         self.last_frequency = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
 
     @property
@@ -115,8 +115,13 @@ class SAETrainer:
 
     @property
     def firing_frequency(self) -> Tensor:
-        """[L] float64: share of tokens each feature fired on, in the present sampling window."""
-        if self.tokens_in_window == 0:
+        """[L] float64: share of tokens each feature fired on, in the last full sampling window.
+
+        In a run's first window, which may be all there is, the part that has been seen.
+        """
+        window = self.options.feature_sampling_window
+        full_before = self.step >= window
+        if self.tokens_in_window == 0 or (full_before and self.step % window):
             return self.last_frequency
         return self.fired_in_window.double() / self.tokens_in_window
 

@@ -19,6 +19,9 @@ def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
         "metrics/l0": 12.5,
         "metrics/CE_loss_score": 0.9,
         "metrics/explained_variance": 0.8,
+        "metrics/explained_variance_per_token": 0.7,
+        "sparsity/below_dead_feature_threshold": 3,
+        "eval/features_never_fired": 17,
         "details/n_training_tokens": 80,
     }
     rows = [
@@ -29,8 +32,35 @@ def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
     write_results(folder, rows)
     read = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
     assert [r["trial"] for r in read] == ["t0", "t1", "t2", "t3"]
+    assert (read[0]["explained_variance"], read[0]["explained_variance_per_token"]) == (
+        "0.8",
+        "0.7",
+    )
+    assert (read[0]["dead_features"], read[0]["features_never_fired_held_out"]) == ("3", "17")
     assert (float(read[0]["l0"]), float(read[0]["lr"])) == (12.5, 1e-3)
     assert (read[3]["status"], read[3]["error"], read[3]["l0"]) == ("failed", "the loss is nan", "")
     assert pyarrow.parquet.read_table(tmp_path / "results.parquet").num_rows == 4
+    rows[2]["ce_loss_score"] = None  # where a hook does not reach the logits
     write_pareto(folder, rows, "title")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_panel_of_the_frontier_has_the_saes_with_its_figure(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    set_ylabel = Axes.set_ylabel
+
+    def noted(panel, label):
+        drawn[label.split(",")[0].split(" (")[0]] = [list(line.get_ydata()) for line in panel.lines]
+        return set_ylabel(panel, label)
+
+    monkeypatch.setattr(Axes, "set_ylabel", noted)
+    point = dict(lr=1e-3, l1_coefficient=1e-3, explained_variance_per_token=0.1)
+    rows = [
+        point | dict(l0=10.0, ce_loss_score=None, explained_variance=0.5),
+        point | dict(l0=20.0, ce_loss_score=0.9, explained_variance=0.6),
+        point | dict(l0=30.0, ce_loss_score=0.95, explained_variance=float("nan")),
+    ]
+    write_pareto(Folder.at(tmp_path), rows, "title")
+    assert drawn == {"CE loss score": [[0.9, 0.95]], "explained variance": [[0.5, 0.6]]}

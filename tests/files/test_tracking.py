@@ -4,8 +4,9 @@ import json
 
 from support.configs import short_run
 
+from saeray.files.metrics_log import MetricsLog
 from saeray.files.storage import Folder
-from saeray.files.tracking import MetricsLog, NoRun, open_run
+from saeray.files.tracking import NoRun, open_run
 
 
 def test_metrics_are_logged_once_per_step_even_after_a_restart(tmp_path):

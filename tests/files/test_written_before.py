@@ -1,6 +1,7 @@
 """Folders, checkpoints and caches written by an earlier version are read like our own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import saeray
 from saeray.cluster.pack import options_of
 from saeray.files.cache import ActivationCache, identity_of
 from saeray.files.checkpoint import newest_checkpoint
+from saeray.files.metrics_log import MetricsLog
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.lm.hub import load_tokenizer
@@ -48,6 +50,27 @@ def test_a_finished_sweep_is_done_already():
     ]
 
 
+def test_figures_of_another_meaning_are_read_under_the_name_they_have_now():
+    # In results.csv 0.528…, the mean per token, is called explained_variance.
+    row = sweep_folder("finished").read_rows()[0]
+    assert row["explained_variance_per_token"] == pytest.approx(0.5282114148)
+    assert row["explained_variance"] is None
+    for name in SAES:
+        metrics = sweep_folder("finished").known([name])[name].metrics
+        assert "metrics/explained_variance" not in metrics
+        assert 0.5 < metrics["metrics/explained_variance_per_token"] < 0.6
+
+
+def test_its_log_is_gone_on_with_without_mixing_the_two(tmp_path):
+    shutil.copy(WRITTEN / "interrupted/trials/lr=0.003/metrics.jsonl", tmp_path)
+    MetricsLog(Folder.at(tmp_path)).append(300, {"metrics/explained_variance": 0.5})
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(50, 301, 50))
+    assert ["metrics/explained_variance" in x for x in lines] == [False] * 5 + [True]
+    assert lines[0]["metrics/explained_variance_per_token"] == 0.11566212028265
+    assert lines[0]["metrics/explained_variance_per_token_std"] == 0.16412806510925293
+
+
 def test_its_saes_explain_the_activations_they_were_trained_on(cached):
     config, model, windows = cached
     x = model.activations(torch.from_numpy(windows.evaluation().copy()))
@@ -57,7 +80,7 @@ def test_its_saes_explain_the_activations_they_were_trained_on(cached):
         sae = result.load(row["trial"])
         assert (sae.d_in, sae.d_sae) == (128, 32)
         left = (sae(x) - x).square().sum() / (x - x.mean(dim=0)).square().sum()
-        assert left < 0.6  # results.csv has 0.53 and 0.57 explained, token by token
+        assert left < 0.6
         assert float((sae.encode(x) > 0).sum(dim=1).float().mean()) == pytest.approx(
             row["l0"], rel=0.1
         )

@@ -182,6 +182,7 @@ def test_state_restores_exactly():
     tensors, numbers = first.state()
     weights = {k: getattr(first.sae, k).detach().clone() for k in PARAMETERS}
     resumed = SAETrainer.resumed(StandardSAE(**weights), first.options, tensors, numbers)
+    assert torch.equal(resumed.firing_frequency, first.firing_frequency)  # of steps 0 to 3
     for x in batches[5:]:
         PackStep().step([resumed], x)
     assert bits(resumed) == bits(whole)
@@ -199,6 +200,26 @@ def test_firing_statistics_start_anew_every_window():
     assert t.tokens_in_window == B
     assert torch.equal(t.fired_in_window, before)
     assert t.last_frequency.max() > 0
+
+
+def test_what_is_reported_comes_from_the_last_full_window():
+    """Just after a window of 20 batches the next one has 64 rows, in which most are silent."""
+    window, rows = 20, 64
+    changes = dict(feature_sampling_window=window, dead_feature_threshold=1e-6)
+    t = new_trainer(d_sae=256, lr=1e-9, **changes)
+    t.sae.b_enc[:] = torch.linspace(-0.8, -0.3, 256, dtype=torch.float64)  # rare to common
+    fired, reported = [], []
+    for i in range(3 * window):
+        x = torch.randn(rows, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        fired.append((t.sae.encode(x) > 0).sum(0))
+        PackStep().step([t], x)
+        reported.append(t.feature_metrics()["sparsity/below_dead_feature_threshold"])
+        full = (i + 1) // window * window  # steps in full windows
+        seen = torch.stack(fired[full - window : full] if full else fired)
+        assert torch.equal(t.firing_frequency, seen.sum(0).double() / (len(seen) * rows)), i
+    silent_in_one_batch = int((fired[2 * window] == 0).sum())
+    assert reported[2 * window - 1] == reported[2 * window]
+    assert 0 < reported[2 * window] < silent_in_one_batch / 1.5
 
 
 def test_dead_features_are_those_silent_longer_than_the_window():

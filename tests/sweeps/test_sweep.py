@@ -100,6 +100,8 @@ def test_results_tell_what_training_did(six):
     by_l1 = {}
     for r in result.rows:
         assert 0 < r["explained_variance"] < 1
+        assert r["explained_variance_per_token"] != r["explained_variance"]
+        assert 0 <= r["features_never_fired_held_out"] <= 512
         assert r["ce_loss_without_sae"] < r["ce_loss_with_sae"] < r["ce_loss_with_ablation"]
         assert r["kl_div"] > 0
         by_l1.setdefault(r["lr"], []).append((r["l1_coefficient"], r["l0"]))
@@ -125,7 +127,8 @@ def test_the_sweeps_folder_is_as_documented(six):
         lines = [json.loads(x) for x in (trial / "metrics.jsonl").read_text().splitlines()]
         assert [x["step"] for x in lines] == list(range(4, 33, 4))
         for key in ("losses/mse_loss", "losses/l1_loss", "losses/overall_loss", "metrics/l0",
-                    "metrics/explained_variance", "sparsity/dead_features",
+                    "metrics/explained_variance", "metrics/explained_variance_per_token",
+                    "sparsity/dead_features",
                     "details/current_learning_rate", "details/n_training_tokens"):  # fmt: skip
             assert all(key in x for x in lines), key
         evaluated = [x["step"] for x in lines if "metrics/CE_loss_score" in x]
