@@ -36,7 +36,7 @@ class Reports:
 
     def __init__(self, state: SweepState) -> None:
         self.state = state
-        self.tracker = Tracker(state.sweep, state.folder)
+        self.tracker = Tracker(state.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
         self.evaluation_tokens = 0
         self.unwritten: list[Entry] = []  # that have ended, and have no row yet

@@ -204,11 +204,7 @@ class Roster:
             trained_tokens=sum(e.n_training_tokens for e in self.state.entries.values()),
             gauges=now,
             readers={n: p.reader for n, p in self.state.packs.items() if p.reader is not None},
-            warnings=[
-                *self.state.warnings,
-                *self.reports.tracker.warnings,
-                *(counts.warnings if counts else []),
-            ],
+            warnings=[*self.warnings, *(counts.warnings if counts else [])],
             error=None if self.state.error is None else str(self.state.error),
             bad_input=isinstance(self.state.error, ConfigError),
             epochs=counts.epochs if counts else 1,
@@ -230,15 +226,16 @@ class Roster:
         self.state.phase = "stopping"
         await self.dispatch.stop_packs()
 
-    async def close(self, wait: bool = True) -> None:
+    async def close(self, wait: bool = True) -> list[str]:
         """Ends everything the sweep has started, after the last lines are written.
 
-        Without `wait` its packs are not waited for: for a Ray instance that ends anyway.
+        Without `wait` its packs are not waited for: for a Ray instance that ends anyway. Answers
+        what there is to warn of when all is written.
         """
         await self.ready
         if self.state.closed:
             await self.gone.wait()
-            return
+            return self.warnings
         async with self.state.remembering:
             self.state.closed = True
         self.state.phase = "closing"
@@ -250,6 +247,7 @@ class Roster:
         self.write_record()
         await asyncio.to_thread((self.state.folder / ".ray").delete)
         self.gone.set()
+        return self.warnings
 
     # --- packs ------------------------------------------------------------------------------
 
@@ -345,6 +343,10 @@ class Roster:
         await self.state.warn("the roster died and was started again.")
         if any(e.state == WAITING for e in self.state.entries.values()):
             self.start_gathering()
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.state.warnings, *self.reports.tracker.warnings]
 
     def seen(self) -> None:
         self.last_seen = time.monotonic()
