@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def read_run(folder):
     """The run in an `offline-run-…` folder."""
     from wandb.proto import wandb_internal_pb2
 
-    header, history, exit_code = None, [], None
+    header, history, exit_code = wandb_internal_pb2.RunRecord(), [], None
     for data in leveldb_records(next(folder.glob("*.wandb")).read_bytes()[7:], start=7):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -55,9 +56,18 @@ def read_run(folder):
 
 
 def read_runs(folder):
-    """All runs below a folder's wandb/, oldest first."""
+    """All runs below a folder's wandb/, oldest first.
+
+    wandb's own process writes the last records after `finish` has returned.
+    """
+    deadline = time.monotonic() + 20
     runs = sorted((folder / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_ctime_ns)
-    return [read_run(run) for run in runs]
+    while True:
+        read = [read_run(run) for run in runs]
+        if all(run.exit_code is not None for run in read):
+            return read
+        assert time.monotonic() < deadline, f"not finished: {read}"
+        time.sleep(0.05)
 
 
 @contextmanager
