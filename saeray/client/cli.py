@@ -168,10 +168,7 @@ def wandb_command(arguments: argparse.Namespace) -> int:
     from saeray.files.storage import Folder
     from saeray.files.wandb_runs import send_whole
 
-    try:
-        sent = send_whole(Folder.at(arguments.directory, "DIR"))
-    except ImportError:
-        raise ConfigError("wandb is not installed: pip install wandb.") from None
+    sent = send_whole(Folder.at(arguments.directory, "DIR"))
     print(f"{len(sent)} wandb runs, each one whole: {', '.join(sent)}")
     return 0
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from saeray.errors import ConfigError, SaerayError
 from saeray.files.metrics_log import read_lines
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
@@ -181,8 +182,8 @@ def send_whole(folder: Folder) -> list[str]:
     into files, is up to wandb's own environment variables.
 
     Raises:
-        ConfigError: no sweep is there.
-        wandb.Error, OSError: wandb does not take them.
+        ConfigError: no sweep is there, or no wandb.
+        SaerayError: wandb does not take one of them.
     """
     files = SweepFolder(folder, folder.name)
     configs = files.read_configs()
@@ -192,9 +193,14 @@ def send_whole(folder: Folder) -> list[str]:
         lines = read_lines(folder / "trials" / name)
         if not lines:
             continue
-        run = WandbRun(config, name, folder, os.environ.get("WANDB_DIR"), None)
-        for line in lines:
-            run.log(line, line.pop("step"))
-        run.finish(known[name].state == FAILED)
+        try:
+            run = WandbRun(config, name, folder, os.environ.get("WANDB_DIR"), None)
+            for line in lines:
+                run.log(line, line.pop("step"))
+            run.finish(known[name].state == FAILED)
+        except ImportError:
+            raise ConfigError("wandb is not installed: pip install wandb.") from None
+        except Exception as error:  # of wandb's many kinds
+            raise SaerayError(f"wandb does not take {name}: {error}") from error
         sent.append(name)
     return sent

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import threading
 import time
 
 import pytest
@@ -107,6 +108,34 @@ def test_a_silent_server_costs_one_wait_and_one_warning(monkeypatch, tmp_path, o
         assert (tmp_path / "trials" / name / "metrics.jsonl").read_text().count("\n") == 2
 
 
+class Hanging:
+    """A run whose server went silent after it was opened: its end raises, or never comes."""
+
+    raises = True
+
+    def __init__(self, *_):
+        pass
+
+    def log(self, metrics, step):
+        pass
+
+    def finish(self, failed):
+        if self.raises:
+            raise TimeoutError("run.finish() timed out")
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_server_that_goes_silent_later_is_one_warning_too(monkeypatch, tmp_path, raises):
+    monkeypatch.setattr(Hanging, "raises", raises)
+    monkeypatch.setattr(wandb_runs, "WandbRun", Hanging)
+    monkeypatch.setattr(wandb_runs, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    tracker = logged(tmp_path, [4, 8], names="abcd")
+    (warning,) = tracker.warnings
+    assert ("timed out" if raises else "not all was taken within 0.2 s") in warning
+
+
 def test_run_ids_are_the_sweeps_own(offline, tmp_path):
     """Of two sweeps they are disjoint, after rm -r new, and after a resume the same."""
     ids = []
@@ -153,3 +182,15 @@ def test_a_resumed_sweep_is_sent_as_whole_runs(offline, tmp_path, capsys):
         assert run.group == "sweep"
         assert run.id in {part.id for part in read_runs(folder) if part.name == run.name}
     assert main(["wandb", str(tmp_path / "nothing")]) == 2
+
+
+def test_wandb_that_does_not_take_a_sweep_is_said_in_a_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"saes": {"a": LOGGED.to_dict()}}))
+    MetricsLog(Folder.at(tmp_path / "trials" / "a")).append(4, {})
+    monkeypatch.setattr(wandb_runs, "WandbRun", Hanging)
+    assert main(["wandb", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "saeray: wandb does not take a: run.finish() timed out\n"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["wandb", str(tmp_path)]) == 2
+    assert "pip install wandb" in capsys.readouterr().err
