@@ -165,7 +165,7 @@ class WandbRuns:
             except ImportError:
                 self.give_up("not installed")
             except Exception as error:  # of wandb's many kinds
-                self.give_up(str(error) or type(error).__name__)
+                self.give_up(in_a_line(error))
 
     def give_up(self, reason: str) -> None:
         self.off = True
@@ -173,6 +173,10 @@ class WandbRuns:
             f"wandb: {reason}. metrics.jsonl goes on; `saeray wandb {self.folder.uri}` sends all "
             "of it later."
         )
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def send_whole(folder: Folder) -> list[str]:
@@ -201,6 +205,6 @@ def send_whole(folder: Folder) -> list[str]:
         except ImportError:
             raise ConfigError("wandb is not installed: pip install wandb.") from None
         except Exception as error:  # of wandb's many kinds
-            raise SaerayError(f"wandb does not take {name}: {error}") from error
+            raise SaerayError(f"wandb does not take {name}: {in_a_line(error)}.") from error
         sent.append(name)
     return sent

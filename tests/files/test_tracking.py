@@ -121,7 +121,7 @@ class Hanging:
 
     def finish(self, failed):
         if self.raises:
-            raise TimeoutError("run.finish() timed out")
+            raise TimeoutError("run.finish()\ntimed out.")
         threading.Event().wait()
 
 
@@ -133,7 +133,9 @@ def test_a_server_that_goes_silent_later_is_one_warning_too(monkeypatch, tmp_pat
     monkeypatch.setenv("WANDB_MODE", "online")
     tracker = logged(tmp_path, [4, 8], names="abcd")
     (warning,) = tracker.warnings
-    assert ("timed out" if raises else "not all was taken within 0.2 s") in warning
+    assert (
+        "wandb: run.finish() timed out. metrics" if raises else "not all was taken within 0.2 s"
+    ) in warning
 
 
 def test_run_ids_are_the_sweeps_own(offline, tmp_path):
@@ -189,7 +191,7 @@ def test_wandb_that_does_not_take_a_sweep_is_said_in_a_line(monkeypatch, tmp_pat
     MetricsLog(Folder.at(tmp_path / "trials" / "a")).append(4, {})
     monkeypatch.setattr(wandb_runs, "WandbRun", Hanging)
     assert main(["wandb", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "saeray: wandb does not take a: run.finish() timed out\n"
+    assert capsys.readouterr().err == "saeray: wandb does not take a: run.finish()\ntimed out.\n"
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["wandb", str(tmp_path)]) == 2
