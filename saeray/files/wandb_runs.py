@@ -25,6 +25,7 @@ from saeray.spec.messages import FAILED
 
 WANDB_SECONDS = 60.0  # that a server may take to open a run, or to take the rest of one at its end
 CLOSE_SECONDS = 120.0  # that all that is left may take at a sweep's end
+MOST_IN_LINE = 100_000  # log lines that wait for wandb: a few hundred MB
 ID_FILE = "saeray-id"  # in wandb/
 
 
@@ -149,6 +150,8 @@ class WandbRuns:
             if not self.off:
                 call()
 
+        if self.calls.qsize() >= MOST_IN_LINE:
+            self.give_up(f"it is too slow for this sweep, {MOST_IN_LINE:,} lines wait for it")
         if self.off:
             return
         if self.thread is None:
@@ -168,6 +171,8 @@ class WandbRuns:
                 self.give_up(in_a_line(error))
 
     def give_up(self, reason: str) -> None:
+        if self.off:
+            return
         self.off = True
         self.warn(
             f"wandb: {reason}. metrics.jsonl goes on; `saeray wandb {self.folder.uri}` sends all "

@@ -137,6 +137,19 @@ def test_a_server_that_goes_silent_later_is_one_warning_too(monkeypatch, tmp_pat
     assert warning.startswith(f"wandb: {reason}. metrics.jsonl goes on")
 
 
+def test_lines_that_wait_for_wandb_are_bounded(monkeypatch, tmp_path):
+    monkeypatch.setattr(Hanging, "raises", False)
+    monkeypatch.setattr(wandb_runs, "WandbRun", Hanging)
+    monkeypatch.setattr(wandb_runs, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_runs, "MOST_IN_LINE", 50)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    tracker = logged(tmp_path, range(1, 30), names="abcd")  # the first one's end never comes
+    (warning,) = tracker.warnings
+    assert warning.startswith("wandb: it is too slow for this sweep, 50 lines wait for it.")
+    assert tracker.wandb.calls.qsize() <= 51  # and what `close` waits for
+    assert (tmp_path / "trials" / "d" / "metrics.jsonl").read_text().count("\n") == 29
+
+
 def test_run_ids_are_the_sweeps_own(offline, tmp_path):
     """Of two sweeps they are disjoint, after rm -r new, and after a resume the same."""
     ids = []
