@@ -1,4 +1,4 @@
-"""`saeray sweep FILE.yaml`, `saeray status`, `saeray fetch SWEEP DIR`: the command line.
+"""`saeray sweep FILE.yaml`, `saeray status`, `saeray fetch SWEEP DIR`, …: the command line.
 
 Exit codes: 0 every SAE finished (or was stopped by its scheduler), 1 some failed or were
 interrupted, 2 bad input, 130 Ctrl-C.
@@ -173,6 +173,15 @@ def fetch_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def wandb_command(arguments: argparse.Namespace) -> int:
+    from saeray.files.storage import Folder
+    from saeray.files.wandb_runs import send_whole
+
+    sent = send_whole(Folder.at(arguments.directory, "DIR"))
+    print(f"{len(sent)} wandb runs, each one whole: {', '.join(sent)}")
+    return 0
+
+
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     """Checks everything that a sweep checks, models and texts included, and prints the plan."""
     from saeray.lm.check import check_models, check_texts, hook_points_of
@@ -259,6 +268,12 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
     fetch.add_argument("--checkpoints", action="store_true", help="them, too")
     fetch.set_defaults(command=fetch_command)
+
+    wandb = commands.add_parser(
+        "wandb", help="send a sweep to wandb: each SAE's whole metrics.jsonl as one run"
+    )
+    wandb.add_argument("directory", metavar="DIR", help="the sweep's folder: a path or s3://…")
+    wandb.set_defaults(command=wandb_command)
     return top
 
 

@@ -19,6 +19,7 @@ from saeray.client.status_file import StatusFile
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
+from saeray.files.wandb_runs import CLOSE_SECONDS
 from saeray.lm.hub import portable
 from saeray.spec.grid import SAE
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
@@ -135,9 +136,14 @@ def run(
                 view.wait_for_end(limit)
     finally:
         bad_input = view.status.error is not None
-        waiting.ask(lambda: roster.close.remote(wait=not (ends_ray and bad_input)), limit, "roster")
+        warnings = waiting.ask(
+            lambda: roster.close.remote(wait=not (ends_ray and bad_input)),
+            limit + CLOSE_SECONDS,
+            "roster",
+        )
         ray.kill(roster)
     status = view.status
+    status.warnings += [w for w in warnings if w not in status.warnings]
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     rows = SweepFolder(folder, name).read_rows()

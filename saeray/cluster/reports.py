@@ -15,7 +15,6 @@ from ray.exceptions import ObjectLostError
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.errors import SaerayError
-from saeray.files.sweep_folder import Outcome
 from saeray.files.tracking import Tracker
 from saeray.spec.messages import (
     DONE,
@@ -36,7 +35,7 @@ class Reports:
 
     def __init__(self, state: SweepState) -> None:
         self.state = state
-        self.tracker = Tracker(state.sweep, state.folder)
+        self.tracker = Tracker(state.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
         self.evaluation_tokens = 0
         self.unwritten: list[Entry] = []  # that have ended, and have no row yet
@@ -150,9 +149,8 @@ class Reports:
         table (and the picture, at its end) takes longer than one SAE after the other."""
         while self.unwritten:
             entries, self.unwritten = self.unwritten, []
-            outcomes = [outcome_of(e) for e in self.state.entries.values()]
             try:
-                await asyncio.to_thread(self.state.files.write_results, outcomes)
+                await asyncio.to_thread(self.state.files.write_results, self.state.outcomes())
             except Exception as problem:
                 self.state.say(f"results could not be written: {problem}")
             for entry in entries:
@@ -204,10 +202,6 @@ class Reports:
         """After the last line and row."""
         await self.rows_written()
         await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
-
-
-def outcome_of(e: Entry) -> Outcome:
-    return Outcome(e.name, e.config, e.state, e.path, e.metrics, e.error)
 
 
 def publish(entry: Entry) -> None:

@@ -83,6 +83,7 @@ class Roster:
         self.last_seen = time.monotonic()
         self.last_enlisted = time.monotonic()
         self.gathering: asyncio.Task[Any] | None = None
+        self.reading: asyncio.Task[Any] | None = None  # what earlier sessions have left
         self.record = registry.Record(
             sweep, namespace(), self.state.name, self.state.folder.uri, time.time()
         )
@@ -122,11 +123,20 @@ class Roster:
         await self.dispatch.launch([e for e in self.state.entries.values() if e.state == WAITING])
         return self.state.marker
 
-    async def enlist(self, name: str, config: dict[str, Any]) -> None:
-        """A trial reports for duty. Enlisting twice is harmless; a stopped SAE goes on."""
+    async def enlist(self, name: str, config: dict[str, Any]) -> bool | None:
+        """A trial reports for duty. Enlisting twice is harmless; a stopped SAE goes on.
+
+        Answers None when the sweep is just being closed: ask its next roster.
+        """
         await self.ready
         self.seen()
         self.state.raise_error()
+        if not self.driven:
+            if self.reading is None:
+                self.reading = self.state.do(self.state.read_earlier())
+            await self.reading
+        if self.state.closed:
+            return None
         entry = self.state.entries.get(name)
         if entry is None:
             entry = self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
@@ -139,6 +149,7 @@ class Roster:
         elif entry.attached and entry.config.to_dict() != config:
             raise ConfigError(f"duplicate trial {name}: another trial has enlisted under it.")
         entry.attached = True
+        return None if self.state.closed else True  # it may have begun to close meanwhile
 
     async def next_result(self, name: str, after: int) -> Result | NotYet:
         """The newest result of an SAE, once it is newer than `after`."""
@@ -205,11 +216,7 @@ class Roster:
             trained_tokens=sum(e.n_training_tokens for e in self.state.entries.values()),
             gauges=now,
             readers={n: p.reader for n, p in self.state.packs.items() if p.reader is not None},
-            warnings=[
-                *self.state.warnings,
-                *self.reports.tracker.warnings,
-                *(counts.warnings if counts else []),
-            ],
+            warnings=[*self.warnings, *(counts.warnings if counts else [])],
             error=None if self.state.error is None else str(self.state.error),
             bad_input=isinstance(self.state.error, ConfigError),
             epochs=counts.epochs if counts else 1,
@@ -231,15 +238,16 @@ class Roster:
         self.state.phase = "stopping"
         await self.dispatch.stop_packs()
 
-    async def close(self, wait: bool = True) -> None:
+    async def close(self, wait: bool = True) -> list[str]:
         """Ends everything the sweep has started, after the last lines are written.
 
-        Without `wait` its packs are not waited for: for a Ray instance that ends anyway.
+        Without `wait` its packs are not waited for: for a Ray instance that ends anyway. Answers
+        what there is to warn of when all is written.
         """
         await self.ready
         if self.state.closed:
             await self.gone.wait()
-            return
+            return self.warnings
         async with self.state.remembering:
             self.state.closed = True
         self.state.phase = "closing"
@@ -251,6 +259,7 @@ class Roster:
         self.write_record()
         await asyncio.to_thread((self.state.folder / ".ray").delete)
         self.gone.set()
+        return self.warnings
 
     # --- packs ------------------------------------------------------------------------------
 
@@ -343,22 +352,28 @@ class Roster:
         known = await asyncio.to_thread(self.state.files.known, list(memory.saes))
         for name, config in memory.saes.items():
             self.add(name, LanguageModelSAERunnerConfig.from_dict(config), known[name])
+        await self.state.read_earlier()
         self.state.phase = "training"
         await self.dispatch.take_over()
         await self.state.warn("the roster died and was started again.")
         if any(e.state == WAITING for e in self.state.entries.values()):
             self.start_gathering()
 
+    @property
+    def warnings(self) -> list[str]:
+        return [*self.state.warnings, *self.reports.tracker.warnings]
+
     def seen(self) -> None:
         self.last_seen = time.monotonic()
 
     def write_record(self) -> None:
         """What `saeray status` shall say of this sweep."""
-        entries = list(self.state.entries.values())
+        entries, outcomes = self.state.entries.values(), self.state.outcomes()
         r = self.record
-        r.states = dict(Counter(e.state for e in entries))
+        r.states = dict(Counter(o.state for o in outcomes))
         r.n_steps = sum(e.step for e in entries)
-        r.total_steps = sum(e.config.steps for e in entries)
+        r.n_steps += sum(o.steps for o in outcomes if o.name not in self.state.entries)
+        r.total_steps = sum(o.config.steps for o in outcomes)
         errors = [e.error for e in entries if e.error and e.state == FAILED]
         r.error = (
             str(self.state.error) if self.state.error is not None else next(iter(errors), None)

@@ -24,7 +24,7 @@ from saeray.actors.head_folder import MARKER
 from saeray.cluster.launcher import AboutPack
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
-from saeray.files.sweep_folder import Memory, SweepFolder
+from saeray.files.sweep_folder import Memory, Outcome, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
 from saeray.spec.placement import Fitted
@@ -102,6 +102,7 @@ class SweepState:
         # Tells this disk from others; of the sweep, not of this incarnation.
         self.marker = digest([name, str(ray.get_runtime_context().get_node_id())])
         self.entries: dict[str, Entry] = {}
+        self.earlier: dict[str, Outcome] = {}  # SAEs that only earlier sessions in the folder had
         self.packs: dict[str, PackState] = {}
         self.phase = "gathering trials"
         self.error: BaseException | None = None  # why the whole sweep can't go on
@@ -119,6 +120,18 @@ class SweepState:
     def over(self) -> bool:
         """Whether nothing more is to be trained."""
         return self.closed or self.interrupted
+
+    def outcomes(self) -> list[Outcome]:
+        """Of every SAE of the sweep's folder, as it stands."""
+        now = {
+            e.name: Outcome(e.name, e.config, e.state, e.path, e.metrics, e.error)
+            for e in self.entries.values()
+        }
+        return list((self.earlier | now).values())
+
+    async def read_earlier(self) -> None:
+        """Learns of SAEs that are in the folder's files and not in this session."""
+        self.earlier = await asyncio.to_thread(self.files.outcomes_but, set(self.entries))
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -157,7 +170,7 @@ class SweepState:
 
     async def write_sweep_yaml(self, fitted: Fitted) -> None:
         """The resolved configs, and what they run with."""
-        configs = {e.name: e.config for e in self.entries.values()}
+        configs = {o.name: o.config for o in self.outcomes()}
         await asyncio.to_thread(
             self.files.write_sweep_yaml, configs, self.provenance, fitted.as_data()
         )

@@ -54,13 +54,12 @@ class SAETrial(tune.Trainable):
             self.sae = resolve(LanguageModelSAERunnerConfig.from_dict(config))
             self.name = derived_name(self.sae)
             sweep, folder = self.own_folder()
-        self.roster = find_or_create(sweep, folder)
-        # In a sweep of ours the results say it; Tune would start a failed trial again.
+        # Bare. In a sweep of ours the results say it; Tune would start a failed trial again.
         self.raises = known is None
         self.number = 0
         self.state = ""
         self.folder = ""
-        self.enlist()
+        self.enlist(sweep, folder)
 
     def own_folder(self) -> tuple[str, str]:
         """A bare tune.run: the sweep is the Tune experiment, unless the config names another."""
@@ -74,12 +73,24 @@ class SAETrial(tune.Trainable):
             root = path if kind == "local" else f"{kind}://{path}"
         return sweep, f"{root}/{sweep}"
 
-    def enlist(self) -> None:
-        waiting.ask(
-            lambda: self.roster.enlist.remote(self.name, self.sae.to_dict()),
-            self.sae.wait_limit_s,
-            "roster",
-        )
+    def enlist(self, sweep: str, folder: str) -> None:
+        """At the roster that is there, or the first of a new session.
+
+        One that only trials want closes when none has come for a while, perhaps just now.
+        """
+
+        def enlist(roster: Any) -> Any:
+            return roster.enlist.remote(self.name, self.sae.to_dict())
+
+        def roster() -> Any:
+            return find_or_create(sweep, folder)
+
+        limit, who = self.sae.wait_limit_s, f"the roster of {sweep}"
+        if self.raises:
+            self.roster, _ = waiting.one_that_takes(enlist, roster, limit, who)
+        else:  # a sweep of ours ends its roster when it has no more use for trials
+            self.roster = roster()
+            waiting.ask(lambda: enlist(self.roster), limit, who)
 
     def step(self) -> dict[str, Any]:
         """Waits for the next report of the SAE.

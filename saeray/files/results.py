@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from saeray.files.storage import Folder
-from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
 
 # Column -> wandb key. Held-out figures, except those of the training state.
 COLUMNS = {
@@ -57,9 +57,10 @@ def result_row(
 
 
 def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:
-    """The fields in which the configs differ; l1_coefficient and lr in any case."""
+    """The fields in which the SAEs differ; l1_coefficient and lr in any case."""
     dicts = [c.to_dict() for c in configs]
-    varying = [key for key in dicts[0] if any(d[key] != dicts[0][key] for d in dicts)]
+    of_saes = [key for key in dicts[0] if key not in NOT_AN_AXIS]  # others may differ by session
+    varying = [key for key in of_saes if any(d[key] != dicts[0][key] for d in dicts)]
     return varying + [key for key in ("l1_coefficient", "lr") if key not in varying]
 
 

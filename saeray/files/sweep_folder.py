@@ -12,7 +12,7 @@ else is needed to go on with a sweep. No Ray.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow.parquet
@@ -60,6 +60,12 @@ class Outcome(NamedTuple):
     path: str | None
     metrics: dict[str, Any]
     error: str | None
+
+    @property
+    def steps(self) -> int:
+        """Trained, as its newest figures say."""
+        tokens = self.metrics.get("details/n_training_tokens", 0)
+        return int(tokens) // self.config.train_batch_size
 
 
 class SweepFolder:
@@ -153,6 +159,25 @@ class SweepFolder:
                 metrics,
                 evaluated,
             )
+        return found
+
+    def outcomes_but(self, names: Collection[str]) -> dict[str, Outcome]:
+        """What earlier sessions have written down of all other SAEs, to be kept.
+
+        Nobody is at work on one that had not ended: it was interrupted.
+
+        Raises:
+            ConfigError: sweep.yaml, which has their configs, is damaged or not there.
+        """
+        rows = {row["trial"]: row for row in self.read_rows() if row["trial"] not in names}
+        if not rows:
+            return {}
+        configs = {name: c for name, c in self.read_configs().items() if name in rows}
+        found = {}
+        for name, known in self.known(list(configs)).items():
+            row, config = rows[name], configs[name]
+            state = INTERRUPTED if known.state == WAITING else known.state
+            found[name] = Outcome(name, config, state, row["path"], known.metrics, row["error"])
         return found
 
     # --- while it runs ----------------------------------------------------------------------

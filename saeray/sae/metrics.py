@@ -96,7 +96,7 @@ class ReconstructionSums:
         """Floats; explained_variance is None where there is no variance to explain."""
         n = self.n_rows
         return Reconstruction(
-            1 - self.error / self.variance if self.variance > 0 else None,
+            None if self.variance == 0 else 1 - self.error / self.variance,
             self.explained,
             math.sqrt(self.deviations / (n - 1)) if n > 1 else 0.0,
             self.norm / n,

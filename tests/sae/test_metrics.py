@@ -1,5 +1,7 @@
 """Explained variance by its two definitions, of a batch and of many batches one after the other."""
 
+import math
+
 import pytest
 import torch
 
@@ -59,4 +61,6 @@ def test_rows_that_are_all_equal_have_no_variance_to_explain():
     sums = ReconstructionSums(torch.ones(3))
     sums.add(torch.ones(4, 3), torch.zeros(4, 3))
     assert sums.result().explained_variance is None
+    sums.add(torch.full((1, 3), torch.nan), torch.zeros(1, 3))
+    assert math.isnan(sums.result().explained_variance)  # which is another matter
     assert not reconstruction(torch.ones(4, 3), torch.ones(4, 3)).explained_variance.isfinite()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from support.bundled import MODEL, fields
 from support.running import weights_of
+from support.wandb_files import read_run
 
 import saeray
 from saeray.errors import ConfigError
@@ -142,40 +143,15 @@ def test_the_sweeps_folder_is_as_documented(six):
     ]  # fmt: skip
 
 
-def leveldb_records(data, start):
-    """The records of wandb's transaction log: LevelDB's format, blocks of 32 KiB."""
-    at, parts = 0, b""
-    while at + 7 <= len(data):
-        left = 32768 - (at + start) % 32768
-        if left < 7:
-            at += left
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
 def test_wandb_has_one_offline_run_per_sae(six):
     result, folder = six
     runs = sorted((folder / "wandb").glob("offline-run-*"))
     assert len(runs) == 6
-    from wandb.proto import wandb_internal_pb2
-
     seen = {}
-    for run in runs:
-        keys, header = set(), None
-        for data in leveldb_records(next(run.glob("*.wandb")).read_bytes()[7:], start=7):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                header = record.run
-            elif kind == "history":
-                keys |= {"/".join(i.nested_key) or i.key for i in record.history.item}
-        seen[header.display_name] = header.run_group
+    for folder_of_run in runs:
+        run = read_run(folder_of_run)
+        seen[run.name] = run.group
+        keys = {key for line in run.history for key in line}
         assert {"losses/mse_loss", "metrics/CE_loss_score", "sparsity/dead_features"} <= keys
         assert any(k.startswith("plots/feature_density_line_chart") for k in keys), keys
     assert seen == {r["trial"]: "six" for r in result.rows}

@@ -1,0 +1,215 @@
+"""One wandb run per SAE, opened, written to and ended by a thread that nothing else waits for.
+
+wandb may be absent, misconfigured, or a server that takes a connection and never answers. The first
+thing that does not work costs one wait and one warning, and ends wandb for this sweep's session:
+metrics.jsonl has every line, and `send_whole` makes whole runs of it at any later time.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from saeray.errors import ConfigError, SaerayError
+from saeray.files.metrics_log import read_lines
+from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
+from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.messages import FAILED
+
+WANDB_SECONDS = 60.0  # that a server may take to open a run, or to take the rest of one at its end
+CLOSE_SECONDS = 120.0  # that all that is left may take at a sweep's end
+MOST_IN_LINE = 100_000  # log lines that wait for wandb: a few hundred MB
+ID_FILE = "saeray-id"  # in wandb/
+
+
+def sweep_id(folder: Folder) -> str:
+    """What tells this sweep's runs from all others': made once, kept in the sweep's folder."""
+    place = folder / "wandb"
+    names = place.names()
+    if ID_FILE in names:
+        return place.read(ID_FILE).decode().strip()
+    # Runs that are there already are an earlier version's, which took the folder's path.
+    made = folder.path if names and folder.is_local else uuid.uuid4().hex
+    place.write(ID_FILE, made.encode())
+    return made
+
+
+class WandbRun:
+    """One run in its own folder; several may be open in one process."""
+
+    def __init__(
+        self,
+        config: LanguageModelSAERunnerConfig,
+        name: str,
+        folder: Folder,
+        directory: str | None,
+        resume: Literal["allow"] | None,
+    ) -> None:
+        """directory: where wandb keeps its files; None: where it keeps those of any script.
+
+        Raises:
+            wandb.Error, OSError: it can't be opened.
+        """
+        import wandb
+
+        self.wandb = wandb
+        if directory is not None:
+            os.makedirs(directory, exist_ok=True)
+        self.run = wandb.init(
+            id=digest({"sweep": sweep_id(folder), "name": name}, 16),
+            name=name,
+            group=folder.name,
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            config=config.to_dict(),
+            dir=directory,
+            resume=resume,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=WANDB_SECONDS,
+                finish_timeout=WANDB_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        values = {key: value for key, value in metrics.items() if value is not None}
+        histogram = values.pop("plots/feature_density_line_chart", None)
+        if histogram is not None:
+            values["plots/feature_density_line_chart"] = self.wandb.Histogram(
+                np_histogram=(histogram["counts"], histogram["edges"])
+            )
+        self.run.log(values, step=step)
+
+    def finish(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+class WandbRuns:
+    """The runs of one sweep. No call waits for wandb but `close`."""
+
+    def __init__(self, folder: Folder, warn: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.warn = warn
+        self.off = os.environ.get("WANDB_MODE") == "disabled"
+        self.runs: dict[str, WandbRun] = {}
+        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        # wandb writes to a local folder; a sweep's on object storage is kept beside the process.
+        self.directory = (
+            folder.path if folder.is_local else str(Path(tempfile.gettempdir()) / "saeray-wandb")
+        )
+
+    def open(self, name: str, config: LanguageModelSAERunnerConfig) -> None:
+        def call() -> None:
+            self.runs[name] = WandbRun(config, name, self.folder, self.directory, "allow")
+
+        if config.log_to_wandb:
+            self.later(call)
+
+    def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
+        def call() -> None:
+            if name in self.runs:
+                self.runs[name].log(metrics, step)
+
+        if self.thread is not None:
+            self.later(call)
+
+    def finish(self, name: str, failed: bool) -> None:
+        def call() -> None:
+            if name in self.runs:
+                self.runs.pop(name).finish(failed)
+
+        if self.thread is not None:
+            self.later(call)
+
+    def close(self) -> None:
+        """Returns when all that was asked for is done; with a limit."""
+        if self.thread is None:
+            return
+        done = threading.Event()
+        self.calls.put(done.set)
+        if not done.wait(CLOSE_SECONDS):
+            self.give_up(f"not all was taken within {CLOSE_SECONDS:g} s")
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Puts a call in line; none that is still in line is made once wandb is given up."""
+
+        def unless_off() -> None:
+            if not self.off:
+                call()
+
+        if self.calls.qsize() >= MOST_IN_LINE:
+            self.give_up(f"it is too slow for this sweep, {MOST_IN_LINE:,} lines wait for it")
+        if self.off:
+            return
+        if self.thread is None:
+            # Not a pool's: Python waits for those at its exit, however long they hang.
+            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+            self.thread.start()
+        self.calls.put(unless_off)
+
+    def work(self) -> None:
+        while True:
+            call = self.calls.get()
+            try:
+                call()
+            except ImportError:
+                self.give_up("not installed")
+            except Exception as error:  # of wandb's many kinds
+                self.give_up(in_a_line(error))
+
+    def give_up(self, reason: str) -> None:
+        if self.off:
+            return
+        self.off = True
+        self.warn(
+            f"wandb: {reason}. metrics.jsonl goes on; `saeray wandb {self.folder.uri}` sends all "
+            "of it later."
+        )
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def send_whole(folder: Folder) -> list[str]:
+    """Every SAE of a sweep as one whole wandb run, from its metrics.jsonl; their names.
+
+    What a run of the same sweep and SAE already has is replaced. Where to, and whether online or
+    into files, is up to wandb's own environment variables.
+
+    Raises:
+        ConfigError: no sweep is there, or no wandb.
+        SaerayError: wandb does not take one of them.
+    """
+    files = SweepFolder(folder, folder.name)
+    configs = files.read_configs()
+    known = files.known(list(configs))
+    sent = []
+    for name, config in configs.items():
+        lines = read_lines(folder / "trials" / name)
+        if not lines:
+            continue
+        try:
+            run = WandbRun(config, name, folder, os.environ.get("WANDB_DIR"), None)
+            for line in lines:
+                run.log(line, line.pop("step"))
+            run.finish(known[name].state == FAILED)
+        except ImportError:
+            raise ConfigError("wandb is not installed: pip install wandb.") from None
+        except Exception as error:  # of wandb's many kinds
+            raise SaerayError(f"wandb does not take {name}: {in_a_line(error)}.") from error
+        sent.append(name)
+    return sent
