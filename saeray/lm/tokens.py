@@ -87,6 +87,7 @@ class TokenWindows:
         self.start = Position(skipped_rows=self.skipped_rows)
         self.known = {0: self.start}  # by the store's segment: of a window in it
         self.makers: list[WindowMaker] = []  # the one used last comes last
+        self.n_made = 0  # windows, those that were made again included
 
     @property
     def context_size(self) -> int:
@@ -120,13 +121,18 @@ class TokenWindows:
         assert windows is not None
         return windows
 
-    def train_within(self, seconds: float | None, first: int, n: int) -> np.ndarray | None:
-        """`train`, or None when that takes longer; what was made till then is not lost."""
+    def train_within(
+        self, seconds: float | None, first: int, n: int, near: Position | None = None
+    ) -> np.ndarray | None:
+        """`train`, or None when that takes longer; what was made till then is not lost.
+
+        near: a position that an earlier `TokenWindows` of the same config has told.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         windows = []
         for window in range(first, first + n):
             while not self.store.has(window):
-                self.maker_for(window).make_one()
+                self.maker_for(window, near or self.start).make_one()
                 if deadline is not None and time.monotonic() > deadline:
                     return None
             windows.append(self.store.read(window))
@@ -134,11 +140,13 @@ class TokenWindows:
 
     # --- where to make them from ------------------------------------------------------------
 
-    def maker_for(self, window: int) -> WindowMaker:
+    def maker_for(self, window: int, near: Position) -> WindowMaker:
         """A reading of the text that comes to a window soon."""
         if self.makers and self.makers[-1].position.window == window:
             return self.makers[-1]
         nearest = self.nearest(window)
+        if nearest.window < near.window <= window:
+            nearest = near
         running = [m for m in self.makers if m.position.window <= window]
         maker = max(running, key=lambda m: m.position.window, default=None)
         # A source that streams is read from its first row, wherever one wants to begin.
@@ -152,8 +160,15 @@ class TokenWindows:
         self.makers.append(maker)
         return maker
 
+    @property
+    def progress(self) -> int:
+        """Grows while there is any."""
+        return self.rows.seen + self.n_made
+
     def nearest(self, window: int) -> Position:
         """The last known position that is not behind a window."""
+        if self.makers and self.makers[-1].position.window == window:
+            return self.makers[-1].position
         for segment in range(window // self.store.per_segment, -1, -1):
             position = self.known.get(segment)
             if position is not None and position.window <= window:
@@ -163,8 +178,10 @@ class TokenWindows:
     def made(self, ids: np.ndarray, window: int, next_one: Position) -> None:
         """Takes what a `WindowMaker` has made."""
         self.store.add(window, ids)
+        self.n_made += 1
         self.known.setdefault(next_one.window // self.store.per_segment, next_one)
         self.skipped_rows = max(self.skipped_rows, next_one.skipped_rows)
+        self.epoch = max(self.epoch, next_one.epoch)
 
     def passed(self, epoch: int, n_documents: int) -> None:
         """An epoch has been read to its end, for the first time or again."""

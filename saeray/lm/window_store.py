@@ -27,13 +27,13 @@ class Segment:
 class WindowStore:
     """Windows by number: int32 [context_size] each."""
 
-    def __init__(self, context_size: int, folder: str | None = None, n_bytes: int = KEEP_BYTES):
+    def __init__(self, context_size: int, folder: str | None = None) -> None:
         """folder: where the file is; None: wherever temporary files have most room."""
         self.context_size = context_size
         self.window_bytes = 4 * context_size
-        self.per_segment = max(1, min(SEGMENT_BYTES, n_bytes // 4) // self.window_bytes)
+        self.per_segment = max(1, SEGMENT_BYTES // self.window_bytes)
         folder = folder or roomiest()
-        n_bytes = min(n_bytes, int(shutil.disk_usage(folder).free * DISK_SHARE))
+        n_bytes = min(KEEP_BYTES, int(shutil.disk_usage(folder).free * DISK_SHARE))
         self.most = max(4, n_bytes // (self.per_segment * self.window_bytes))  # segments
         self.segments: OrderedDict[int, Segment] = OrderedDict()
         # Without a name, so that it goes with its process however that ends.

@@ -1,0 +1,90 @@
+"""Rows in their order: the shuffle buffer's bounds, and patience with a source."""
+
+import time
+
+import pytest
+from support.digits import windows_of
+
+from saeray.lm import rows
+from saeray.lm.columns import Masked
+from saeray.lm.rows import bytes_of, shuffled
+
+
+def test_the_order_of_a_stream_is_this_one_for_ever():
+    # A permutation of each full buffer of 4, half of which is given; of what is left in the end.
+    assert list(shuffled(range(10), seed=0, n_rows=4)) == [2, 0, 5, 4, 1, 7, 3, 8, 9, 6]
+    assert list(shuffled(range(3), seed=0, n_rows=4)) == [2, 0, 1]
+    assert sorted(shuffled(range(1000), seed=1, n_rows=32)) == list(range(1000))
+
+
+def test_the_order_is_that_of_datasets_which_it_was_before():
+    import datasets
+
+    if tuple(map(int, datasets.__version__.split(".")[:2])) < (5, 2):
+        pytest.skip("an earlier version of datasets has another order")
+    rows = datasets.IterableDataset.from_generator(lambda: ({"i": i} for i in range(100)))
+    theirs = [row["i"] for row in rows.shuffle(7, buffer_size=16)]
+    assert list(shuffled(range(100), seed=7, n_rows=16)) == theirs
+
+
+@pytest.mark.parametrize(("text", "most"), [("1", 16), ("1234567890", 10)])
+def test_the_buffer_is_bounded_in_rows_and_in_bytes(text, most):
+    read = 0
+
+    def source():
+        nonlocal read
+        for i in range(200):
+            read += 1
+            yield f"{text}{i:03}"  # 4 bytes, or 13
+
+    held = [
+        read - given for given, _ in enumerate(shuffled(source(), seed=3, n_rows=16, n_bytes=130))
+    ]
+    assert max(held) == most
+    assert len(held) == 200
+
+
+def test_what_counts_as_bytes_does_not_depend_on_python():
+    assert bytes_of("aé€") == 1 + 2 + 3
+    assert bytes_of([1, 2, 3]) == bytes_of(Masked([1, 2, 3], [1, 1, 0])) == 12
+    assert bytes_of(None) == 0
+
+
+class Steady:
+    """A stream that gives ten rows each hundredth of a second."""
+
+    column_names = ("text",)
+
+    def __init__(self, n_rows):
+        self.n_rows = n_rows
+
+    def __iter__(self):
+        for i in range(self.n_rows):
+            if i % 10 == 0:
+                time.sleep(0.01)
+            yield {"text": str(i % 9 + 1) * 3}
+
+
+def steady_windows(monkeypatch, n_rows=600, **changes):
+    monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: Steady(n_rows))
+    return windows_of("steady", wait_limit_s=0.3, **changes)  # a stall is one of 0.05 s
+
+
+def test_a_slow_but_steady_source_is_no_stall(monkeypatch):
+    said = []
+    monkeypatch.setattr(rows, "LOOK_SECONDS", 0.01)
+    w = steady_windows(monkeypatch, warn=said.append)
+    # 256 rows to a batch are 0.26 s, and the shuffle buffer takes all 600: 0.6 s.
+    assert w.train(0, 500).shape == (500, 4)
+    assert said == []
+
+
+def test_one_who_asks_within_a_time_learns_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr(rows, "LOOK_SECONDS", 0.01)
+    w = steady_windows(monkeypatch)
+    seen = []
+    while (windows := w.train_within(0.1, 0, 500)) is None:
+        seen.append(w.progress)
+    assert len(seen) > 2
+    assert seen == sorted(set(seen))
+    assert (windows == steady_windows(monkeypatch).train(0, 500)).all()
