@@ -21,8 +21,9 @@ import numpy as np
 
 from saeray.errors import ConfigError, bad_value
 from saeray.lm.columns import FIRST_ROWS, choose_columns
-from saeray.lm.dataset import open_dataset
+from saeray.lm.dataset import open_conversion, open_dataset
 from saeray.lm.documents import Documents
+from saeray.lm.hub_dataset import LoadingScript
 from saeray.lm.rows import WAITING, Rows, Waiting
 from saeray.lm.window_store import WindowStore
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -74,7 +75,11 @@ class TokenWindows:
                 raise bad_value(
                     "prepend_bos", True, f"{config.model_name} has no BOS token; set it to false."
                 )
-        self.dataset = open_dataset(config)
+        try:
+            self.dataset = open_dataset(config)
+        except LoadingScript as script:
+            self.dataset, instead = open_conversion(config)
+            warn(f"{config.dataset_path}: {script}; {instead}.")
         columns = choose_columns(config, self.column_names(), self.first_rows())
         self.column, self.is_tokenized = columns.value, columns.is_tokenized
         self.rows = Rows(self.dataset, columns, config, warn)
