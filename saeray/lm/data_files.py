@@ -22,6 +22,7 @@ LOADERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }  # datasets' own builders, by suffix (also behind .gz and .zst)
+NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json")  # but words about it
 ONE_SPLIT = "train"  # what files without splits of their own are
 
 
@@ -50,12 +51,10 @@ def local_files(config: LanguageModelSAERunnerConfig, path: Path) -> DataFiles:
         found = {ONE_SPLIT: [str(f.absolute()) for f in files]}  # in hidden folders, say
     except ValueError as error:  # several configurations, or none of that name
         raise blamed(config, error) or bad_value("dataset_path", str(path), str(error)) from None
+    splits = {str(split): set(of_split) for split, of_split in found.items()}
     return DataFiles(
         builder,
-        {
-            str(split): [str(f) for f in files if str(f.absolute()) in set(of_split)]
-            for split, of_split in found.items()
-        },
+        {s: [str(f) for f in files if str(f.absolute()) in splits[s]] for s in splits},
     )
 
 
@@ -73,10 +72,8 @@ def remote_files(uri: str) -> DataFiles:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     found = DataFilesDict.from_patterns(get_data_patterns(root.url), base_path=root.url)
-    return DataFiles(
-        builder,
-        {str(s): [u for u in urls if u in set(of_split)] for s, of_split in found.items()},
-    )
+    splits = {str(split): set(of_split) for split, of_split in found.items()}
+    return DataFiles(builder, {s: [u for u in urls if u in splits[s]] for s in splits})
 
 
 def data_files(path: str, files: list[Path]) -> tuple[list[Path], str]:
@@ -86,7 +83,7 @@ def data_files(path: str, files: list[Path]) -> tuple[list[Path], str]:
         suffixes = [s for s in file.suffixes if s not in (".gz", ".zst")]
         return LOADERS.get(suffixes[-1]) if suffixes else None
 
-    found = [(f, builder(f)) for f in files]
+    found = [(f, builder(f)) for f in files if f.name not in NO_DATA]
     kinds = sorted({b for _, b in found if b})
     if not kinds:
         raise bad_value("dataset_path", path, f"holds no file that ends in {', '.join(LOADERS)}.")

@@ -47,7 +47,10 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
         raise bad_value("dataset_path", path, nowhere("file or directory"))
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
         return saved(config, datasets.load_from_disk(str(local)))
-    return from_files(config, local_files(config, local), streaming=bool(config.streaming))
+    files = local_files(config, local)
+    if config.text_version == 1:
+        config = config.replace(dataset_split=ONE_SPLIT)
+    return from_files(config, files, streaming=bool(config.streaming))
 
 
 def open_conversion(config: LanguageModelSAERunnerConfig) -> tuple[Any, str]:

@@ -45,18 +45,18 @@ WAITING = Waiting()
 
 
 class Rows:
-    """The rows of one dataset: `held_out()`, then `training(epoch)` without those."""
+    """The rows of one dataset: `held_out()`, then `training(epoch)` without those.
+
+    `columns` must be set before; what is in them is told by `first()`.
+    """
+
+    columns: Columns
 
     def __init__(
-        self,
-        dataset: Any,
-        columns: Columns,
-        config: LanguageModelSAERunnerConfig,
-        warn: Callable[[str], None],
+        self, dataset: Any, config: LanguageModelSAERunnerConfig, warn: Callable[[str], None]
     ) -> None:
         assert config.data_seed is not None
         self.dataset = dataset
-        self.columns = columns
         self.config = config
         self.seed = config.data_seed
         self.warn = warn
@@ -66,6 +66,21 @@ class Rows:
     @property
     def n_rows(self) -> int | None:
         return len(self.dataset) if hasattr(self.dataset, "__len__") else None
+
+    def first(self) -> Iterator[dict[str, Any]]:
+        """Rows as they are, with all columns."""
+        if self.n_rows is not None:
+            yield from (self.dataset[i] for i in range(self.n_rows))
+            return
+
+        def one_by_one() -> Iterator[list[Any]]:
+            for row in self.dataset:
+                self.seen += 1
+                yield [row]
+
+        for batch in self.patiently(one_by_one):
+            if not isinstance(batch, Waiting):
+                yield from batch
 
     def held_out(self) -> Iterator[list[Any]]:
         """Batches of all rows, in the order of which the first are held out."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.columns import FIRST_ROWS, choose_columns
+from saeray.lm.columns import choose_columns
 from saeray.lm.dataset import open_conversion, open_dataset
 from saeray.lm.documents import Documents
 from saeray.lm.hub_dataset import LoadingScript
@@ -80,9 +80,10 @@ class TokenWindows:
         except LoadingScript as script:
             self.dataset, instead = open_conversion(config)
             warn(f"{config.dataset_path}: {script}; {instead}.")
-        columns = choose_columns(config, self.column_names(), self.first_rows())
+        self.rows = Rows(self.dataset, config, warn)
+        columns = choose_columns(config, self.column_names(), self.rows.first())
         self.column, self.is_tokenized = columns.value, columns.is_tokenized
-        self.rows = Rows(self.dataset, columns, config, warn)
+        self.rows.columns = columns
         self.documents = Documents(self.rows, tokenizer, self.bos)
         self.epoch = 0  # completed passes over the training documents
         self.skipped_rows = 0  # empty or odd ones, over all epochs
@@ -105,16 +106,10 @@ class TokenWindows:
     def column_names(self) -> list[str]:
         names = self.dataset.column_names
         if names is None:  # a stream that only knows its columns once it is read
-            first = next(iter(self.dataset), None)
-            names = list(first) if first is not None else []
+            names = next(self.rows.first(), {})
         if not names:
             raise bad_value("dataset_path", self.config.dataset_path, "the dataset is empty.")
         return list(names)
-
-    def first_rows(self) -> Iterable[dict[str, Any]]:
-        if not hasattr(self.dataset, "__len__"):
-            return self.dataset
-        return (self.dataset[i] for i in range(min(FIRST_ROWS, len(self.dataset))))
 
     def evaluation(self) -> np.ndarray:
         """The held-out windows: int32 [eval_windows, context_size]."""
