@@ -73,8 +73,10 @@ def choose_columns(
     choices += [(c, True) for c in tokens if kinds[c] is None]
     for name, is_tokenized in choices:
         if tokenized in (None, is_tokenized):
-            has_mask = is_tokenized and MASK_COLUMN in names and name != MASK_COLUMN
-            return Columns(name, is_tokenized, MASK_COLUMN if has_mask else None)
+            masks = is_tokenized and name != MASK_COLUMN and config.text_version > 1
+            return Columns(
+                name, is_tokenized, MASK_COLUMN if masks and MASK_COLUMN in names else None
+            )
     considered = tokens + text if tokenized is None else tokens if tokenized else text
     holds = "; ".join(
         f"column {c!r} holds {described(found[c])}" for c in dict.fromkeys(considered)

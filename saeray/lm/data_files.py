@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.remote_files import mounted
+from saeray.lm.remote_files import is_remote, mounted
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
 LOADERS = {
@@ -80,7 +80,8 @@ def data_files(path: str, files: list[Path]) -> tuple[list[Path], str]:
     """The data files among those at a path, and the `datasets` builder that reads them."""
 
     def builder(file: Path) -> str | None:
-        suffixes = [s for s in file.suffixes if s not in (".gz", ".zst")]
+        name = file.name.partition("?")[0] if is_remote(path) else file.name  # of a URL's query
+        suffixes = [s for s in Path(name).suffixes if s not in (".gz", ".zst")]
         return LOADERS.get(suffixes[-1]) if suffixes else None
 
     found = [(f, builder(f)) for f in files if f.name not in NO_DATA]

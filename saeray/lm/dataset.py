@@ -39,6 +39,7 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
     datasets.disable_progress_bars()
     path = here(config.dataset_path)
     if is_remote(path):
+        only_of_hub(config, "dataset_config", "dataset_revision")
         return from_files(config, remote_files(path), streaming=config.streaming is not False)
     if not looks_local(path):
         return from_hub(config, path)
@@ -46,11 +47,24 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
     if not local.exists():
         raise bad_value("dataset_path", path, nowhere("file or directory"))
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+        only_of_hub(config, "dataset_config", "dataset_revision")
         return saved(config, datasets.load_from_disk(str(local)))
+    # Of a folder, a README.md may tell configurations.
+    only_of_hub(config, *(["dataset_config"] if local.is_file() else []), "dataset_revision")
     files = local_files(config, local)
     if config.text_version == 1:
         config = config.replace(dataset_split=ONE_SPLIT)
     return from_files(config, files, streaming=bool(config.streaming))
+
+
+def only_of_hub(config: LanguageModelSAERunnerConfig, *names: str) -> None:
+    """Refuses fields that would be ignored for what dataset_path is."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and config.text_version > 1:
+            raise bad_value(
+                name, value, f"{config.dataset_path} has none, not being a hub name; leave it out."
+            )
 
 
 def open_conversion(config: LanguageModelSAERunnerConfig) -> tuple[Any, str]:

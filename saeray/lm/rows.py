@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from saeray.errors import SaerayError, bad_value
-from saeray.lm.columns import Columns, Masked
+from saeray.lm.columns import Columns, Masked, flat_ids
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.order import permutation
 
@@ -25,7 +25,7 @@ OpenRows = Callable[[], Iterator[list[Any]]]  # batches of rows, from the first 
 
 ROWS_AT_ONCE = 256  # per tokenizer call
 SHUFFLE_ROWS = 10_000  # of the buffer that a stream goes through
-SHUFFLE_BYTES = 512 * 2**20  # of it, counted as UTF-8 text or 4 bytes a token id
+SHUFFLE_BYTES = 512 * 2**20  # of it: UTF-8, or 8 bytes a token id
 SOURCE_TRIES = 4  # of a source that raises or stalls, each from where the one before stopped
 # A try may stall for this share of wait_limit_s, so that all of them take less than those who wait
 # for the tokens are ready to wait.
@@ -211,23 +211,39 @@ def shuffled(
     sizes: list[int] = []
     total = 0
     for row in rows:
-        held.append(row)
-        sizes.append(bytes_of(row))
+        held.append(compact(row))
+        sizes.append(bytes_of(held[-1]))
         total += sizes[-1]
         if len(held) < n_rows and total < n_bytes:
             continue
         order = random.permutation(len(held))
         kept = order[len(held) - len(held) // 2 :]
-        yield from (held[i] for i in order[: len(held) - len(kept)])
+        yield from (restored(held[i]) for i in order[: len(held) - len(kept)])
         held, sizes = [held[i] for i in kept], [sizes[i] for i in kept]
         total = sum(sizes)
-    yield from (held[i] for i in random.permutation(len(held)))
+    yield from (restored(held[i]) for i in random.permutation(len(held)))
+
+
+class Utf8(bytes):
+    """Text as it is held: Python may take four bytes for each of its characters."""
+
+
+def compact(row: Any) -> Any:
+    """A row in a form of known size: text as UTF-8, token ids as an array of 8 bytes each."""
+    if isinstance(row, str):
+        return Utf8(row.encode(errors="surrogatepass"))
+    if isinstance(row, Masked):
+        return Masked(compact(row.ids), compact(row.mask))
+    ids = flat_ids(row) if isinstance(row, (list, np.ndarray)) else None
+    return row if ids is None else ids.astype(np.int64)
+
+
+def restored(row: Any) -> Any:
+    return row.decode(errors="surrogatepass") if isinstance(row, Utf8) else row
 
 
 def bytes_of(row: Any) -> int:
-    """What a row of text or token ids counts for in a buffer's bound."""
-    if isinstance(row, str):
-        return len(row.encode(errors="replace"))
+    """The size of a compact row; what is neither text nor token ids counts for nothing."""
     if isinstance(row, Masked):
-        return bytes_of(row.ids)
-    return 4 * int(np.size(row)) if isinstance(row, (list, np.ndarray)) else 0
+        return bytes_of(row.ids) + bytes_of(row.mask)
+    return row.nbytes if isinstance(row, np.ndarray) else len(row) if isinstance(row, Utf8) else 0

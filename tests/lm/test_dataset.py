@@ -82,6 +82,15 @@ def test_a_readme_may_name_configurations(tmp_path):
             windows_of(tmp_path, dataset_config=wrong)
 
 
+def test_what_would_be_ignored_is_refused(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=["123"] * 9)
+    for changes in (dict(dataset_config="one"), dict(dataset_revision="main")):
+        with pytest.raises(ConfigError, match=rf"{next(iter(changes))} = .*leave it out"):
+            windows_of(path, **changes)
+    with pytest.raises(ConfigError, match=r"dataset_revision = 'main'.*leave it out"):
+        windows_of(tmp_path, dataset_revision="main")
+
+
 def test_a_saved_dataset_has_its_splits(tmp_path):
     of = {
         s: datasets.Dataset.from_dict({"text": [d * 3] * 9})
@@ -180,6 +189,7 @@ def test_masked_positions_are_dropped(tmp_path, streaming):
     )
     w = windows_of(path, streaming=streaming)
     assert seen(w) == {1, 2, 3, 4, 5, 6, 7, 8}
+    assert 9 in seen(windows_of(path, streaming=streaming, text_version=1))
 
 
 def test_a_mask_may_have_a_batch_dimension_or_hide_all_and_must_be_as_long(tmp_path):
@@ -287,6 +297,6 @@ def test_a_uri_with_nothing_behind_it_is_refused(s3):
 
 def test_text_is_read_over_http(tmp_path, http_files):
     split_folder(tmp_path)
-    assert seen(windows_of(f"{http_files(tmp_path)}/test-0.parquet")) == {3}
+    assert seen(windows_of(f"{http_files(tmp_path)}/test-0.parquet?download=1")) == {3}
     with pytest.raises(ConfigError, match=r"dataset_path = 'http://.*"):
         windows_of(f"{http_files(tmp_path)}/nothing.parquet")

@@ -2,12 +2,13 @@
 
 import time
 
+import numpy as np
 import pytest
 from support.digits import windows_of
 
 from saeray.lm import rows
 from saeray.lm.columns import Masked
-from saeray.lm.rows import bytes_of, shuffled
+from saeray.lm.rows import bytes_of, compact, restored, shuffled
 
 
 def test_the_order_of_a_stream_is_this_one_for_ever():
@@ -44,10 +45,22 @@ def test_the_buffer_is_bounded_in_rows_and_in_bytes(text, most):
     assert len(held) == 200
 
 
-def test_what_counts_as_bytes_does_not_depend_on_python():
-    assert bytes_of("aé€") == 1 + 2 + 3
-    assert bytes_of([1, 2, 3]) == bytes_of(Masked([1, 2, 3], [1, 1, 0])) == 12
-    assert bytes_of(None) == 0
+@pytest.mark.parametrize(
+    ("row", "n_bytes"),
+    [("aé€", 6), ("\ud800", 3), ([1, 2, 3], 24), ([[1, 2]], 16), (Masked([1, 9], [1, 0]), 32)],
+)
+def test_a_held_row_has_a_size_that_does_not_depend_on_python(row, n_bytes):
+    assert bytes_of(compact(row)) == n_bytes
+    back = restored(compact(row))
+    if isinstance(row, str):
+        assert back == row
+    else:
+        assert np.array_equal(np.asarray(back), np.asarray(row).squeeze())
+
+
+def test_odd_rows_go_through_the_buffer_as_they_are():
+    rows = [None, 3, {"a": 1}, [1.5], ["a"], b"a"]
+    assert sorted(map(repr, shuffled(rows, seed=0))) == sorted(map(repr, rows))
 
 
 class Steady:
