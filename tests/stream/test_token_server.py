@@ -12,7 +12,9 @@ from saeray.actors import waiting
 from saeray.actors.waiting import NotYet
 from saeray.errors import Late
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+from saeray.spec.order import StreamOrder
 from saeray.stream import token_server
+from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.token_server import TokenBlock, TokenServer
 
@@ -103,3 +105,14 @@ def test_a_block_now_and_then_says_where_the_next_one_begins(tmp_path):
     assert isinstance(told, TokenBlock)
     assert told.next_at.window == 128
     assert told.next_at.row == 128  # a document fills a window
+
+
+def test_only_a_wait_for_the_token_server_goes_on_with_its_progress():
+    order = StreamOrder(n_blocks=8, block_rows=32, group_blocks=2, seed=0)
+    buffer = ActivationBuffer(order, 6, ["hook"], None, [])
+    buffer.pool.text_progress = 7
+    buffer.pool.under_way[1] = ("the token server (20 rows have come from a.txt)", time.monotonic())
+    assert buffer.not_yet(range(2)).progress == 7
+    assert buffer.not_yet(range(2)).late.startswith("the token server (20 rows have come from")
+    buffer.pool.under_way[1] = ("harvester 0", time.monotonic())
+    assert buffer.not_yet(range(2)).progress == 0
