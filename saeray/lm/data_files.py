@@ -7,6 +7,7 @@ their folders, or what a README.md there says.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -69,11 +70,32 @@ def remote_files(uri: str) -> DataFiles:
     urls = [root.url_of(file.as_posix()) for file in files]
     if root.is_file:
         return DataFiles(builder, {ONE_SPLIT: urls})
+    names = [file.as_posix() for file in files]
+    return DataFiles(
+        builder,
+        {s: list(map(root.url_of, of_split)) for s, of_split in by_split(names).items()},
+    )
+
+
+def by_split(names: list[str]) -> dict[str, list[str]]:
+    """Relative paths by the split that they tell.
+
+    `datasets` looks through a folder dozens of times for that; it is shown one of empty files.
+    """
+    import fsspec
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    found = DataFilesDict.from_patterns(get_data_patterns(root.url), base_path=root.url)
-    splits = {str(split): set(of_split) for split, of_split in found.items()}
-    return DataFiles(builder, {s: [u for u in urls if u in splits[s]] for s in splits})
+    memory = fsspec.filesystem("memory")
+    root = f"/saeray-{uuid.uuid4().hex}"
+    try:
+        for name in names:
+            memory.pipe_file(f"{root}/{name}", b"")
+        url = f"memory:/{root}"
+        found = DataFilesDict.from_patterns(get_data_patterns(url), base_path=url)
+    finally:
+        memory.rm(root, recursive=True)
+    splits = {str(s): {u.partition(root)[2][1:] for u in urls} for s, urls in found.items()}
+    return {s: [n for n in names if n in of_split] for s, of_split in splits.items()}
 
 
 def data_files(path: str, files: list[Path]) -> tuple[list[Path], str]:
