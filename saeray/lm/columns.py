@@ -82,13 +82,13 @@ def choose_columns(
         f"column {c!r} holds {described(found[c])}" for c in dict.fromkeys(considered)
     )
     wanted = {None: "text or a list of token ids", True: "a list of token ids", False: TEXT}
-    field, value = "dataset_path", config.dataset_path
-    if named is not None:
-        field, value = "text_column", named
-    elif tokenized is not None:
-        field, value = "is_dataset_tokenized", str(tokenized).lower()
+    field = "text_column" if named is not None else "is_dataset_tokenized"
+    if named is None and tokenized is None:
+        field = "dataset_path"
     raise bad_value(
-        field, value, f"{holds}, but {wanted[tokenized]} is wanted; name another in text_column."
+        field,
+        getattr(config, field),
+        f"{holds}, but {wanted[tokenized]} is wanted; name another in text_column.",
     )
 
 
@@ -96,13 +96,6 @@ def no_column(config: LanguageModelSAERunnerConfig, names: Sequence[str]) -> Con
     if config.text_column is not None:
         have = f"{config.dataset_path} has the columns {', '.join(names)}"
         return bad_value("text_column", config.text_column, f"{have}.")
-    if config.is_dataset_tokenized is not None:
-        lacking = "tokens or input_ids" if config.is_dataset_tokenized else "text"
-        return bad_value(
-            "is_dataset_tokenized",
-            config.is_dataset_tokenized,
-            f"{config.dataset_path} has the columns {', '.join(names)}, but no {lacking}.",
-        )
     return bad_value(
         "dataset_path",
         config.dataset_path,

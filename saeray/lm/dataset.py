@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.columns import MASK_COLUMN, TEXT_COLUMNS, TOKEN_COLUMNS, no_column
+from saeray.lm.columns import choose_columns
 from saeray.lm.data_files import (
     ONE_SPLIT,
     DataFiles,
@@ -107,7 +107,7 @@ def from_files(config: LanguageModelSAERunnerConfig, files: DataFiles, streaming
         if files.builder == "text":
             options["sample_by"] = documents_of_txt(config, next(iter(wanted.values())))
         else:
-            options["columns"] = wanted_columns(config, read_by(files.builder, wanted))
+            options["columns"] = wanted_columns(config, files.builder, next(iter(wanted.values())))
         builder = read_by(files.builder, wanted, **options)
         if streaming:
             return builder.as_streaming_dataset(split=split)
@@ -128,22 +128,20 @@ def read_by(builder: str, splits: Mapping[str, list[str]], **options: Any) -> An
     return BUILDERS[builder](dataset_name=builder, hash="saeray", data_files=files, **options)
 
 
-def wanted_columns(config: LanguageModelSAERunnerConfig, unread: Any) -> list[str]:
-    """Those of the columns (of the first file) that text or tokens may be in.
+def wanted_columns(
+    config: LanguageModelSAERunnerConfig, builder: str, files: list[str]
+) -> list[str]:
+    """The columns that text or tokens are in, as the first file that holds a row tells.
 
     Raises:
         ConfigError: there is none.
     """
-    stream = unread.as_streaming_dataset(split=next(iter(unread.config.data_files)))
-    names = stream.column_names or list(next(iter(stream), {}))
-    if not names:
-        raise bad_value("dataset_path", config.dataset_path, "the dataset is empty.")
-    named = config.text_column
-    candidates = [named] if named is not None else [*TOKEN_COLUMNS, *TEXT_COLUMNS]
-    found = [c for c in candidates if c in names]
-    if not found:
-        raise no_column(config, names)
-    return [*found, *([MASK_COLUMN] if MASK_COLUMN in names and MASK_COLUMN not in found else [])]
+    for file in files:
+        stream = read_by(builder, {ONE_SPLIT: [file]}).as_streaming_dataset(split=ONE_SPLIT)
+        row = next(iter(stream), None)
+        if row is not None:
+            return choose_columns(config, list(row), stream).names
+    raise bad_value("dataset_path", config.dataset_path, "the dataset is empty.")
 
 
 def documents_of_txt(config: LanguageModelSAERunnerConfig, files: list[str]) -> str:

@@ -45,7 +45,7 @@ class LanguageModelSAERunnerConfig:
     dataset_split: str = "train"  # as `datasets.load_dataset` finds them, in a folder too
     dataset_config: str | None = None  # of datasets with several configurations
     dataset_revision: str | None = None  # of a hub dataset: branch, tag or commit
-    streaming: bool | None = None  # None: hub names stream, local files do not
+    streaming: bool | None = None  # None: hub names and URIs stream, local files do not
     text_column: str | None = None  # None: `tokens`, `input_ids` or `text`
     # What is a document in a .txt file: what stands between blank lines (blank_line), the whole
     # file, or a line. None: blank_line where the first file has any, else line.

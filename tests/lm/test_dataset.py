@@ -125,7 +125,7 @@ def test_text_is_used_beside_tokens_that_are_none(tmp_path, tokens, streaming):
     w = windows_of(path, streaming=streaming)
     assert (w.column, w.is_tokenized) == ("text", False)
     assert seen(w) == {1, 2, 3}
-    with pytest.raises(ConfigError, match=r"is_dataset_tokenized = 'true': column 'tokens' holds"):
+    with pytest.raises(ConfigError, match=r"is_dataset_tokenized = True: column 'tokens' holds"):
         windows_of(path, streaming=streaming, is_dataset_tokenized=True)
 
 
@@ -211,9 +211,9 @@ def test_a_mask_may_have_a_batch_dimension_or_hide_all_and_must_be_as_long(tmp_p
 @pytest.mark.parametrize("streaming", [None, True])
 def test_only_the_wanted_column_must_be_the_same_in_all_files(tmp_path, kind, streaming):
     rows = dict(
-        a=dict(text=["123"] * 9),
+        a=dict(text=["123"] * 9, tokens=[7] * 9),
         b=dict(text=["456"] * 9, meta=[{"q": 1}] * 9),
-        c=dict(meta=["q"] * 9, text=["789"] * 9),
+        c=dict(meta=["q"] * 9, text=["789"] * 9, tokens=[["7"]] * 9),
     )
     for name, columns in rows.items():
         if kind == "parquet":
