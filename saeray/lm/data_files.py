@@ -48,8 +48,9 @@ def local_files(config: LanguageModelSAERunnerConfig, path: Path) -> DataFiles:
 
     try:
         found = datasets.load_dataset_builder(str(path), config.dataset_config).config.data_files
-    except datasets.exceptions.DataFilesNotFoundError:
-        found = {ONE_SPLIT: [str(f.absolute()) for f in files]}  # in hidden folders, say
+    except FileNotFoundError:  # brackets in the path, hidden folders
+        names = by_split([f.relative_to(path).as_posix() for f in files])
+        found = {s: [str((path / n).absolute()) for n in of] for s, of in names.items()}
     except ValueError as error:  # several configurations, or none of that name
         raise blamed(config, error) or bad_value("dataset_path", str(path), str(error)) from None
     splits = {str(split): set(of_split) for split, of_split in found.items()}
@@ -92,6 +93,8 @@ def by_split(names: list[str]) -> dict[str, list[str]]:
             memory.pipe_file(f"{root}/{name}", b"")
         url = f"memory:/{root}"
         found = DataFilesDict.from_patterns(get_data_patterns(url), base_path=url)
+    except FileNotFoundError:  # what `datasets` does not look at, such as hidden folders
+        return {ONE_SPLIT: names}
     finally:
         memory.rm(root, recursive=True)
     splits = {str(s): {u.partition(root)[2][1:] for u in urls} for s, urls in found.items()}

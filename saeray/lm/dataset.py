@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,11 @@ def read_by(builder: str, splits: Mapping[str, list[str]], **options: Any) -> An
     """A builder of `datasets` over the files of some splits."""
     from saeray.lm.builders import BUILDERS
 
-    files = {name: list(of_split) for name, of_split in splits.items()}
+    # Local names are patterns to `datasets`, so one with a bracket would not be found.
+    files = {
+        name: [f if is_remote(f) else glob.escape(f) for f in of_split]
+        for name, of_split in splits.items()
+    }
     return BUILDERS[builder](dataset_name=builder, hash="saeray", data_files=files, **options)
 
 

@@ -68,6 +68,15 @@ def test_one_file_is_one_split(tmp_path):
         windows_of(path, dataset_split="validation")
 
 
+def test_names_may_have_brackets_or_be_hidden(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    parquet(tmp_path / ".hidden" / "0.parquet", text=["9"] * 9)
+    assert seen(windows_of(tmp_path)) == {9}
+    folder = split_folder(tmp_path / "text [v1]" / "a*b")
+    assert seen(windows_of(folder, dataset_split="test")) == {3}
+    assert seen(windows_of(folder / "test-0.parquet")) == {3}
+
+
 def test_a_readme_may_name_configurations(tmp_path):
     for digit in (1, 2):
         parquet(tmp_path / f"{digit}.parquet", text=[str(digit) * 3] * 20)
