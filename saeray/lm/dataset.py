@@ -19,7 +19,7 @@ from saeray.lm.data_files import (
     remote_files,
 )
 from saeray.lm.hub import here, looks_local, nowhere
-from saeray.lm.hub_dataset import conversion, from_hub
+from saeray.lm.hub_dataset import CONVERSION, conversion, from_hub, unlisted_conversion
 from saeray.lm.remote_files import is_remote
 from saeray.lm.rows import Unreadable
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -74,7 +74,12 @@ def open_conversion(config: LanguageModelSAERunnerConfig) -> tuple[Any, str]:
     Raises:
         ConfigError: the hub has none, or no such split or configuration.
     """
-    found = conversion(config)
+    try:
+        found = conversion(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # of huggingface_hub, or of what it asks the hub with
+        return unlisted_conversion(config, error), f"{CONVERSION} of the hub is read"
     return from_files(config, found.files, config.streaming is not False), found.words
 
 

@@ -31,19 +31,11 @@ def from_hub(config: LanguageModelSAERunnerConfig, name: str) -> Any:
         ConfigError: not there, no such split, or the hub can't be reached.
         LoadingScript: the hub has only a script, and `datasets` runs none any more.
     """
-    import datasets
-
     revision = config.dataset_revision
     if revision == CONVERSION:
         raise LoadingScript(f"dataset_revision is {CONVERSION}")
     try:
-        return datasets.load_dataset(
-            name,
-            config.dataset_config,
-            split=config.dataset_split,
-            streaming=True if config.streaming is None else config.streaming,
-            revision=revision,
-        )
+        return loaded(config, name, revision)
     except Exception as error:  # datasets raises anything from ValueError to OSError here
         said = f"{type(error).__name__}: {one_paragraph(error)}"
         if re.search(SCRIPT, str(error)):
@@ -62,6 +54,18 @@ def from_hub(config: LanguageModelSAERunnerConfig, name: str) -> Any:
         ) from None
 
 
+def loaded(config: LanguageModelSAERunnerConfig, name: str, revision: str | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(
+        name,
+        config.dataset_config,
+        split=config.dataset_split,
+        streaming=True if config.streaming is None else config.streaming,
+        revision=revision,
+    )
+
+
 def conversion(config: LanguageModelSAERunnerConfig) -> Conversion:
     """The parquet files that the hub has made of a dataset, by split.
 
@@ -69,19 +73,13 @@ def conversion(config: LanguageModelSAERunnerConfig) -> Conversion:
     partial-<split>.
 
     Raises:
-        ConfigError: there are none, or no such configuration.
+        ConfigError: there are none, or no such configuration. Anything else: they are not listed.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, wanted = config.dataset_path, config.dataset_config
-    try:
-        tree = HfApi().list_repo_tree(
-            name, recursive=True, revision=CONVERSION, repo_type="dataset"
-        )
-        paths = sorted(item.path for item in tree if item.path.endswith(".parquet"))
-    except (HfHubHTTPError, OSError) as error:
-        raise no_conversion(name, f"{type(error).__name__}: {one_paragraph(error)}") from None
+    tree = HfApi().list_repo_tree(name, recursive=True, revision=CONVERSION, repo_type="dataset")
+    paths = sorted(item.path for item in tree if item.path.endswith(".parquet"))
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
         of_config, split, *_ = path.split("/")
@@ -96,6 +94,20 @@ def conversion(config: LanguageModelSAERunnerConfig) -> Conversion:
     if any(f"/partial-{config.dataset_split}/" in p for p in paths if p.startswith(f"{chosen}/")):
         words += ", which has only a first part of it"
     return Conversion(DataFiles("parquet", found[chosen]), words)
+
+
+def unlisted_conversion(config: LanguageModelSAERunnerConfig, why: Exception) -> Any:
+    """The hub's parquet files as `datasets` finds them itself: offline, in its cache.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    try:
+        return loaded(config, config.dataset_path, CONVERSION)
+    except Exception as error:
+        raise blamed(config, error) or no_conversion(
+            config.dataset_path, f"{type(why).__name__}: {one_paragraph(why)}"
+        ) from None
 
 
 def no_conversion(name: str, why: str) -> Exception:

@@ -7,10 +7,15 @@ import re
 import subprocess
 import sys
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from support.digits import windows_of
 from support.hub import Hub
+
+from saeray.errors import ConfigError
 
 # What the process does; HF_ENDPOINT is read when huggingface_hub is imported.
 TRIES = """
@@ -121,3 +126,27 @@ def test_a_warning_says_what_is_read_instead_of_a_script(outcomes):
     assert f"{CONVERSION}, plain_text" in warning
     assert "first part" not in warning
     assert "which has only a first part of it" in outcomes["a script, in part"][1][0]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_where_the_hub_lists_nothing_its_cache_may_have_it(monkeypatch, cached):
+    def load_dataset(name, config_name, *, split, streaming, revision):
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+        if not cached:
+            raise ConnectionError("offline")
+        assert revision == CONVERSION
+        return datasets.Dataset.from_dict({"text": ["123"] * 9})
+
+    def list_repo_tree(*_, **__):
+        raise ConnectionError("the hub can't be reached")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", list_repo_tree)
+    said = []
+    if cached:
+        assert windows_of("some/script", warn=said.append).evaluation().tolist() == [[0, 1, 2, 3]]
+        assert CONVERSION in said[0]
+    else:
+        with pytest.raises(ConfigError, match=r"no conversion .*the hub can't be reached"):
+            windows_of("some/script")
