@@ -38,7 +38,7 @@ def open_dataset(config: LanguageModelSAERunnerConfig) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path = here(config.dataset_path)
+    path = here(config.dataset_path).removeprefix("file://")
     if is_remote(path):
         only_of_hub(config, "dataset_config", "dataset_revision")
         return from_files(config, remote_files(path), streaming=config.streaming is not False)

@@ -31,7 +31,7 @@ def filesystem_of(uri: str, field: str) -> tuple[fs.FileSystem, str]:
 
             handler, path = url_to_fs(uri)
             return fs.PyFileSystem(fs.FSSpecHandler(handler)), path
-        except (ValueError, ImportError, OSError):
+        except (ValueError, ImportError, OSError) as missing:  # a package, say, and which
             raise bad_value(
-                field, uri, f"neither pyarrow.fs nor fsspec opens it ({error})."
+                field, uri, f"neither pyarrow.fs nor fsspec opens it ({error}; {missing})."
             ) from None

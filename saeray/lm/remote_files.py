@@ -79,7 +79,9 @@ def show_to_fsspec(scheme: str, filesystem: fs.FileSystem) -> None:
             super().__init__(filesystem)
 
         @classmethod
-        def _strip_protocol(cls, path: str) -> str:
+        def _strip_protocol(cls, path: Any) -> Any:
+            if isinstance(path, list):
+                return [cls._strip_protocol(p) for p in path]
             return str(path).removeprefix(f"{scheme}://").rstrip("/")
 
     fsspec.register_implementation(scheme, ThroughArrow, clobber=True)

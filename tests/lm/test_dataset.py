@@ -1,5 +1,6 @@
 """Which files, split and column a dataset_path means, locally and behind a URI."""
 
+import importlib.util
 import json
 
 import datasets
@@ -64,6 +65,7 @@ def test_splits_may_be_folders_parts_and_sums(tmp_path):
 def test_one_file_is_one_split(tmp_path):
     path = parquet(tmp_path / "validation.parquet", text=["123"] * 9)
     assert seen(windows_of(path)) == {1, 2, 3}
+    assert seen(windows_of(f"file://{path}", streaming=True)) == {1, 2, 3}
     with pytest.raises(ConfigError, match=r"dataset_split = 'validation'.* has: train"):
         windows_of(path, dataset_split="validation")
 
@@ -300,6 +302,9 @@ def test_a_uri_with_nothing_behind_it_is_refused(s3):
         windows_of((Folder.at(s3("text-nothing")) / "a.parquet").uri)
     with pytest.raises(ConfigError, match=r"dataset_path = 'nonsense://.*neither pyarrow.fs nor"):
         windows_of("nonsense://bucket/a.parquet")
+    if importlib.util.find_spec("adlfs") is None:
+        with pytest.raises(ConfigError, match=r"dataset_path = 'az://.*adlfs"):
+            windows_of("az://bucket/a.parquet")
     with pytest.raises(ConfigError, match=r"dataset_path = 's3://…': a key in a URI"):
         windows_of("s3://key:secret@bucket/a.parquet")
 
