@@ -24,6 +24,7 @@ from saeray.lm.remote_files import is_remote
 from saeray.lm.rows import Unreadable
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
+JSON_BYTES = 2**20  # that are read at a time where they stream: rows come that much sooner
 FIRST_BYTES = 2**20  # of a .txt file, that tell whether it has blank lines
 
 
@@ -114,6 +115,8 @@ def from_files(config: LanguageModelSAERunnerConfig, files: DataFiles, streaming
             options["sample_by"] = documents_of_txt(config, next(iter(wanted.values())))
         else:
             options["columns"] = wanted_columns(config, files.builder, next(iter(wanted.values())))
+        if files.builder == "json" and streaming and config.text_version > 1:
+            options["chunksize"] = JSON_BYTES
         builder = read_by(files.builder, wanted, **options)
         if streaming:
             return builder.as_streaming_dataset(split=split)

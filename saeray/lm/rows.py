@@ -18,6 +18,7 @@ import numpy as np
 
 from saeray.errors import SaerayError, bad_value
 from saeray.lm.columns import Columns, Masked, flat_ids
+from saeray.lm.read_bytes import Counted, count_reads
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.order import permutation
 
@@ -62,6 +63,13 @@ class Rows:
         self.warn = warn
         self.n_held_out = 0  # rows that no epoch has
         self.seen = 0  # rows that have come from a source that streams, all passes together
+        if self.n_rows is None:
+            count_reads()
+
+    @property
+    def progress(self) -> int:
+        """Grows while anything comes from the source."""
+        return self.seen + Counted.total
 
     @property
     def n_rows(self) -> int | None:
@@ -125,7 +133,7 @@ class Rows:
     def patiently(self, open_rows: OpenRows) -> Iterator[list[Any] | Waiting]:
         """The batches of rows, over a source that may raise or stall now and then.
 
-        A source that is slow but gives rows is no stall, however long it takes to a batch.
+        A source that is slow but gives anything is no stall, however long it takes to a batch.
 
         Raises:
             SaerayError: it raised or stalled `SOURCE_TRIES` times in a row; says what it last said.
@@ -168,16 +176,16 @@ class Rows:
 
     @property
     def stall(self) -> float:
-        """Seconds without a row after which a source has stalled."""
+        """Seconds without anything after which a source has stalled."""
         return self.config.wait_limit_s * STALL_SHARE
 
     def until(self, future: Future[Any]) -> Iterator[Waiting]:
-        """Waits for a batch as long as rows come in; lets its caller breathe meanwhile.
+        """Waits for a batch as long as something comes in; lets its caller breathe meanwhile.
 
         Raises:
             FutureTimeout: none came for too long.
         """
-        seen, since = self.seen, time.monotonic()
+        progress, since = self.progress, time.monotonic()
         while True:
             try:
                 future.exception(timeout=min(LOOK_SECONDS, self.stall / 4))
@@ -186,8 +194,8 @@ class Rows:
                 if future.done():
                     return
             now = time.monotonic()
-            if self.seen != seen:
-                seen, since = self.seen, now
+            if self.progress != progress:
+                progress, since = self.progress, now
             elif now - since > self.stall:
                 raise FutureTimeout(f"nothing came for {self.stall:g} s")
             yield WAITING

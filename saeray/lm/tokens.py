@@ -132,7 +132,12 @@ class TokenWindows:
         windows = []
         for window in range(first, first + n):
             while not self.store.has(window):
-                self.maker_for(window, near or self.start).make_one()
+                maker = self.maker_for(window, near or self.start)
+                try:
+                    maker.make_one()
+                except Exception:
+                    self.makers.remove(maker)  # whoever asks again begins anew
+                    raise
                 if deadline is not None and time.monotonic() > deadline:
                     return None
             windows.append(self.store.read(window))
@@ -163,7 +168,7 @@ class TokenWindows:
     @property
     def progress(self) -> int:
         """Grows while there is any."""
-        return self.rows.seen + self.n_made
+        return self.rows.progress + self.n_made
 
     def nearest(self, window: int) -> Position:
         """The last known position that is not behind a window."""

@@ -1,13 +1,16 @@
 """Rows in their order: the shuffle buffer's bounds, and patience with a source."""
 
+import io
 import time
 
 import numpy as np
 import pytest
-from support.digits import windows_of
+from support.digits import parquet, windows_of
 
+from saeray.errors import ConfigError
 from saeray.lm import rows
 from saeray.lm.columns import Masked
+from saeray.lm.read_bytes import Counted
 from saeray.lm.rows import bytes_of, compact, restored, shuffled
 
 
@@ -80,7 +83,7 @@ class Steady:
 
 def steady_windows(monkeypatch, n_rows=600, **changes):
     monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: Steady(n_rows))
-    return windows_of("steady", wait_limit_s=0.3, **changes)  # a stall is one of 0.05 s
+    return windows_of("steady", wait_limit_s=1.2, **changes)  # a stall is one of 0.2 s
 
 
 def test_a_slow_but_steady_source_is_no_stall(monkeypatch):
@@ -101,3 +104,47 @@ def test_one_who_asks_within_a_time_learns_that_it_goes_on(monkeypatch):
     assert len(seen) > 2
     assert seen == sorted(set(seen))
     assert (windows == steady_windows(monkeypatch).train(0, 500)).all()
+
+
+class Fetching(Steady):
+    """A stream whose bytes come in long before its first row."""
+
+    def __iter__(self):
+        for _ in range(30):
+            time.sleep(0.01)
+            Counted(io.BytesIO(b"123")).read()
+        yield from super().__iter__()
+
+
+def test_bytes_that_come_in_are_a_sign_of_life(monkeypatch):
+    said = []
+    monkeypatch.setattr(rows, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: Fetching(40))
+    w = windows_of("fetching", wait_limit_s=1.2, warn=said.append)
+    w.train(0, 5)
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_what_a_stream_reads_is_counted(tmp_path, kind):
+    if kind == "parquet":
+        path = parquet(tmp_path / "a.parquet", text=["123"] * 2_000)
+    else:
+        path = tmp_path / f"a.{kind}"
+        path.write_text({"jsonl": '{"text": "123"}\n', "txt": "123\n"}[kind] * 2_000)
+    w = windows_of(path, streaming=True)
+    before = w.rows.progress - w.rows.seen
+    w.train(0, 1)
+    assert w.rows.progress - w.rows.seen >= before + path.stat().st_size / 2
+
+
+def test_a_source_that_broke_may_be_asked_again(monkeypatch):
+    w = steady_windows(monkeypatch)
+    calm = w.train(0, 20)
+    w.makers.clear()
+    w.store.segments.clear()
+    monkeypatch.setattr(w.rows, "training", lambda *_: iter([["", ""]]))
+    with pytest.raises(ConfigError, match="no document with text is left"):
+        w.train(0, 20)
+    monkeypatch.undo()
+    assert (w.train(0, 20) == calm).all()
