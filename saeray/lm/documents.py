@@ -22,7 +22,7 @@ class Documents:
         self.tokenizer = tokenizer
         self.d_vocab = len(tokenizer)
         self.bos = bos
-        self.odd: str | None = None  # what the first row holds that is neither text nor empty
+        self.odd: str | None = None  # what the first row holds that gives no tokens, nor is empty
 
     def of(self, open_rows: OpenRows, first: int = 0) -> Iterator[np.ndarray | Waiting]:
         """Token ids of each row, int32 [n]; none of it where a row has no text.
@@ -34,16 +34,17 @@ class Documents:
             if isinstance(batch, Waiting):
                 yield WAITING
                 continue
-            for ids in self.tokenised(batch, at):
+            for row, ids in zip(batch, self.tokenised(batch, at), strict=True):
+                if self.bos is not None and len(ids) and ids[0] == self.bos:
+                    ids = ids[1:]
+                if len(ids) == 0 and self.odd is None:
+                    self.note_odd(row, at)
                 at += 1
-                yield ids[1:] if self.bos is not None and len(ids) and ids[0] == self.bos else ids
+                yield ids
 
     def tokenised(self, batch: list[Any], at: int) -> list[np.ndarray]:
         if self.rows.columns.is_tokenized:
             return [self.checked_ids(row, at + i) for i, row in enumerate(batch)]
-        for i, row in enumerate(batch):
-            if not isinstance(row, str) and not is_empty(row):
-                self.note_odd(row, at + i)
         encoded = self.tokenizer(
             [row if isinstance(row, str) else "" for row in batch],
             add_special_tokens=False,
@@ -60,19 +61,11 @@ class Documents:
             ConfigError: one of them is not in the vocabulary.
         """
         value, mask = (row.ids, row.mask) if isinstance(row, Masked) else (row, None)
-        if is_empty(value):
-            return NO_IDS
-        ids = flat_ids(value)
-        if ids is None:
-            self.note_odd(value, at)
-            return NO_IDS
-        if mask is not None:
-            shown = flat_ids(np.asarray(mask).astype(np.int32))
-            if shown is None or len(shown) != len(ids):
-                self.note_odd(value, at, f" beside an attention_mask of {described(mask)}")
-                return NO_IDS
-            ids = ids[shown != 0]
-        if ids.size == 0:
+        ids = None if is_empty(value) else flat_ids(value)
+        if ids is not None and mask is not None:
+            shown = flat_mask(mask)
+            ids = None if shown is None or len(shown) != len(ids) else ids[shown]
+        if ids is None or ids.size == 0:
             return NO_IDS
         if int(ids.min()) < 0 or int(ids.max()) >= self.d_vocab:
             bad = int(ids.max()) if int(ids.max()) >= self.d_vocab else int(ids.min())
@@ -84,8 +77,19 @@ class Documents:
             )
         return ids.astype(np.int32)
 
-    def note_odd(self, value: Any, at: int, more: str = "") -> None:
-        if self.odd is None:
-            self.odd = (
-                f"row {at} of column {self.rows.columns.value!r} holds {described(value)}{more}"
-            )
+    def note_odd(self, row: Any, at: int) -> None:
+        """Keeps what a row holds that gives no tokens, if it is not just empty."""
+        value, mask = (row.ids, row.mask) if isinstance(row, Masked) else (row, None)
+        if not is_empty(value):
+            beside = "" if mask is None else f" beside an attention_mask of {described(mask)}"
+            column = self.rows.columns.value
+            self.odd = f"row {at} of column {column!r} holds {described(value)}{beside}"
+
+
+def flat_mask(mask: Any) -> np.ndarray | None:
+    """Which of a row's token ids count, bool [n]; None: it is no mask."""
+    try:
+        flat = flat_ids(np.asarray(mask, dtype=np.int32))
+    except (ValueError, TypeError):
+        return None
+    return None if flat is None else flat != 0

@@ -246,7 +246,7 @@ class TokenWindows:
 
     def nothing_held(self) -> ConfigError:
         odd = self.documents.odd
-        what = "the dataset is empty." if odd is None else f"no row holds any text ({odd})."
+        what = "the dataset is empty." if odd is None else f"no row gives any token ({odd})."
         return bad_value("dataset_path", self.config.dataset_path, what)
 
     def pack(

@@ -177,6 +177,12 @@ def test_other_columns_are_refused_by_what_is_in_them(tmp_path, columns, changes
     assert "empty" not in str(refused.value)
 
 
+@pytest.mark.parametrize("columns", [dict(text=["?", "!"] * 9), dict(tokens=[[0]] * 9)])
+def test_rows_of_which_nothing_is_left_are_not_called_empty(tmp_path, columns):
+    with pytest.raises(ConfigError, match=r"no row gives any token \(row 0 of column"):
+        windows_of(parquet(tmp_path / "a.parquet", **columns), streaming=True)
+
+
 def test_a_named_column_of_ids_is_tokens(tmp_path):
     path = parquet(tmp_path / "a.parquet", ids=[[1, 2, 3]] * 9)
     assert windows_of(path, text_column="ids").is_tokenized
@@ -186,7 +192,7 @@ def test_what_is_odd_only_later_is_not_called_empty(tmp_path):
     # The first rows are empty, so that the column's name must do.
     lines = [{"text": None}] * 300 + [{"text": {"a": "1"}}] * 20
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ConfigError, match=r"no row holds any text \(row \d+ of column 'text'"):
+    with pytest.raises(ConfigError, match=r"no row gives any token \(row \d+ of column 'text'"):
         windows_of(tmp_path / "a.jsonl")
 
 
@@ -208,6 +214,12 @@ def test_a_mask_may_have_a_batch_dimension_or_hide_all_and_must_be_as_long(tmp_p
     w = windows_of(parquet(tmp_path / "a.parquet", input_ids=ids, attention_mask=mask))
     assert seen(w) == {1, 2}
     assert w.skipped_rows > 0
+    for wrong in ([1], ["a", "b"], [[1], [1, 1]], [0, 0]):
+        columns = dict(input_ids=[[1, 2]] * 9, attention_mask=[wrong] * 9)
+        with pytest.raises(
+            ConfigError, match=r"no row gives any token \(row 0 .*attention_mask of"
+        ):
+            windows_of(parquet(tmp_path / "c.parquet", **columns))
     path = parquet(tmp_path / "b.parquet", input_ids=[[1, 2]] * 9, attention_mask=[[1]] * 9)
     with pytest.raises(
         ConfigError, match=r"row 0 of column 'input_ids' .* beside an attention_mask"
