@@ -79,6 +79,33 @@ def test_of_the_last_document_only_what_is_needed_is_held_out(tmp_path, texts, h
     assert not trained & {tuple(x) for x in held_out}
 
 
+@pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.parametrize("streaming", [None, True])
+def test_held_out_and_trained_tokens_never_meet(tmp_path, streaming, prepend_bos):
+    class Many(Digits):
+        def __len__(self):
+            return 10_000
+
+    rng = np.random.default_rng(5)
+    for case in range(12):
+        # Every token of every document is another one; BOS is 0.
+        lengths = rng.integers(0, 40, size=rng.integers(1, 5))
+        ids = np.split(np.arange(1, 1 + lengths.sum()), np.cumsum(lengths)[:-1])
+        path = parquet(tmp_path / f"{case}.parquet", tokens=[i.tolist() for i in ids])
+        changes = dict(streaming=streaming, prepend_bos=prepend_bos, is_dataset_tokenized=True)
+        n_windows = int(rng.integers(1, 6))
+        try:
+            w = windows_of(path, Many(), eval_windows=n_windows, context_size=5, **changes)
+        except ConfigError as error:  # too little text
+            assert "eval_windows" in str(error) or "empty" in str(error)
+            assert lengths.sum() <= 5 * n_windows
+            continue
+        assert w.evaluation().shape == (n_windows, 5)
+        held_out, trained = set(w.evaluation().flat), set(w.train(0, 200).flat)
+        assert held_out & trained <= {0}
+        assert trained > {0} or not prepend_bos
+
+
 @pytest.mark.parametrize("streaming", [None, True])
 @pytest.mark.parametrize("texts", [["123"], ["123", "", None], ["12"], ["1", "2"]])
 def test_text_that_is_all_held_out_is_refused_at_the_start(tmp_path, streaming, texts):
