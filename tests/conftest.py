@@ -1,6 +1,7 @@
 """Fixtures: the bundled model and text, one Ray instance for all tests that ask for one, S3."""
 
 import os
+import threading
 
 import pytest
 from support.bundled import fields
@@ -77,6 +78,29 @@ def s3():
 
     yield bucket
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def http_files():
+    """A server of files on loopback; a function from a folder to the URL it has there."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    servers = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    def url(folder):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield url
+    for server in servers:
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ class NotYet(NamedTuple):
 
     late: str  # who is waited for, in words
     let_go: bool = False  # the caller shall give up what it still has for this
+    progress: int = 0  # another number than before: who is late is slow, but gets on
 
 
 def get(ref: Any, limit_s: float, who: str) -> Any:
@@ -77,19 +78,21 @@ def poll(
     who: str,
     not_yet: Callable[[NotYet], None] = lambda _: None,
 ) -> Any:
-    """Repeats a call that answers `NotYet` until it answers, for `limit_s` at most.
+    """Repeats a call that answers `NotYet` until it answers; `limit_s` at most without progress.
 
     not_yet: is told of every such answer.
 
     Raises:
         Late: it was "not yet" for the whole time; names who its last answer was waiting for.
     """
-    deadline = time.monotonic() + limit_s
+    deadline, progress = time.monotonic() + limit_s, 0
     while True:
         answer = ask(call, limit_s, who)
         if not isinstance(answer, NotYet):
             return answer
         not_yet(answer)
+        if answer.progress != progress:
+            deadline, progress = time.monotonic() + limit_s, answer.progress
         if time.monotonic() > deadline:
             raise Late(
                 f"nothing came from {answer.late} for {limit_s:g} s (wait_limit_s); raise it if "

@@ -38,6 +38,7 @@ IDENTITY_FIELDS = (
     "store_batch_size",
     "activation_dtype",
 )
+WHERE_GIVEN = ("dataset_revision", "txt_documents")  # which came later: older caches are read on
 
 
 def identity_of(
@@ -47,6 +48,7 @@ def identity_of(
     return {
         "format": FORMAT,
         **{name: getattr(config, name) for name in IDENTITY_FIELDS},
+        **{name: value for name in WHERE_GIVEN if (value := getattr(config, name)) is not None},
         "weights": weights,
         "device": device,
         "block_shapes": {hook: [config.block_rows, d_in] for hook, d_in in widths.items()},

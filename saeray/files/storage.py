@@ -7,7 +7,6 @@ and renamed into it; on an object store, where a put is atomic, the file named l
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
-from saeray.errors import bad_value
+from saeray.lm.filesystem import filesystem_of
 
 
 class Folder:
@@ -38,25 +37,7 @@ class Folder:
         if "://" not in text:
             path = str(Path(text).expanduser().absolute())
             return cls(fs.LocalFileSystem(), path, path)
-        if re.search(r"://[^/]*:[^/]*@|[?&](access_key|secret_key|session_token)=", text):
-            raise bad_value(
-                field,
-                re.sub(r"://.*", "://…", text),
-                "a key in a URI would be written into the results; use the environment "
-                "(AWS_ACCESS_KEY_ID …) or a credentials file.",
-            )
-        try:
-            filesystem, path = fs.FileSystem.from_uri(text)
-        except (ValueError, OSError) as error:
-            try:
-                from fsspec.core import url_to_fs
-
-                handler, path = url_to_fs(text)
-                filesystem = fs.PyFileSystem(fs.FSSpecHandler(handler))
-            except (ValueError, ImportError, OSError):
-                raise bad_value(
-                    field, text, f"neither pyarrow.fs nor fsspec opens it ({error})."
-                ) from None
+        filesystem, path = filesystem_of(text, field)
         return cls(filesystem, path, text.rstrip("/"))
 
     def __truediv__(self, name: str) -> Folder:

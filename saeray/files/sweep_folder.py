@@ -107,9 +107,11 @@ class SweepFolder:
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.folder.uri}/sweep.yaml: damaged ({error}).") from None
         root = self.folder.parent_uri
+        # A sweep that was begun by the version before goes on with the text it began with.
+        before = {"text_version": 1}
         return {
             name: LanguageModelSAERunnerConfig.from_dict(
-                config | {"name": self.name, "storage_path": root},
+                before | config | {"name": self.name, "storage_path": root},
                 source=f"{self.folder.uri}/sweep.yaml: {name}",
             )
             for name, config in saes.items()

@@ -34,9 +34,10 @@ def portable(path: Path) -> str:
 
 def nowhere(kind: str) -> str:
     """What to say of a path that is not there, on whichever machine this is."""
+    anywhere = "a hub name" if kind == "directory" else "a hub name or s3://"
     return (
         f"there is no such {kind} on {platform.node()}; on a cluster local paths are those of its "
-        "own nodes (a hub name or s3:// is the same everywhere)."
+        f"own nodes ({anywhere} is the same everywhere)."
     )
 
 

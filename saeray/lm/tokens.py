@@ -5,46 +5,49 @@ context_size tokens. With `prepend_bos` every window begins with the BOS token a
 separated by one, as the language model saw them in training.
 
 The documents that fill the first `eval_windows` windows are set aside for evaluation and stay out
-of every epoch, so no SAE ever trains on them. The rest is shuffled anew for each epoch by seed.
+of every epoch, so no SAE ever trains on them; where they are all there is, the end of the last one
+is, and its beginning is trained on. The rest is shuffled anew for each epoch by seed.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from saeray.errors import ConfigError, SaerayError, bad_value
-from saeray.lm.dataset import choose_column, open_dataset
+from saeray.errors import ConfigError, bad_value
+from saeray.lm.columns import choose_columns
+from saeray.lm.dataset import open_conversion, open_dataset
+from saeray.lm.documents import Documents
+from saeray.lm.hub_dataset import LoadingScript
+from saeray.lm.rows import WAITING, Rows, Waiting
+from saeray.lm.window_store import WindowStore
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.order import permutation
 
 logger = logging.getLogger(__name__)
 
-OpenRows = Callable[[], Iterator[list[Any]]]  # batches of rows, from the first one
+MOST_MAKERS = 2  # readings of the text at a time: one for those ahead, one for who is far behind
 
-DOCUMENTS_AT_ONCE = 256  # per tokenizer call
-STREAM_SHUFFLE_BUFFER = 10_000  # documents, for datasets that can't be indexed
-SOURCE_TRIES = 4  # of a source that raises or stalls, each from where the one before stopped
-# A try may stall for this share of wait_limit_s, so that all of them take less than those who wait
-# for the tokens are ready to wait.
-STALL_SHARE = 1 / 6
+
+class Position(NamedTuple):
+    """Where in the text a window begins: windows from there on need nothing before it."""
+
+    window: int = 0
+    epoch: int = 0
+    row: int = 0  # of the epoch's order
+    at: int = 0  # token of that row's document
+    skipped_rows: int = 0  # so far
 
 
 class TokenWindows:
     """All windows of one stream: `train(i, n)` and `evaluation()`.
 
-    Windows already made lie in a file (int32, context_size tokens each, one after the other), so
-    any of them can be read again; a window not made yet is made with all before it.
+    Windows that were made are kept, as many as fit into a bounded file; one that is not there is
+    made (again) from the nearest place before it that is known.
     """
 
     def __init__(
@@ -58,13 +61,12 @@ class TokenWindows:
         """Opens the dataset and makes the held-out windows.
 
         Raises:
-            ConfigError: see `open_dataset` and `choose_column`; also an empty dataset, one too
+            ConfigError: see `open_dataset` and `choose_columns`; also an empty dataset, one too
                 small for eval_windows, or a tokenizer without BOS where prepend_bos wants one.
         """
         self.config = config
         self.warn = warn
         self.tokenizer = tokenizer
-        self.d_vocab = len(tokenizer)
         self.bos: int | None = None
         if config.prepend_bos:
             bos = tokenizer.bos_token_id
@@ -73,28 +75,38 @@ class TokenWindows:
                 raise bad_value(
                     "prepend_bos", True, f"{config.model_name} has no BOS token; set it to false."
                 )
-        self.dataset = open_dataset(config)
-        columns = self.column_names()
-        self.column, self.is_tokenized = choose_column(config, columns)
+        try:
+            self.dataset = open_dataset(config)
+        except LoadingScript as script:
+            self.dataset, instead = open_conversion(config)
+            warn(f"{config.dataset_path}: {script}; {instead}.")
+        self.rows = Rows(self.dataset, config, warn)
+        columns = choose_columns(config, self.column_names(), self.rows.first())
+        self.column, self.is_tokenized = columns.value, columns.is_tokenized
+        self.rows.columns = columns
+        self.documents = Documents(self.rows, tokenizer, self.bos)
         self.epoch = 0  # completed passes over the training documents
-        self.rows_read = 0  # in the present epoch
         self.skipped_rows = 0  # empty or odd ones, over all epochs
-        self.n_held_out_documents = 0
+        self.train_tokens: int | None = None  # of the one document there is, if it is cut
         self.held_out = self.make_held_out()
-        # Without a name, so that it goes with its process however that ends.
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as the object)
-        self.n_made = 0
-        self.producer = self.training_windows()
+        self.store = WindowStore(config.context_size, folder)
+        self.start = Position(skipped_rows=self.skipped_rows)
+        self.known = {0: self.start}  # by the store's segment: of a window in it
+        self.makers: list[WindowMaker] = []  # the one used last comes last
+        self.n_made = 0  # windows, those that were made again included
 
     @property
     def context_size(self) -> int:
         return self.config.context_size
 
+    @property
+    def n_held_out_documents(self) -> int:
+        return self.rows.n_held_out
+
     def column_names(self) -> list[str]:
         names = self.dataset.column_names
         if names is None:  # a stream that only knows its columns once it is read
-            first = next(iter(self.dataset), None)
-            names = list(first) if first is not None else []
+            names = next(self.rows.first(), {})
         if not names:
             raise bad_value("dataset_path", self.config.dataset_path, "the dataset is empty.")
         return list(names)
@@ -105,73 +117,150 @@ class TokenWindows:
 
     def train(self, first: int, n: int) -> np.ndarray:
         """Training windows first … first + n - 1: int32 [n, context_size]."""
-        self.make_up_to(first + n)
-        size = self.context_size * 4
-        data = os.pread(self.file.fileno(), n * size, first * size)
-        return np.frombuffer(data, dtype=np.int32).reshape(n, self.context_size)
+        windows = self.train_within(None, first, n)
+        assert windows is not None
+        return windows
 
-    def make_up_to(self, n: int) -> None:
-        if n <= self.n_made:
+    def train_within(
+        self, seconds: float | None, first: int, n: int, near: Position | None = None
+    ) -> np.ndarray | None:
+        """`train`, or None when that takes longer; what was made till then is not lost.
+
+        near: a position that an earlier `TokenWindows` of the same config has told.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        windows = []
+        for window in range(first, first + n):
+            while not self.store.has(window):
+                maker = self.maker_for(window, near or self.start)
+                try:
+                    maker.make_one()
+                except Exception:
+                    self.makers.remove(maker)  # whoever asks again begins anew
+                    raise
+                if deadline is not None and time.monotonic() > deadline:
+                    return None
+            windows.append(self.store.read(window))
+        return np.stack(windows)
+
+    # --- where to make them from ------------------------------------------------------------
+
+    def maker_for(self, window: int, near: Position) -> WindowMaker:
+        """A reading of the text that comes to a window soon."""
+        if self.makers and self.makers[-1].position.window == window:
+            return self.makers[-1]
+        nearest = self.nearest(window)
+        if nearest.window < near.window <= window:
+            nearest = near
+        running = [m for m in self.makers if m.position.window <= window]
+        maker = max(running, key=lambda m: m.position.window, default=None)
+        # A source that streams is read from its first row, wherever one wants to begin.
+        jumps = self.rows.n_rows is not None
+        if maker is None or (jumps and nearest.window > maker.position.window):
+            maker = WindowMaker(self, nearest)
+            if len(self.makers) == MOST_MAKERS:
+                self.makers.pop(0).close()
+        else:
+            self.makers.remove(maker)
+        self.makers.append(maker)
+        return maker
+
+    @property
+    def progress(self) -> int:
+        """Grows while there is any."""
+        return self.rows.progress + self.n_made
+
+    def nearest(self, window: int) -> Position:
+        """The last known position that is not behind a window."""
+        if self.makers and self.makers[-1].position.window == window:
+            return self.makers[-1].position
+        for segment in range(window // self.store.per_segment, -1, -1):
+            position = self.known.get(segment)
+            if position is not None and position.window <= window:
+                return position
+        raise AssertionError("the first window's position is always known")
+
+    def made(self, ids: np.ndarray, window: int, next_one: Position) -> None:
+        """Takes what a `WindowMaker` has made."""
+        self.store.add(window, ids)
+        self.n_made += 1
+        self.known.setdefault(next_one.window // self.store.per_segment, next_one)
+        self.skipped_rows = max(self.skipped_rows, next_one.skipped_rows)
+        self.epoch = max(self.epoch, next_one.epoch)
+
+    def passed(self, epoch: int, n_documents: int) -> None:
+        """An epoch has been read to its end, for the first time or again."""
+        if epoch < self.epoch:
             return
-        try:
-            while self.n_made < n:
-                self.file.write(next(self.producer).tobytes())
-                self.n_made += 1
-        finally:
-            self.file.flush()
+        self.epoch = epoch + 1
+        self.warn(
+            f"{self.config.dataset_path}: all {n_documents:,} documents have been read; epoch "
+            f"{self.epoch + 1} begins."
+        )
 
     # --- from documents to windows ----------------------------------------------------------
 
     def make_held_out(self) -> np.ndarray:
-        windows = []
-        for window in self.pack(self.documents(self.held_out_rows)):
+        n_rows, n_skipped = 0, 0
+        held: list[np.ndarray] = []
+        cut = Cut()
+        documents = self.documents.of(self.rows.held_out)
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal n_rows, n_skipped
+            for ids in documents:
+                if isinstance(ids, Waiting):
+                    continue
+                n_rows += 1
+                if len(ids):
+                    held.append(ids)
+                    yield ids
+                else:
+                    n_skipped += 1
+
+        windows: list[Any] = []
+        for window in self.pack(counted(), cut):
             windows.append(window)
             if len(windows) == self.config.eval_windows:
                 break
-        if self.rows_read == self.skipped_rows:
-            raise bad_value("dataset_path", self.config.dataset_path, "the dataset is empty.")
-        total = self.n_documents()
-        if len(windows) < self.config.eval_windows or (
-            total is not None and self.rows_read >= total
-        ):
-            raise bad_value(
-                "eval_windows",
-                self.config.eval_windows,
-                f"setting aside that many windows of {self.context_size} tokens takes all of "
-                f"{self.config.dataset_path} and leaves nothing to train on; a larger dataset or "
-                "fewer windows.",
-            )
-        self.n_held_out_documents = self.rows_read
+        if not held:
+            raise self.nothing_held()
+        more = any(not isinstance(ids, Waiting) and len(ids) for ids in documents)
+        if not more:  # nothing with text is left: the last document's beginning must do
+            left = len(held[-1]) - cut.at
+            if len(windows) < self.config.eval_windows or left == 0:
+                raise bad_value(
+                    "eval_windows",
+                    self.config.eval_windows,
+                    f"setting aside that many windows of {self.context_size} tokens takes all of "
+                    f"{self.config.dataset_path} and leaves nothing to train on; a larger dataset "
+                    "or fewer windows.",
+                )
+            if cut.at:  # else it has only given a BOS
+                windows = list(self.pack(iter([*held[:-1], held[-1][left:]])))
+            self.train_tokens = left
+            n_rows -= 1
+        self.rows.n_held_out = n_rows
+        self.skipped_rows = n_skipped
         return np.stack(windows)
 
-    def training_windows(self) -> Iterator[np.ndarray]:
-        """Windows without end: epoch after epoch, each in another order."""
+    def nothing_held(self) -> ConfigError:
+        odd = self.documents.odd
+        what = "the dataset is empty." if odd is None else f"no row gives any token ({odd})."
+        return bad_value("dataset_path", self.config.dataset_path, what)
 
-        def documents() -> Iterator[np.ndarray]:
-            while True:
-                n = 0
-                for ids in self.documents(partial(self.training_rows, self.epoch)):
-                    n += 1
-                    yield ids
-                if n == 0:
-                    raise ConfigError(
-                        f"dataset_path = {self.config.dataset_path!r}: no document with text is "
-                        f"left to train on ({self.skipped_rows} rows were empty)."
-                    )
-                self.epoch += 1
-                self.warn(
-                    f"{self.config.dataset_path}: all {n:,} documents have been read; epoch "
-                    f"{self.epoch + 1} begins."
-                )
-
-        return self.pack(documents())
-
-    def pack(self, documents: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def pack(
+        self, documents: Iterator[np.ndarray | Waiting], cut: Cut | None = None
+    ) -> Iterator[np.ndarray | Waiting]:
         """Lays documents end to end and cuts: int32 [context_size] at a time."""
         size, bos = self.context_size, self.bos
         window = np.empty(size, dtype=np.int32)
         filled = 0
+        cut = cut or Cut()
         for ids in documents:
+            if isinstance(ids, Waiting):
+                yield WAITING
+                continue
             at = 0
             while at < len(ids):
                 # BOS begins a window, and stands before a document inside one.
@@ -182,132 +271,68 @@ class TokenWindows:
                 window[filled : filled + n] = ids[at : at + n]
                 filled, at = filled + n, at + n
                 if filled == size:
+                    cut.at = at
                     yield window.copy()
                     filled = 0
 
-    # --- from rows to documents -------------------------------------------------------------
 
-    def documents(self, open_rows: OpenRows) -> Iterator[np.ndarray]:
-        """Token ids of each row that has any, without a BOS of their own."""
-        self.rows_read = 0
-        for batch in self.patiently(open_rows):
-            tokenised = self.tokenise(batch)
-            for ids in tokenised:
-                self.rows_read += 1
-                if ids is None or len(ids) == 0:
+class Cut:
+    """Where the last window ended in its last document."""
+
+    at = 0
+
+
+class WindowMaker:
+    """One reading of the training text: windows without end, epoch after epoch, from a position."""
+
+    def __init__(self, windows: TokenWindows, position: Position) -> None:
+        self.windows = windows
+        self.position = position  # of the window that is made next
+        self.cut = Cut()
+        self.epoch, self.row = position.epoch, position.row
+        self.skipped_rows = position.skipped_rows
+        self.in_hand = 0  # tokens of the document that was laid last
+        self.offset = position.at  # of the first token of it
+        self.packed = windows.pack(self.documents(), self.cut)
+
+    def make_one(self) -> None:
+        """The next window; or none yet, when the source is slow."""
+        ids = next(self.packed)
+        if isinstance(ids, Waiting):
+            return
+        left = self.in_hand - self.cut.at
+        row, at = (self.row, 0) if left == 0 else (self.row - 1, self.offset + self.cut.at)
+        made = self.position.window
+        self.position = Position(made + 1, self.epoch, row, at, self.skipped_rows)
+        self.windows.made(ids, made, self.position)
+
+    def documents(self) -> Iterator[np.ndarray | Waiting]:
+        """Documents without end, from the position on."""
+        windows, skip = self.windows, self.offset
+        while True:
+            began, n_documents = self.row, 0
+            opened = partial(windows.rows.training, self.epoch, began)
+            for ids in windows.documents.of(opened, began):
+                if isinstance(ids, Waiting):
+                    yield WAITING
+                    continue
+                self.row += 1
+                if len(ids) == 0:
                     self.skipped_rows += 1
                     continue
-                if self.bos is not None and ids[0] == self.bos:
-                    ids = ids[1:]
-                if len(ids):
-                    yield ids
+                n_documents += 1
+                self.offset, skip = skip, 0
+                ids = ids[self.offset : windows.train_tokens]
+                self.in_hand = len(ids)
+                yield ids
+            if began == n_documents == 0:
+                raise ConfigError(
+                    f"dataset_path = {windows.config.dataset_path!r}: no document with text is "
+                    f"left to train on ({self.skipped_rows} rows were empty)."
+                )
+            windows.passed(self.epoch, self.row)
+            self.epoch, self.row = self.epoch + 1, 0
 
-    def tokenise(self, batch: list[Any]) -> list[np.ndarray | None]:
-        if self.is_tokenized:
-            return [self.checked_ids(row) for row in batch]
-        texts = [row if isinstance(row, str) else "" for row in batch]
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-
-    def checked_ids(self, row: Any) -> np.ndarray | None:
-        if row is None:
-            return None
-        ids = np.asarray(row)
-        if ids.size == 0:
-            return None
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            return None  # odd row: counted with the empty ones
-        if int(ids.min()) < 0 or int(ids.max()) >= self.d_vocab:
-            bad = int(ids.max()) if int(ids.max()) >= self.d_vocab else int(ids.min())
-            raise ConfigError(
-                f"dataset_path = {self.config.dataset_path!r}: row {self.rows_read} of column "
-                f"{self.column!r} holds token id {bad}, but {self.config.model_name} has a "
-                f"vocabulary of {self.d_vocab}; the text was tokenised for another model."
-            )
-        return ids.astype(np.int32)
-
-    def patiently(self, open_rows: OpenRows) -> Iterator[list[Any]]:
-        """The batches of rows, over a source that may raise or stall now and then.
-
-        Raises:
-            SaerayError: it did so `SOURCE_TRIES` times in a row; says what it last said.
-        """
-        passed_on, tries = 0, 0
-        stall = self.config.wait_limit_s * STALL_SHARE
-        while True:
-            rows = open_rows()
-            # Its own thread each time: one that stalls can't be stopped, only left alone.
-            reading = ThreadPoolExecutor(1, "dataset")
-            try:
-                for i in itertools.count():
-                    batch = reading.submit(next, rows, None).result(timeout=stall)
-                    if batch is None:
-                        return
-                    if i >= passed_on:
-                        passed_on, tries = i + 1, 0
-                        yield batch
-            except SaerayError:
-                raise
-            except Exception as error:
-                tries += 1
-                stalled = isinstance(error, (TimeoutError, FutureTimeout))
-                what = f"nothing came for {stall:g} s" if stalled else f"{error!r}"
-                where = f"{self.config.dataset_path}, after {self.rows_read:,} rows: {what}"
-                if tries == SOURCE_TRIES:
-                    raise SaerayError(
-                        f"the dataset can't be read on, tried {tries} times ({where}). "
-                        "`saeray sweep --resume` goes on when it can."
-                    ) from None
-                self.warn(f"{where}; tried again.")
-                time.sleep(min(2.0**tries, stall))
-            finally:
-                reading.shutdown(wait=False)
-
-    # --- rows in their order ----------------------------------------------------------------
-
-    def n_documents(self) -> int | None:
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else None
-
-    def held_out_rows(self) -> Iterator[list[Any]]:
-        if self.n_documents() is None:
-            yield from self.stream_rows(self.dataset)
-        else:
-            yield from self.indexed_rows(self.fixed_order())
-
-    def training_rows(self, epoch: int) -> Iterator[list[Any]]:
-        assert self.config.data_seed is not None
-        if self.n_documents() is None:
-            rest = self.dataset.skip(self.n_held_out_documents)
-            seed = (self.config.data_seed + epoch) % 2**32
-            yield from self.stream_rows(rest.shuffle(seed, buffer_size=STREAM_SHUFFLE_BUFFER))
-        else:
-            rest = self.fixed_order()[self.n_held_out_documents :]
-            order = permutation(len(rest), self.config.data_seed, epoch, salt=3)
-            yield from self.indexed_rows(rest[order])
-
-    def fixed_order(self) -> np.ndarray:
-        """One order of all rows, the same in every epoch: its first rows are held out."""
-        n = self.n_documents()
-        assert n is not None and self.config.data_seed is not None
-        return permutation(n, self.config.data_seed, 0, salt=2)
-
-    def indexed_rows(self, order: np.ndarray) -> Iterator[list[Any]]:
-        column = self.dataset.select_columns([self.column])
-        for a in range(0, len(order), DOCUMENTS_AT_ONCE):
-            yield column[order[a : a + DOCUMENTS_AT_ONCE].tolist()][self.column]
-
-    def stream_rows(self, dataset: Any) -> Iterator[list[Any]]:
-        batch: list[Any] = []
-        for row in dataset:
-            batch.append(row.get(self.column))
-            if len(batch) == DOCUMENTS_AT_ONCE:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    def close(self) -> None:
+        """Leaves the source alone."""
+        self.packed.close()  # type: ignore[attr-defined]

@@ -27,6 +27,8 @@ LR_SCHEDULERS = (
 B_DEC_INIT_METHODS = ("geometric_median", "mean", "zeros")
 MSE_NORMALIZATIONS = ("centred_norm", "none")
 FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+TXT_DOCUMENTS = ("blank_line", "file", "line")
+TEXT_VERSIONS = (1, 2)
 ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -108,6 +110,10 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     one_of("mse_normalization", config.mse_normalization, MSE_NORMALIZATIONS)
     one_of("dtype", config.dtype, FLOAT_DTYPES)
     one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
+    if config.txt_documents is not None:
+        one_of("txt_documents", config.txt_documents, TXT_DOCUMENTS)
+    if config.text_version not in TEXT_VERSIONS:
+        raise bad_value("text_version", config.text_version, "1 or 2; leave it out.")
     if config.device.split(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
         raise bad_value("device", config.device, "cpu, cuda, cuda:N, mps or auto.")
     if config.feature_sampling_method is not None:

@@ -37,14 +37,19 @@ class LanguageModelSAERunnerConfig:
     hook_point: str  # TransformerLens hook name; may hold {layer}
     hook_point_layer: int | None = None  # must agree with hook_point; None: read from it
     d_in: int | None = None  # width of the hooked activation; None: asked of the model
-    dataset_path: str  # hub name, or local parquet / json / text / saved dataset
+    dataset_path: str  # hub name, or parquet / json / text files (local, s3://…), a saved dataset
     is_dataset_tokenized: bool | None = None  # None: told from the columns
     context_size: int = 128  # tokens per LM context
     # saeray: how the text is read
-    dataset_split: str = "train"
-    dataset_config: str | None = None  # hub datasets with several configurations
-    streaming: bool | None = None  # None: hub names stream, local files do not
+    dataset_split: str = "train"  # as `datasets.load_dataset` finds them, in a folder too
+    dataset_config: str | None = None  # of datasets with several configurations
+    dataset_revision: str | None = None  # of a hub dataset: branch, tag or commit
+    streaming: bool | None = None  # None: hub names and URIs stream, local files do not
     text_column: str | None = None  # None: `tokens`, `input_ids` or `text`
+    # What is a document in a .txt file: what stands between blank lines (blank_line), the whole
+    # file, or a line. None: blank_line where the first file has any, else line.
+    txt_documents: str | None = None
+    text_version: int = 2  # how text becomes windows; 1: of sweeps begun with saeray 0.1
     prepend_bos: bool = True  # every document begins with the model's BOS token
     trust_remote_code: bool = False
     model_revision: str | None = None
@@ -237,6 +242,7 @@ NOT_AN_AXIS = frozenset(
         "share_stream",
         "checkpoint_every_s",
         "wait_limit_s",
+        "text_version",
     }
 )
 
@@ -249,6 +255,9 @@ STREAM_FIELDS = (
     "dataset_path",
     "dataset_split",
     "dataset_config",
+    "dataset_revision",
+    "txt_documents",
+    "text_version",
     "is_dataset_tokenized",
     "streaming",
     "text_column",

@@ -152,7 +152,7 @@ class ActivationBuffer:
         state = self.policy.readers[reader]
         if not await self.until_ready(window, state if have else None):
             # For one that is served alone a half window may be given up: it shall not keep any.
-            return NotYet(self.late(blocks), let_go=state.detached)
+            return self.not_yet(blocks, let_go=state.detached)
         state.asks_since = None
         return WindowBlocks(blocks, [self.blocks[b] for b in blocks[have:]])
 
@@ -171,7 +171,7 @@ class ActivationBuffer:
             reader = self.policy.ask(name, 0, time.monotonic())
             reader.detached = all(r.window > 1 for r in self.policy.readers.values() if r != reader)
             if not await self.until_ready(0):
-                return NotYet(self.late(self.order.blocks_of(0)))
+                return self.not_yet(self.order.blocks_of(0))
             if key not in self.b_dec:  # no other call came first while this one waited
                 at = self.hook_points.index(hook_point)
                 refs = [self.blocks[b][at] for b in self.order.blocks_of(0)]
@@ -314,6 +314,13 @@ class ActivationBuffer:
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
+
+    def not_yet(self, blocks: range, let_go: bool = False) -> NotYet:
+        """The answer to who asks for a window that is not ready."""
+        late = self.late(blocks)
+        # A source of text that is slow is waited for as long as something comes from it.
+        progress = self.pool.text_progress if late.startswith("the token server") else 0
+        return NotYet(late, let_go, progress)
 
     def late(self, blocks: range) -> str:
         """Who keeps a window from being ready, in words."""

@@ -15,8 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
+from saeray.actors.waiting import NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey
+from saeray.stream.token_server import TokenBlock
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
@@ -52,6 +54,8 @@ class HarvesterPool:
         self.deaths: Counter[int] = Counter()  # of harvesters, by the block they were at
         self.failures: Counter[int] = Counter()  # of the forward pass, by block
         self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
+        self.text_progress = 0  # what the token server said last of its own
+        self.places: dict[int, Any] = {}  # by block: where in the text it begins, of a few
         self.error: SaerayError | None = None  # why the stream can't go on
         self.harvested_tokens = 0
         self.cached_tokens = 0
@@ -116,10 +120,19 @@ class HarvesterPool:
 
     async def tokens(self, block: int) -> Any:
         """The token windows of a block. Ray repeats the call when the server is started again."""
+        since = time.monotonic()
+        near = [self.places[b] for b in self.places if b <= block][-1:]
         try:
-            return await self.token_server.block.remote(block)
+            while isinstance(answer := await self.token_server.block.remote(block, *near), NotYet):
+                self.under_way[block] = (answer.late, since)
+                self.text_progress = answer.progress
         except RayActorError as error:
             raise SaerayError(f"the token server is gone ({error})") from None
+        if not isinstance(answer, TokenBlock):
+            return answer
+        self.places[block + 1] = answer.next_at
+        self.places = dict(sorted(self.places.items()))
+        return answer.tokens
 
     def harvester_died(self, block: int, at: int, error: RayActorError) -> None:
         self.deaths[block] += 1

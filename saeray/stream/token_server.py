@@ -1,7 +1,8 @@
 """TokenServer: windows of tokens by index, for the harvesters. One per stream, stateless to others.
 
 Every window is a function of the config and its index, so a server that was restarted gives the
-same windows again.
+same windows again. So that it need not make all of them for that, now and then it hands out, with a
+block, where in the text the next one begins; whoever asks tells it (`near`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saeray.actors.waiting import NotYet
 from saeray.lm.check import check_texts
 from saeray.lm.hub import load_tokenizer
-from saeray.lm.tokens import TokenWindows
+from saeray.lm.tokens import Position, TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
+
+AT_ONCE_SECONDS = 1.0  # that a call makes windows before it says how far it is
+PLACE_EVERY = 64  # blocks
+
+
+class TokenBlock(NamedTuple):
+    """The tokens of a block, and where the next one begins."""
+
+    tokens: np.ndarray  # int32 [store_batch_size, context_size]
+    next_at: Position
 
 
 class TokenCounts(NamedTuple):
@@ -48,10 +60,21 @@ class TokenServer:
         """`check` of streams that others will serve."""
         check_texts([LanguageModelSAERunnerConfig.from_dict(c) for c in configs])
 
-    def block(self, index: int) -> np.ndarray:
-        """The windows of LM batch `index`: int32 [store_batch_size, context_size]."""
+    def block(self, index: int, near: Position | None = None) -> np.ndarray | TokenBlock | NotYet:
+        """The windows of LM batch `index`: int32 [store_batch_size, context_size].
+
+        near: where in the text a block before it begins, if that is known. Answers `NotYet` while
+        the source is slow or there is much to be passed over: ask again.
+        """
         n = self.config.store_batch_size
-        return self.open().train(index * n, n)
+        windows = self.open()
+        tokens = windows.train_within(AT_ONCE_SECONDS, index * n, n, near)
+        if tokens is None:
+            rows = f"{windows.rows.seen:,} rows have come from {self.config.dataset_path}"
+            return NotYet(f"the token server ({rows})", progress=windows.progress)
+        if (index + 1) % PLACE_EVERY:
+            return tokens
+        return TokenBlock(tokens, windows.nearest((index + 1) * n))
 
     def held_out(self) -> np.ndarray:
         """int32 [eval_windows, context_size]; no training block ever holds a token of them."""

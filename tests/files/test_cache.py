@@ -9,7 +9,7 @@ import pytest
 from support.configs import config
 
 from saeray.files.cache import ActivationCache, identity_of
-from saeray.spec.config import resolve
+from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 
 HOOK = "blocks.0.hook_resid_pre"
 IDENTITY = {"format": 1, "model_name": "m", "weights": "w", "block_shapes": {HOOK: [6, 4]}}
@@ -105,3 +105,13 @@ def test_how_blocks_are_mixed_and_who_reads_them_is_no_part_of_the_identity():
     for changes in (dict(n_batches_in_buffer=8), dict(lr=1e-2), dict(training_tokens=5 * 10**6)):
         assert identity(**changes) == identity()
     assert identity(context_size=64) != identity()
+
+
+def test_fields_that_came_later_count_where_they_are_given(tiny):
+    resolved = resolve(LanguageModelSAERunnerConfig(**tiny))
+
+    def identity(**changes):
+        return identity_of(resolved.replace(**changes), "weights", "cpu", {"hook": 4})
+
+    assert not {"dataset_revision", "txt_documents"} & set(identity())
+    assert identity(dataset_revision="main") != identity() != identity(txt_documents="file")

@@ -89,6 +89,8 @@ def test_its_saes_explain_the_activations_they_were_trained_on(cached):
 def test_an_interrupted_sweep_knows_where_each_sae_stands():
     files = sweep_folder("interrupted")
     assert list(files.read_configs()) == SAES
+    # Its text is read as it was begun with.
+    assert {c.text_version for c in files.read_configs().values()} == {1}
     known = files.known(SAES)
     assert [(k.state, k.step, k.n_training_tokens) for k in known.values()] == [
         (WAITING, 250, 64_000)

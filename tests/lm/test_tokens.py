@@ -6,8 +6,8 @@ import time
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
+from support.digits import Digits, parquet, windows_of
 
 from saeray.errors import ConfigError, SaerayError
 from saeray.lm.hub import load_tokenizer
@@ -15,37 +15,6 @@ from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 
 BOS = 0  # of the bundled model
-
-
-class Digits:
-    """A tokenizer one can check by eye: a digit is its own id, BOS is 0."""
-
-    bos_token_id = 0
-    eos_token_id = None
-
-    def __len__(self):
-        return 10
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[int(c) for c in text] for text in texts]}
-
-
-def windows_of(path, tokenizer=None, warn=lambda text: None, **changes):
-    values = dict(
-        model_name="digits",
-        hook_point="blocks.0.hook_resid_pre",
-        dataset_path=str(path),
-        context_size=4,
-        eval_windows=1,
-        seed=0,
-    )
-    config = resolve(LanguageModelSAERunnerConfig(**(values | changes)))
-    return TokenWindows(config, tokenizer or Digits(), warn=warn)
-
-
-def parquet(path, **columns):
-    pa.parquet.write_table(pa.table(columns), path)
-    return path
 
 
 def test_documents_are_packed_with_bos_at_window_starts_and_between(tmp_path):
@@ -79,6 +48,69 @@ def test_held_out_documents_are_in_no_epoch(tmp_path):
     assert not held_out & set(trained)
     assert len(set(trained[:n_left])) == n_left  # an epoch has every document once
     assert trained[:n_left] != trained[n_left : 2 * n_left]  # each epoch in another order
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_the_end_of_the_only_document_is_held_out(tmp_path, streaming):
+    text = "".join(str(i % 8 + 1) for i in range(4_497)) + "999"  # 4,500 tokens
+    path = parquet(tmp_path / "a.parquet", text=[text, "", None])
+    w = windows_of(path, streaming=streaming)
+    assert w.evaluation().tolist() == [[0, 9, 9, 9]]
+    trained = w.train(0, 1_600)
+    assert 9 not in trained
+    laid = trained[:1_499, 1:].reshape(-1)  # three tokens and a BOS in each window
+    assert "".join(map(str, laid.tolist())) == text[:4_497]
+    assert w.epoch == 1  # and then from its beginning again
+
+
+@pytest.mark.parametrize(
+    ("texts", "held_out", "first"),
+    [
+        (["12", "3456"], [[0, 1, 2, 0]], [0, 3, 4, 5]),  # the last window ends with a BOS alone
+        (["1", "234567"], [[0, 1, 0, 7]], [0, 2, 3, 4]),
+        (["123", "456", "4"], [[0, 1, 2, 3]], [0, 4, 5, 6]),  # there are others to train on
+    ],
+)
+def test_of_the_last_document_only_what_is_needed_is_held_out(tmp_path, texts, held_out, first):
+    w = windows_of(parquet(tmp_path / "a.parquet", text=texts), streaming=True, data_seed=1)
+    assert w.evaluation().tolist() == held_out
+    trained = {tuple(x) for x in w.train(0, 9).tolist()}
+    assert tuple(first) in trained
+    assert not trained & {tuple(x) for x in held_out}
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.parametrize("streaming", [None, True])
+def test_held_out_and_trained_tokens_never_meet(tmp_path, streaming, prepend_bos):
+    class Many(Digits):
+        def __len__(self):
+            return 10_000
+
+    rng = np.random.default_rng(5)
+    for case in range(12):
+        # Every token of every document is another one; BOS is 0.
+        lengths = rng.integers(0, 40, size=rng.integers(1, 5))
+        ids = np.split(np.arange(1, 1 + lengths.sum()), np.cumsum(lengths)[:-1])
+        path = parquet(tmp_path / f"{case}.parquet", tokens=[i.tolist() for i in ids])
+        changes = dict(streaming=streaming, prepend_bos=prepend_bos, is_dataset_tokenized=True)
+        n_windows = int(rng.integers(1, 6))
+        try:
+            w = windows_of(path, Many(), eval_windows=n_windows, context_size=5, **changes)
+        except ConfigError as error:  # too little text
+            assert "eval_windows" in str(error) or "empty" in str(error)
+            assert lengths.sum() <= 5 * n_windows
+            continue
+        assert w.evaluation().shape == (n_windows, 5)
+        held_out, trained = set(w.evaluation().flat), set(w.train(0, 200).flat)
+        assert held_out & trained <= {0}
+        assert trained > {0} or not prepend_bos
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+@pytest.mark.parametrize("texts", [["123"], ["123", "", None], ["12"], ["1", "2"]])
+def test_text_that_is_all_held_out_is_refused_at_the_start(tmp_path, streaming, texts):
+    with pytest.raises(ConfigError, match=r"eval_windows = 1: .* takes all of .*a\.parquet"):
+        windows_of(parquet(tmp_path / "a.parquet", text=texts), streaming=streaming)
 
 
 def test_a_new_epoch_is_announced_and_counted(tmp_path):

@@ -1,0 +1,38 @@
+"""A tokenizer one can check by eye, and token windows of small files made with it."""
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from saeray.lm.tokens import TokenWindows
+from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+
+
+class Digits:
+    """A digit is its own id, BOS is 0; what is no digit is left out."""
+
+    bos_token_id = 0
+    eos_token_id = None
+
+    def __len__(self):
+        return 10
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[int(c) for c in text if c.isdigit()] for text in texts]}
+
+
+def windows_of(path, tokenizer=None, warn=lambda text: None, **changes):
+    values = dict(
+        model_name="digits",
+        hook_point="blocks.0.hook_resid_pre",
+        dataset_path=str(path),
+        context_size=4,
+        eval_windows=1,
+        seed=0,
+    )
+    config = resolve(LanguageModelSAERunnerConfig(**(values | changes)))
+    return TokenWindows(config, tokenizer or Digits(), warn=warn)
+
+
+def parquet(path, **columns):
+    pa.parquet.write_table(pa.table(columns), path)
+    return path
