@@ -312,10 +312,11 @@ class Pack:
         if math.isfinite(metrics["losses/overall_loss"]):
             return report
         settings = {k: getattr(m.config, k) for k in ("l1_coefficient", "lr", "dtype", "seed")}
+        wider = ", or a wider dtype" if m.config.dtype == "float16" else ""  # it ends at 65504
         return report._replace(
             state=FAILED,
             error=f"{m.name}: the loss is {metrics['losses/overall_loss']} at step {step} "
-            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr is the usual remedy.",
+            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr{wider} is the usual remedy.",
         )
 
     def publish(self, m: Member, report: Report, state: str) -> Report:

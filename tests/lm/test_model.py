@@ -1,6 +1,8 @@
 """The language model: fast path against TransformerLens, hooks, splicing, evaluation."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from saeray.errors import ConfigError
 from saeray.lm.evaluate import Evaluator, ce_loss_score
+from saeray.lm.hooks import Probe, what_is_wrong
 from saeray.lm.model import LanguageModel, check_d_in
 from saeray.sae.standard import StandardSAE, initial_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -81,9 +84,6 @@ def test_a_hook_the_fast_path_can_not_reach_takes_the_slow_one_and_says_so(tiny,
     ],
 )  # fmt: skip
 def test_other_architectures(tiny, tmp_path, tokens, config, architecture):
-    import shutil
-    from pathlib import Path
-
     torch.manual_seed(0)
     architecture(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -116,6 +116,71 @@ def test_bad_models_and_hooks(tiny, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device = 'cuda': this machine has cpu"):
             model_at(tiny, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "words"),
+    [
+        (
+            "blocks.1.attn.hook_pattern",
+            r"not one vector per token .*\[2, 4, 16, 16\] for \[2, 16\] .* did you mean blocks\.1",
+        ),
+        ("blocks.1.attn.hook_attn_scores", "not one vector per token"),
+        ("blocks.1.hook_mlp_in", r"never computed .* did you mean blocks\.1\."),
+        ("blocks.1.attn.hook_result", "never computed"),
+    ],
+)
+def test_a_hook_that_is_no_vector_per_token_is_refused(tiny, hook_point, words):
+    with pytest.raises(ConfigError, match=f"hook_point = '{hook_point}': {words}"):
+        model_at(tiny, HOOK, hook_point, d_in=16)
+
+
+def test_heads_count_as_one_vector_and_two_lengths_tell_what_does_not():
+    def probe(*shape, n=2, length=4, dtype=torch.float32):
+        return Probe(torch.zeros(n, length), {"h": torch.zeros(*shape, dtype=dtype)})
+
+    def fits(first, second, dtype=torch.float32):
+        probes = [probe(*first, dtype=dtype), probe(*second, n=3, length=3, dtype=dtype)]
+        return what_is_wrong("h", probes) is None
+
+    assert fits((2, 4, 8), (3, 3, 8))
+    assert fits((2, 4, 2, 8), (3, 3, 2, 8))
+    assert not fits((2, 4, 4, 4), (3, 4, 3, 3))  # as many heads as tokens
+    assert not fits((2, 4, 4), (3, 3, 3))  # something per pair of tokens
+    assert not fits((1, 4, 8), (1, 3, 8))  # the same for every text
+    assert not fits((8, 8), (9, 8))  # tokens of all texts in a row
+    assert not fits((2, 4), (3, 3))  # a number
+    assert not fits((2, 4, 8), (3, 3, 8), torch.int64)  # choices of experts
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_activations_beyond_float16_are_refused_by_their_dtype(tiny, tmp_path, tokens, at_start):
+    with pytest.raises(ConfigError, match=r"activation_dtype = 'float16': .* bfloat16 or float32"):
+        if at_start:
+            model_at(tiny, model_name=str(scaled(tiny, tmp_path, 1e4)), activation_dtype="float16")
+        else:  # in what no token of the start has shown
+            model = model_at(tiny, activation_dtype="float16")
+            model.model.get_input_embeddings().weight[int(tokens[3, 50])] = torch.inf
+            model.activations(tokens)
+
+
+def test_activations_that_are_not_finite_in_float32_are_no_matter_of_dtype(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"model_name = .* not finite"):
+        model_at(tiny, model_name=str(scaled(tiny, tmp_path, float("nan"))))
+
+
+def scaled(tiny, folder, factor):
+    """The bundled model with its weights times `factor`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny["model_name"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny["model_name"]) / name, folder / name)
+    return folder
 
 
 def test_the_guides_model_name_is_known():
@@ -173,7 +238,6 @@ def test_the_ce_score_is_not_its_reciprocal():
 
 def test_the_bundled_model_is_well_under_the_unigram_entropy():
     import json
-    from pathlib import Path
 
     import saeray.models
 
