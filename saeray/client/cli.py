@@ -183,6 +183,8 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     plan = plan_stream(first, hook_points, facts.d_in)
     print(describe(saes))
     print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
+    for text in facts.warnings:
+        print(printable(f"! {text}"))
     return 0
 
 

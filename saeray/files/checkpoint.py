@@ -32,6 +32,15 @@ SAE_LENS_VERSION = "6.54.12"
 STATE_MARKER = "train_state.json"
 
 
+def reshaping(hook_point: str) -> str:
+    """What sae_lens has to do to an activation of the hook point before the SAE takes it.
+
+    It joins the heads of `hook_z` alone: anything else with heads (hook_q, hook_k, hook_v) has no
+    counterpart there, and is given to the SAE as [..., heads * d_head].
+    """
+    return "hook_z" if hook_point.endswith("hook_z") else "none"
+
+
 def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict[str, Any]:
     """cfg.json as `sae_lens.SAE.load_from_disk` wants it."""
     return {
@@ -42,7 +51,7 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": reshaping(config.resolved_hook_point),
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION,
             "saeray_version": __version__,

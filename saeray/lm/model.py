@@ -40,6 +40,7 @@ class ModelFacts(NamedTuple):
     fast_path: bool
     fingerprint: str  # of the weights and of how the forward runs: what activations depend on
     device: str  # kind: cpu, cuda or mps
+    warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
 
 
 class _Reached(Exception):
@@ -85,6 +86,7 @@ class LanguageModel:
         from transformer_lens.model_bridge import TransformerBridge
 
         self.config = config
+        self.warnings: list[str] = []
         self.hook_points = list(hook_points)
         self.device = choose_device(config.device)
         self.dtype = getattr(torch, config.activation_dtype)
@@ -117,6 +119,10 @@ class LanguageModel:
         self.check_hook_points()
         self.check_context_size()
         self.facts = self.checked()
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+        self.warnings.append(text)
 
     # --- checks -----------------------------------------------------------------------------
 
@@ -175,17 +181,21 @@ class LanguageModel:
             del self.bridge  # only the slow path needs it from here on
         else:
             self.hooks = None
-            logger.warning(
-                "%s at %s: the fast forward is not equal to TransformerLens' run_with_cache; "
-                "using run_with_cache, which is slower.",
-                self.config.model_name,
-                ", ".join(self.hook_points),
+            self.warn(
+                f"{self.config.model_name} at {', '.join(self.hook_points)}: the fast forward is "
+                "not equal to TransformerLens' run_with_cache; using run_with_cache, which is "
+                "slower."
             )
         self.check_whole_context()
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
         path = "fast" if fast_path else "run_with_cache"
         return ModelFacts(
-            d_in, self.d_vocab, fast_path, f"{path}:{fingerprint(self.model)}", self.device.type
+            d_in,
+            self.d_vocab,
+            fast_path,
+            f"{path}:{fingerprint(self.model)}",
+            self.device.type,
+            tuple(self.warnings),
         )
 
     @property
@@ -222,7 +232,14 @@ class LanguageModel:
                     hook_point,
                     f"{wrong} in {self.config.model_name}; {nearest(hook_point, fit)}",
                 )
-            self.check_finite(hook_point, probes[0].values[hook_point])
+            value = probes[0].values[hook_point]
+            self.check_finite(hook_point, value)
+            if value.dim() > 3 and not hook_point.endswith("hook_z"):
+                heads, d_head = value.shape[2:]
+                self.warn(
+                    f"{hook_point}: sae_lens has no counterpart to its {heads} heads of {d_head}, "
+                    f"as it has for hook_z; there, give its SAEs [..., {heads * d_head}]."
+                )
 
     def names_that_fit(self, tokens: list[Tensor]) -> list[str]:
         """The hook points that are one vector per token."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Stream:
     evaluations: int = 0  # handed out so far; spreads them over the harvesters
     nodes: list[str] = field(default_factory=list)  # of harvesters that this sweep has started
     held_out: Any = None  # reference of the held-out windows, once they are asked for
+    warnings: Sequence[str] = ()  # of its model
 
     @property
     def config(self) -> LanguageModelSAERunnerConfig:
@@ -134,6 +136,7 @@ async def start_stream(
         sorted(nodes),
         config.share_stream,
         nodes=list(nodes.values()),
+        warnings=facts.warnings,
     )
 
 

@@ -47,6 +47,16 @@ def test_the_files_sae_lens_reads(tmp_path):
     assert torch.equal(load_sae(str(tmp_path / "final"))(x), t.sae(x))
 
 
+@pytest.mark.parametrize(
+    ("hook", "reshaped"), [("hook_z", "hook_z"), ("hook_q", "none"), ("o.hook_in", "none")]
+)
+def test_sae_lens_is_told_to_join_the_heads_of_hook_z_alone(tmp_path, hook, reshaped):
+    c = short_run(hook_point=f"blocks.2.attn.{hook}")
+    save_final(Folder.at(tmp_path), c, trained(c))
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert cfg["reshape_activations"] == reshaped
+
+
 def test_a_checkpoint_continues_bit_for_bit(tmp_path):
     c = short_run(use_ghost_grads=True, dead_feature_window=1)
     whole, t = trained(c, 6), trained(c, 3)

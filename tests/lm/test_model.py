@@ -135,6 +135,13 @@ def test_a_hook_that_is_no_vector_per_token_is_refused(tiny, hook_point, words):
         model_at(tiny, HOOK, hook_point, d_in=16)
 
 
+def test_heads_that_sae_lens_does_not_join_are_warned_of(tiny):
+    model = model_at(tiny, "blocks.1.attn.hook_q", "blocks.1.attn.hook_z")
+    (of_q,) = [w for w in model.facts.warnings if "sae_lens" in w]
+    assert of_q.startswith("blocks.1.attn.hook_q: ")
+    assert "4 heads of 32" in of_q
+
+
 def test_heads_count_as_one_vector_and_two_lengths_tell_what_does_not():
     def probe(*shape, n=2, length=4, dtype=torch.float32):
         return Probe(torch.zeros(n, length), {"h": torch.zeros(*shape, dtype=dtype)})
