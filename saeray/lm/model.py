@@ -368,7 +368,7 @@ def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:
     """The width of the config's hook, after comparing it with `d_in`.
 
     Raises:
-        ConfigError: `d_in` is given and is another number.
+        ConfigError: `d_in` is given and is another number, or the device lacks `dtype`.
     """
     d_in = facts.d_in[config.resolved_hook_point]
     if config.d_in is not None and config.d_in != d_in:
@@ -378,6 +378,8 @@ def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:
             f"{config.resolved_hook_point} of {config.model_name} is {d_in} wide; write {d_in} or "
             "leave d_in out.",
         )
+    if facts.device == "mps" and config.dtype == "float64":
+        raise bad_value("dtype", config.dtype, "device mps has none; float32, or device: cpu.")
     if config.d_sae(d_in) < 1:
         raise ConfigError(f"expansion_factor = {config.expansion_factor}: d_sae would be 0.")
     return d_in

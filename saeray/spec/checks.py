@@ -100,8 +100,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     one_of("mse_normalization", config.mse_normalization, MSE_NORMALIZATIONS)
     one_of("dtype", config.dtype, FLOAT_DTYPES)
     one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
-    if config.device.split(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
-        raise bad_value("device", config.device, "cpu, cuda, cuda:N, mps or auto.")
+    check_device(config)
     if config.feature_sampling_method is not None:
         raise bad_value(
             "feature_sampling_method",
@@ -129,6 +128,24 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             f"shorter than training_tokens = {config.training_tokens}; leave it out.",
         )
     check_hook_layer(config)
+
+
+def check_device(config: LanguageModelSAERunnerConfig) -> None:
+    """A kind of device, stored without the 0 of its first one."""
+    kind, colon, number = config.device.partition(":")
+    if kind not in (AUTO, "cpu", "cuda", "mps") or (colon and not number.isdigit()):
+        raise bad_value("device", config.device, "cpu, cuda, mps or auto.")
+    if colon and (int(number) > 0 or kind == AUTO):
+        raise bad_value(
+            "device",
+            config.device,
+            f"write {kind}: Ray shows each actor only the GPUs it has reserved for it, and each "
+            "takes the first of them. Which ones there are is said by CUDA_VISIBLE_DEVICES when "
+            "Ray starts; on which nodes, by resources.harvester_labels and trainer_labels.",
+        )
+    object.__setattr__(config, "device", kind)
+    if kind == "mps" and config.dtype == "float64":
+        raise bad_value("dtype", config.dtype, "device mps has none; float32.")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
