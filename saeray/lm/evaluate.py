@@ -55,21 +55,21 @@ class Evaluator:
 
             spliced = self.model.logits(tokens, {hook_point: splice})[:, :-1].log_softmax(dim=-1)
             plain = self.model.logits(tokens)[:, :-1].log_softmax(dim=-1)
-            total["ce"] += float(next_token_losses(spliced, tokens).double().sum())
-            total["kl"] += float(kl_divergence(plain, spliced).double().sum())
+            total["ce"] += sum_of(next_token_losses(spliced, tokens))
+            total["kl"] += sum_of(kl_divergence(plain, spliced))
             total["predicted"] += tokens[:, 1:].numel()
             total["tokens"] += tokens.numel()
             fired += seen["active"].sum(dim=0)
             rows.append((seen["x"], seen["error"]))
         x, error = (torch.cat(parts) for parts in zip(*rows, strict=True))
         quality = reconstruction(x.float(), error.float())
-        frequency = fired.double() / total["tokens"]
+        frequency = fired.cpu().double() / total["tokens"]
         counts, edges = density_histogram(frequency)
         with_sae = total["ce"] / total["predicted"]
         return {
             "metrics/explained_variance": float(quality.explained_variance),
             "metrics/explained_variance_std": float(quality.explained_variance_std),
-            "metrics/l0": float(fired.double().sum() / total["tokens"]),
+            "metrics/l0": sum_of(fired) / total["tokens"],
             "metrics/l2_norm": float(quality.l2_norm),
             "metrics/l2_ratio": float(quality.l2_ratio),
             "metrics/mean_log10_feature_sparsity": float(log10_frequency(frequency).mean()),
@@ -96,6 +96,11 @@ class Evaluator:
         return self.ablated_ce[hook_point]
 
 
+def sum_of(x: Tensor) -> float:
+    """The sum in float64, which not every device has: on the CPU."""
+    return float(x.cpu().double().sum())
+
+
 def ce_loss_score(clean: float, with_sae: float, ablated: float) -> float:
     """(ablated - with) / (ablated - clean); see the module's definitions."""
     return (ablated - with_sae) / (ablated - clean)
@@ -118,5 +123,5 @@ def mean_loss(model: LanguageModel, parts: Iterable[Tensor], splice: Mapping[str
     for tokens in parts:
         log_p = model.logits(tokens, splice)[:, :-1].log_softmax(dim=-1)
         losses = next_token_losses(log_p, tokens)
-        total, n = total + float(losses.double().sum()), n + losses.numel()
+        total, n = total + sum_of(losses), n + losses.numel()
     return total / n
