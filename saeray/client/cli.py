@@ -179,11 +179,12 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     facts = LanguageModel(first, hook_points).facts
     for s in saes:
         check_d_in(s.config, facts)
-    TokenWindows(first, load_tokenizer(first))
+    warnings = list(facts.warnings)
+    TokenWindows(first, load_tokenizer(first), n_embeddings=facts.d_vocab, warn=warnings.append)
     plan = plan_stream(first, hook_points, facts.d_in)
     print(describe(saes))
     print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
-    for text in facts.warnings:
+    for text in warnings:
         print(printable(f"! {text}"))
     return 0
 

@@ -214,7 +214,7 @@ class Pack:
 
     def save_one(self, m: Member) -> None:
         folder = m.folder / "checkpoints"
-        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer)
+        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos)
         delete_others(folder, kept_tokens(m.config) | {m.n_training_tokens})
 
     # --- telling the roster -----------------------------------------------------------------
@@ -324,7 +324,7 @@ class Pack:
             self.wait_until_settled()
             self.save_one(m)
         final = m.folder / "final"
-        save_final(final, m.config, m.trainer)
+        save_final(final, m.config, m.trainer, self.plan.bos)
         if state == DONE:
             delete_others(m.folder / "checkpoints", kept_tokens(m.config))
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)

@@ -68,11 +68,15 @@ class Reports:
             stream.held_out = stream.token_server.held_out.remote()
         harvester = stream.harvesters[stream.ready[stream.evaluations % len(stream.ready)]]
         stream.evaluations += 1
-        metrics = await harvester.evaluate.remote(
-            weights, entry.config.resolved_hook_point, stream.held_out
+        metrics = dict(
+            await harvester.evaluate.remote(
+                weights, entry.config.resolved_hook_point, stream.held_out
+            )
         )
+        for text in metrics.pop("warnings", ()):
+            await self.state.warn(text)
         self.evaluation_tokens += metrics["eval/n_tokens"]
-        return dict(metrics)
+        return metrics
 
     async def settle(self, entry: Entry) -> None:
         """Passes on an SAE's reports as their evaluations come in."""

@@ -12,6 +12,7 @@ Definitions (per token of every held-out window, the first token of a window not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from saeray.lm.model import LanguageModel
 from saeray.sae.metrics import density_histogram, log10_frequency, reconstruction
 from saeray.sae.standard import StandardSAE
 
+CHANCE_SHARE = 0.9  # of a uniform guess's cross-entropy, above which a model knows nothing
 LOGITS_AT_ONCE = 1 << 20  # elements: 4 MB in float32, so it stays in cache
 
 
@@ -82,6 +84,17 @@ class Evaluator:
             "eval/features_never_fired": int((fired == 0).sum()),
             "plots/feature_density_line_chart": {"counts": counts, "edges": edges},
         }
+
+    def warnings(self) -> list[str]:
+        """Of a model that does no better on this text than one that knows nothing."""
+        chance = math.log(self.model.facts.d_vocab)
+        if self.clean() <= CHANCE_SHARE * chance:
+            return []
+        return [
+            f"{self.model.config.model_name} predicts the held-out text hardly better than chance: "
+            f"a cross-entropy of {self.clean():.2f} nats, where chance is {chance:.2f}. Were its "
+            "token ids made with this model's tokenizer, and are these its weights?"
+        ]
 
     def clean(self) -> float:
         if self.clean_ce is None:

@@ -214,7 +214,9 @@ class LanguageModel:
     def probe(self, n: int, length: int) -> Probe:
         tokens = self.random_tokens(n, length)
         try:
-            return Probe(tokens, self.values(tokens, self.hook_points))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of hooks that are off; we say so ourselves
+                return Probe(tokens, self.values(tokens, self.hook_points))
         except (*NOT_LOADED, IndexError) as error:
             raise bad_value(
                 "model_name",
@@ -297,6 +299,13 @@ class LanguageModel:
     @torch.inference_mode()
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens [n, context] of int -> {hook point: [n * context, d_in]} in activation_dtype."""
+        beyond = int(tokens.max())
+        if beyond >= self.d_vocab:
+            raise bad_value(
+                "model_name",
+                self.config.model_name,
+                f"has embeddings for {self.d_vocab} tokens, and the text has one of id {beyond}.",
+            )
         tokens = tokens.to(self.device, torch.int64)
         got = self.run_with_cache(tokens) if self.hooks is None else self.run_to_hooks(tokens)
         for hook_point, x in got.items():

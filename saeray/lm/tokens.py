@@ -52,10 +52,13 @@ class TokenWindows:
         config: LanguageModelSAERunnerConfig,
         tokenizer: Any,
         *,
+        n_embeddings: int | None = None,
         folder: str | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         """Opens the dataset and makes the held-out windows.
+
+        n_embeddings: token ids from here on have no embedding in the model; None: all have.
 
         Raises:
             ConfigError: see `open_dataset` and `choose_column`; also an empty dataset, one too
@@ -65,14 +68,9 @@ class TokenWindows:
         self.warn = warn
         self.tokenizer = tokenizer
         self.d_vocab = len(tokenizer)
-        self.bos: int | None = None
-        if config.prepend_bos:
-            bos = tokenizer.bos_token_id
-            self.bos = tokenizer.eos_token_id if bos is None else bos
-            if self.bos is None:
-                raise bad_value(
-                    "prepend_bos", True, f"{config.model_name} has no BOS token; set it to false."
-                )
+        self.n_embeddings = n_embeddings
+        self.without_embedding: set[int] = set()  # token ids seen, each warned of once
+        self.bos = self.begins_windows() if config.prepend_bos else None
         self.dataset = open_dataset(config)
         columns = self.column_names()
         self.column, self.is_tokenized = choose_column(config, columns)
@@ -85,6 +83,41 @@ class TokenWindows:
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as the object)
         self.n_made = 0
         self.producer = self.training_windows()
+
+    def begins_windows(self) -> int:
+        """The id of BOS, or of what stands in for it where the tokenizer has none."""
+        name, bos = self.config.model_name, self.tokenizer.bos_token_id
+        if bos is None:
+            bos = self.tokenizer.eos_token_id
+            if bos is None:
+                raise bad_value("prepend_bos", True, f"{name} has no BOS token; set it to false.")
+            self.warn(
+                f"{name} has no BOS token; its EOS token {self.named(bos)} begins every window in "
+                "its place (prepend_bos: false for none)."
+            )
+        if self.n_embeddings is not None and bos >= self.n_embeddings:
+            raise bad_value(
+                "prepend_bos",
+                True,
+                f"the tokenizer's {self.named(bos)} has no embedding in {name}, which has "
+                f"{self.n_embeddings}; set it to false.",
+            )
+        return int(bos)
+
+    def named(self, token_id: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(int(token_id))!r} (id {token_id})"
+
+    def has_embeddings(self, ids: np.ndarray) -> bool:
+        """Whether the model has one for every token of a document; warns of tokens it has not."""
+        if self.n_embeddings is None or ids.max() < self.n_embeddings:
+            return True
+        for token_id in sorted({*ids[ids >= self.n_embeddings].tolist()} - self.without_embedding):
+            self.without_embedding.add(token_id)
+            self.warn(
+                f"{self.config.dataset_path}: documents with {self.named(token_id)} are skipped; "
+                f"{self.config.model_name} has embeddings for {self.n_embeddings} tokens only."
+            )
+        return False
 
     @property
     def context_size(self) -> int:
@@ -194,7 +227,7 @@ class TokenWindows:
             tokenised = self.tokenise(batch)
             for ids in tokenised:
                 self.rows_read += 1
-                if ids is None or len(ids) == 0:
+                if ids is None or len(ids) == 0 or not self.has_embeddings(ids):
                     self.skipped_rows += 1
                     continue
                 if self.bos is not None and ids[0] == self.bos:

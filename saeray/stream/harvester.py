@@ -167,7 +167,7 @@ class Harvester:
     def evaluate(
         self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray
     ) -> dict[str, Any]:
-        """Metrics of one SAE on the held-out windows, by wandb key."""
+        """Metrics of one SAE on the held-out windows, by wandb key; `warnings` beside them."""
         import torch
 
         from saeray.files.checkpoint import sae_from_weights
@@ -177,4 +177,5 @@ class Harvester:
         if self.evaluator is None:
             self.evaluator = Evaluator(model, torch.from_numpy(held_out.copy()))
         sae = sae_from_weights({k: torch.from_numpy(v.copy()) for k, v in weights.items()})
-        return self.evaluator.evaluate(sae.to(model.device), hook_point)
+        metrics = self.evaluator.evaluate(sae.to(model.device), hook_point)
+        return metrics | {"warnings": self.evaluator.warnings()}

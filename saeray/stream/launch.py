@@ -30,7 +30,7 @@ from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
 from saeray.files.cache import identity_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import CacheKey
+from saeray.spec.messages import Bos, CacheKey
 from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, plan_stream
 from saeray.spec.room import shown
@@ -60,6 +60,7 @@ class AboutStream(NamedTuple):
     plan: StreamPlan
     n_harvesters: int
     nodes: list[str]  # of the harvesters that were up when it began: where its blocks lie
+    bos: Bos | None = None  # what begins every window
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def start_stream(
     try:
         nodes = await nodes_of(harvesters, config, fitted)
         first = harvesters[min(nodes)]
-        facts, _ = await asyncio.gather(
+        facts, bos = await asyncio.gather(
             first.check.options(max_task_retries=0).remote([c.to_dict() for c in configs]),
             token_server.check.options(max_task_retries=0).remote(),
         )
@@ -126,6 +127,7 @@ async def start_stream(
         plan,
         fitted.harvesters,
         list(nodes.values()),
+        bos,
     )
     absent = sorted(set(range(fitted.harvesters)) - set(nodes))
     return Stream(

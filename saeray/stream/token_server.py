@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saeray.lm.hub import load_tokenizer
+from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import Bos
 
 
 class TokenCounts(NamedTuple):
@@ -36,12 +37,24 @@ class TokenServer:
     def open(self) -> TokenWindows:
         if self.windows is None:
             tokenizer = load_tokenizer(self.config)
-            self.windows = TokenWindows(self.config, tokenizer, warn=self.warnings.append)
+            self.windows = TokenWindows(
+                self.config,
+                tokenizer,
+                n_embeddings=embedding_rows(self.config),
+                warn=self.warnings.append,
+            )
         return self.windows
 
-    def check(self) -> None:
-        """Raises the `ConfigError` of a dataset that can't be used."""
-        self.open()
+    def check(self) -> Bos | None:
+        """The token that begins every window, if any does.
+
+        Raises:
+            ConfigError: the dataset or the tokenizer can't be used.
+        """
+        windows = self.open()
+        if windows.bos is None:
+            return None
+        return Bos(windows.bos, windows.tokenizer.convert_ids_to_tokens(windows.bos))
 
     def block(self, index: int) -> np.ndarray:
         """The windows of LM batch `index`: int32 [store_batch_size, context_size]."""

@@ -11,7 +11,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from saeray.errors import ConfigError
 from saeray.lm.evaluate import Evaluator, ce_loss_score
 from saeray.lm.hooks import Probe, what_is_wrong
+from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel, check_d_in
+from saeray.lm.tokens import TokenWindows
 from saeray.sae.standard import StandardSAE, initial_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
@@ -238,6 +240,24 @@ def test_clean_loss_is_the_models_own(tiny, tokens):
     assert clean == pytest.approx(theirs, rel=1e-5)
 
 
+def test_token_ids_of_another_tokenizer_are_warned_of(tiny):
+    config = LanguageModelSAERunnerConfig(**(tiny | dict(data_seed=0, eval_windows=8)))
+    held_out = torch.from_numpy(TokenWindows(config, load_tokenizer(config)).evaluation())
+    model = model_at(tiny)
+    assert Evaluator(model, held_out).warnings() == []
+    others = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[held_out.long()]
+    (warning,) = Evaluator(model, others).warnings()
+    assert "hardly better than chance" in warning
+    assert "chance is 8.32" in warning  # ln 4096
+
+
+def test_token_ids_beyond_the_embedding_are_named(tiny, tokens):
+    tokens = tokens.clone()
+    tokens[1, 3] = 4100
+    with pytest.raises(ConfigError, match=r"embeddings for 4096 tokens, .* one of id 4100"):
+        model_at(tiny).activations(tokens)
+
+
 def test_the_ce_score_is_not_its_reciprocal():
     # ablated 8, with SAE 4, clean 3: (8 - 4) / (8 - 3) = 0.8
     assert ce_loss_score(clean=3.0, with_sae=4.0, ablated=8.0) == pytest.approx(0.8)
@@ -251,9 +271,6 @@ def test_the_bundled_model_is_well_under_the_unigram_entropy():
     folder = Path(saeray.models.__file__).parent / "tiny-python"
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["unigram_entropy_nats"] - figures["held_out_loss_nats"] >= 1.5
-    from saeray.lm.hub import load_tokenizer
-    from saeray.lm.tokens import TokenWindows
-
     config = LanguageModelSAERunnerConfig(
         model_name=str(folder),
         hook_point=HOOK,
