@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saeray.errors import bad_value
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -73,7 +74,28 @@ def fuse_gelu(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of every parameter's name and shape and of 1,024 of its values."""
+    """A hash of all that activations depend on: every byte of the weights, and the config.
+
+    Of the weights as they were loaded, so whatever kind of files they came from; half a second per
+    GB.
+    """
+    seen = hashlib.sha256()
+    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    for irrelevant in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(irrelevant, None)
+    seen.update(json.dumps(config, sort_keys=True, default=str).encode())
+    saved = model.state_dict().keys()
+    tensors: dict[str, Tensor] = dict(model.named_parameters())  # tied ones once
+    tensors |= {name: b for name, b in model.named_buffers() if name in saved}
+    for name, t in sorted(tensors.items()):
+        seen.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        seen.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return seen.hexdigest()[:32]
+
+
+def sampled_fingerprint(model: nn.Module) -> str:
+    """What versions up to 0.1 had for it, by which their caches are found: a short hash of
+    every parameter's name and shape and of 1,024 of its values."""
     seen = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         values = p.detach().flatten()

@@ -22,7 +22,14 @@ from torch import Tensor
 from saeray.errors import ConfigError, bad_value, nearest
 from saeray.lm.hooks import Hook, Probe, Replacement, attach, flat_heads, replaced, what_is_wrong
 from saeray.lm.hub import load_tokenizer, official_name
-from saeray.lm.load import NOT_LOADED, context_limit, fingerprint, fuse_gelu, load_model
+from saeray.lm.load import (
+    NOT_LOADED,
+    context_limit,
+    fingerprint,
+    fuse_gelu,
+    load_model,
+    sampled_fingerprint,
+)
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +45,6 @@ class ModelFacts(NamedTuple):
     d_in: dict[str, int]  # per hook point
     d_vocab: int
     fast_path: bool
-    fingerprint: str  # of the weights and of how the forward runs: what activations depend on
     device: str  # kind: cpu, cuda or mps
     warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
 
@@ -188,12 +194,10 @@ class LanguageModel:
             )
         self.check_whole_context()
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
-        path = "fast" if fast_path else "run_with_cache"
         return ModelFacts(
             d_in,
             self.d_vocab,
             fast_path,
-            f"{path}:{fingerprint(self.model)}",
             self.device.type,
             tuple(self.warnings),
         )
@@ -278,6 +282,11 @@ class LanguageModel:
                 self.config.context_size,
                 f"{self.config.model_name} can't take that many tokens: {error}",
             ) from None
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Of what activations depend on, and what versions up to 0.1 had for it."""
+        path = "fast" if self.facts.fast_path else "run_with_cache"
+        return f"{path}:{fingerprint(self.model)}", f"{path}:{sampled_fingerprint(self.model)}"
 
     def fast_path_agrees(self, tokens: Tensor, slow: dict[str, Tensor]) -> bool:
         try:

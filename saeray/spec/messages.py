@@ -88,6 +88,7 @@ class CacheKey(NamedTuple):
 
     uri: str
     identity: dict[str, Any]  # see saeray.files.cache
+    earlier: dict[str, Any] | None = None  # the identity that versions up to 0.1 had for it
 
 
 class Gauges(NamedTuple):

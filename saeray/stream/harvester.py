@@ -81,6 +81,10 @@ class Harvester:
             check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
         return facts
 
+    def fingerprints(self) -> tuple[str, str]:
+        """See `LanguageModel.fingerprints`."""
+        return self.open().fingerprints()
+
     def ping(self) -> None:
         """Answers when the actor is up."""
 
@@ -125,7 +129,7 @@ class Harvester:
         if key.uri not in self.caches:
             from saeray.files.cache import ActivationCache
 
-            self.caches[key.uri] = ActivationCache(key.uri, key.identity)
+            self.caches[key.uri] = ActivationCache(key.uri, key.identity, key.earlier)
         return self.caches[key.uri]
 
     def write_behind(

@@ -28,7 +28,7 @@ from saeray.actors.make import actor, as_future, passed_on, placed
 from saeray.actors.nodes import cluster_now, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
-from saeray.files.cache import identity_of
+from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import Bos, CacheKey
 from saeray.spec.placement import Fitted, store_of
@@ -112,8 +112,10 @@ async def start_stream(
         room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:
-            identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
-            cache = CacheKey(config.activation_cache, identity)
+            weights = await first.fingerprints.options(max_task_retries=0).remote()
+            cache = CacheKey(
+                config.activation_cache, *identities_of(config, weights, facts.device, facts.d_in)
+            )
     except BaseException:
         for a in (token_server, *harvesters):
             ray.kill(a)

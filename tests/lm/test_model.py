@@ -96,6 +96,33 @@ def test_other_architectures(tiny, tmp_path, tokens, config, architecture):
     torch.testing.assert_close(model.activations(tokens)[HOOK], want[HOOK], rtol=1e-3, atol=1e-3)
 
 
+def test_every_value_of_the_weights_and_the_config_is_in_the_fingerprint(tiny):
+    model = model_at(tiny)
+    full, sampled = model.fingerprints()
+    again, _ = model_at(tiny).fingerprints()
+    assert full == again
+
+    embedding = model.model.get_input_embeddings().weight
+    was = float(embedding[777, 5])
+    embedding[777, 5] += 1e-3  # not among the 1,024 values that earlier versions read
+    changed, same = model.fingerprints()
+    assert same == sampled
+    assert changed != full
+    embedding[777, 5] = was
+    assert model.fingerprints()[0] == full
+    model.model.config.layer_norm_epsilon *= 2  # the same weights, another forward
+    assert model.fingerprints()[0] != full
+
+
+def test_the_fingerprint_is_of_what_was_loaded(tiny, tmp_path):
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tiny["model_name"], copied)
+    full, _ = model_at(tiny).fingerprints()
+    assert model_at(tiny, model_name=str(copied)).fingerprints()[0] == full
+    half, _ = model_at(tiny, activation_dtype="bfloat16").fingerprints()
+    assert half != full
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(tiny, tokens, dtype):
     exact = model_at(tiny).activations(tokens)[HOOK]
