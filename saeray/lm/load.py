@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,32 +19,47 @@ NOT_LOADED = (
 )  # fmt: skip
 
 
-def load_model(config: LanguageModelSAERunnerConfig, name: str, dtype: torch.dtype) -> nn.Module:
+def load_model(
+    config: LanguageModelSAERunnerConfig,
+    name: str,
+    dtype: torch.dtype,
+    warn: Callable[[str], None],
+) -> nn.Module:
     """The Hugging Face model, with SDPA attention where its class has it.
 
-    Classes that have none are those it can't serve (Gemma-2's soft-capped scores, say).
+    Classes that have none are those it can't serve (Gemma-2's soft-capped scores, say). Weights
+    that are in none of its files are random then, which is warned of.
 
     Raises:
         ConfigError: it can't be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    def load(attention: str) -> nn.Module:
+    def load(attention: str) -> tuple[nn.Module, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             attn_implementation=attention,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
 
     try:
         try:
-            return load("sdpa")
+            model, info = load("sdpa")
         except (ValueError, KeyError, ImportError):
-            return load("eager")
+            model, info = load("eager")
     except NOT_LOADED as error:
         raise bad_value("model_name", config.model_name, f"can't be loaded: {error}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        warn(
+            f"{config.model_name}: {', '.join(missing[:3])}{more} are not in its files, so these "
+            "weights are random."
+        )
+    return model
 
 
 def context_limit(config: Any) -> int | None:

@@ -99,7 +99,7 @@ class LanguageModel:
         name = official_name(config.model_name)
         tokenizer = load_tokenizer(config)
         self.bos = tokenizer.bos_token_id
-        self.model = load_model(config, name, self.dtype)
+        self.model = load_model(config, name, self.dtype, self.warn)
         self.model.eval().requires_grad_(False).to(self.device)
         # The bridge rewires the module it is given, so it gets a twin that shares the weights.
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}

@@ -205,6 +205,18 @@ def test_activations_that_are_not_finite_in_float32_are_no_matter_of_dtype(tiny,
         model_at(tiny, model_name=str(scaled(tiny, tmp_path, float("nan"))))
 
 
+def test_weights_that_are_in_no_file_are_warned_of(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny["model_name"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert model_at(tiny).facts.warnings == ()
+    (warning,) = model_at(tiny, model_name=str(tmp_path)).facts.warnings
+    assert "transformer.h.1.mlp.c_fc.weight are not in its files" in warning
+
+
 def scaled(tiny, folder, factor):
     """The bundled model with its weights times `factor`."""
     from transformers import AutoModelForCausalLM
