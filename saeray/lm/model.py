@@ -177,12 +177,9 @@ class LanguageModel:
         length = min(16, self.config.context_size)
         probes = [self.probe(2, length), self.probe(3, length - 1 or 2)]
         self.check_shapes(probes)
-        tokens, slow = (
-            probes[0].tokens,
-            {h: flat_heads(probes[0].values[h]) for h in self.hook_points},
-        )
+        slow = {h: flat_heads(probes[0].values[h]) for h in self.hook_points}
         self.hooks = self.find_hooks()
-        fast_path = self.hooks is not None and self.fast_path_agrees(tokens, slow)
+        fast_path = self.hooks is not None and self.fast_path_agrees(probes[0].tokens, slow)
         if fast_path:
             del self.bridge  # only the slow path needs it from here on
         else:
@@ -194,13 +191,7 @@ class LanguageModel:
             )
         self.check_whole_context()
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
-        return ModelFacts(
-            d_in,
-            self.d_vocab,
-            fast_path,
-            self.device.type,
-            tuple(self.warnings),
-        )
+        return ModelFacts(d_in, self.d_vocab, fast_path, self.device.type, tuple(self.warnings))
 
     @property
     def d_vocab(self) -> int:
@@ -307,7 +298,11 @@ class LanguageModel:
 
     @torch.inference_mode()
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
-        """tokens [n, context] of int -> {hook point: [n * context, d_in]} in activation_dtype."""
+        """tokens [n, context] of int -> {hook point: [n * context, d_in]} in activation_dtype.
+
+        Raises:
+            ConfigError: a token without an embedding, or activations that are not finite.
+        """
         beyond = int(tokens.max())
         if beyond >= self.d_vocab:
             raise bad_value(
@@ -317,9 +312,10 @@ class LanguageModel:
             )
         tokens = tokens.to(self.device, torch.int64)
         got = self.run_with_cache(tokens) if self.hooks is None else self.run_to_hooks(tokens)
+        got = {h: x.reshape(-1, x.shape[-1]).to(self.dtype) for h, x in got.items()}
         for hook_point, x in got.items():
             self.check_finite(hook_point, x)
-        return {h: x.reshape(-1, x.shape[-1]).to(self.dtype) for h, x in got.items()}
+        return got
 
     def run_with_cache(self, tokens: Tensor) -> dict[str, Tensor]:
         got = self.values(tokens, self.hook_points)
