@@ -23,7 +23,7 @@ from saeray.actors.head_folder import seen_from_here
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
-from saeray.lm.model import choose_device
+from saeray.lm.load import choose_device
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions

@@ -19,6 +19,32 @@ NOT_LOADED = (
 )  # fmt: skip
 
 
+def choose_device(device: str) -> torch.device:
+    """ "auto" takes cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: a device this machine does not have.
+    """
+    if device == "auto":
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
+    have = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    kind = device.split(":")[0]
+    if not have.get(kind, False):
+        there = ", ".join(name for name, is_there in have.items() if is_there)
+        raise bad_value("device", device, f"this machine has {there}; or auto.")
+    return torch.device(device)
+
+
 def load_model(
     config: LanguageModelSAERunnerConfig,
     name: str,

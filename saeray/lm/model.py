@@ -24,6 +24,7 @@ from saeray.lm.hooks import Hook, Probe, Replacement, attach, flat_heads, replac
 from saeray.lm.hub import load_tokenizer, official_name
 from saeray.lm.load import (
     NOT_LOADED,
+    choose_device,
     context_limit,
     fingerprint,
     fuse_gelu,
@@ -51,32 +52,6 @@ class ModelFacts(NamedTuple):
 
 class _Reached(Exception):
     """Raised inside the forward when the last hook point has been read."""
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        ConfigError: a device this machine does not have.
-    """
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    have = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    kind = device.split(":")[0]
-    if not have.get(kind, False):
-        there = ", ".join(name for name, is_there in have.items() if is_there)
-        raise bad_value("device", device, f"this machine has {there}; or auto.")
-    return torch.device(device)
 
 
 class LanguageModel:
@@ -183,11 +158,15 @@ class LanguageModel:
         if fast_path:
             del self.bridge  # only the slow path needs it from here on
         else:
+            why = (
+                "not all of them are inputs or outputs of a Hugging Face module"
+                if self.hooks is None
+                else "the fast forward is not equal to TransformerLens' run_with_cache"
+            )
             self.hooks = None
             self.warn(
-                f"{self.config.model_name} at {', '.join(self.hook_points)}: the fast forward is "
-                "not equal to TransformerLens' run_with_cache; using run_with_cache, which is "
-                "slower."
+                f"{self.config.model_name} at {', '.join(self.hook_points)}: {why}; using "
+                "run_with_cache, which is slower."
             )
         self.check_whole_context()
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
