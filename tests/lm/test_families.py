@@ -23,7 +23,7 @@ GROUPED = dict(num_key_value_heads=2, head_dim=8)
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 # Hidden states begin with the first layer's output here, elsewhere with the embedding.
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv")
-RECURRENT = (*STATE_SPACE, "jamba", "qwen3_next", "recurrent_gemma")
+RECURRENT = (*STATE_SPACE, "jamba", "qwen3_next", "recurrent_gemma", "qwen3_5_text", "lfm2")
 WITHOUT_LIMIT = ("bloom", "mamba")
 FAMILIES = {
     "gpt2": {},
@@ -74,6 +74,26 @@ SLOW_FAMILIES = {
     "recurrent_gemma": GROUPED,
     "mamba2": dict(state_size=4, num_heads=8, head_dim=8, n_groups=1),
     "rwkv": dict(attention_hidden_size=32),
+    "afmoe": GROUPED,
+    "apertus": GROUPED,
+    "arcee": GROUPED,
+    "bitnet": GROUPED,
+    "cohere2": GROUPED,
+    "ernie4_5": GROUPED,
+    "exaone4": GROUPED,
+    "flex_olmo": GROUPED | EXPERTS,
+    "gemma4_text": GROUPED,
+    "glm": GROUPED,
+    "granitemoe": GROUPED | EXPERTS,
+    "hunyuan_v1_dense": GROUPED,
+    "jais2": GROUPED,
+    "lfm2": GROUPED,
+    "llama4_text": GROUPED | EXPERTS,
+    "minimax_m2": GROUPED | EXPERTS,
+    "modernbert-decoder": {},
+    "nanochat": GROUPED,
+    "qwen3_5_text": GROUPED,
+    "seed_oss": GROUPED,
 }
 
 
