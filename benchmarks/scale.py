@@ -112,7 +112,7 @@ class FakeModel:
         self.array = np.zeros((BLOCK_ROWS, D_IN), dtype=np.float32)
 
     def check(self, configs: list[dict[str, Any]]) -> Any:
-        return SimpleNamespace(d_in={HOOK: D_IN}, fingerprint="fake", device="cpu")
+        return SimpleNamespace(d_in={HOOK: D_IN}, device="cpu", warnings=())
 
     def ping(self) -> None:
         pass

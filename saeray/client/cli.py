@@ -192,7 +192,9 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     saes = expand(resolve(config))
     streams = [[s.config for s in members] for members in by_stream(saes).values()]
     facts = check_models(streams)
-    check_texts([configs[0] for configs in streams])
+    warnings = [text for of in facts for text in of.warnings]
+    warnings += check_texts([configs[0] for configs in streams])
+    warnings += [text for s in saes for text in cautions(s.config)]
     plans = [
         plan_stream(configs[0], hook_points_of(configs), of.d_in)
         for configs, of in zip(streams, facts, strict=True)
@@ -201,8 +203,8 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     for plan, configs, of in zip(plans, streams, facts, strict=True):
         print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
         print(f"  {memory_alone(configs, of, plan.buffer_bytes)}")
-    for text in dict.fromkeys(text for s in saes for text in cautions(s.config)):
-        print(f"! {text}")
+    for text in dict.fromkeys(warnings):
+        print(printable(f"! {text}"))
     return 0
 
 

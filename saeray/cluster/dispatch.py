@@ -254,6 +254,7 @@ class Dispatch:
             buffer=state.stream.buffer,
             threads=about.fitted.threads,
             marker=self.state.marker,
+            bos=stream.bos,
         )
 
     # --- the end ----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from saeray.actors.head_folder import seen_from_here
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
-from saeray.lm.model import choose_device
+from saeray.lm.load import choose_device
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
@@ -214,7 +214,7 @@ class Pack:
 
     def save_one(self, m: Member) -> None:
         folder = m.folder / "checkpoints"
-        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer)
+        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos)
         delete_others(folder, kept_tokens(m.config) | {m.n_training_tokens})
 
     # --- telling the roster -----------------------------------------------------------------
@@ -308,10 +308,11 @@ class Pack:
         if math.isfinite(metrics["losses/overall_loss"]):
             return report
         settings = {k: getattr(m.config, k) for k in ("l1_coefficient", "lr", "dtype", "seed")}
+        wider = ", or a wider dtype" if m.config.dtype == "float16" else ""  # it ends at 65504
         return report._replace(
             state=FAILED,
             error=f"{m.name}: the loss is {metrics['losses/overall_loss']} at step {step} "
-            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr is the usual remedy.",
+            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr{wider} is the usual remedy.",
         )
 
     def publish(self, m: Member, report: Report, state: str) -> Report:
@@ -319,7 +320,7 @@ class Pack:
             self.wait_until_settled()
             self.save_one(m)
         final = m.folder / "final"
-        save_final(final, m.config, m.trainer)
+        save_final(final, m.config, m.trainer, self.plan.bos)
         if state == DONE:
             delete_others(m.folder / "checkpoints", kept_tokens(m.config))
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)

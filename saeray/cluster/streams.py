@@ -194,6 +194,8 @@ class Streams:
         if stream.memory:
             self.placement += f"; {stream.memory}"
         self.own[name] = Own(fitted, stream.nodes or fitted.harvester_nodes)
+        for text in stream.warnings:
+            await self.state.warn(text)
         await self.state.write_sweep_yaml(fitted)
         if self.state.training_since is None:
             self.state.phase = "starting trainers"

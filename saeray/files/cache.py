@@ -7,6 +7,9 @@
 Blocks do not depend on how the buffer mixes them, how long the stream is or which SAEs are trained,
 so sweeps that differ in these share them. A block is used only when its identity, the tokens it
 was made of and its checksum are right; any other is harvested again and replaced.
+
+Versions up to 0.1 told models apart by 1,024 values of each tensor. What they left is still read,
+with a warning, where there is nothing of the full identity; new blocks go under that.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 
-FORMAT = 1
+FORMAT = 2
 # What a block is a function of, beside the model's weights and the kind of device.
-IDENTITY_FIELDS = (
+FIELDS_UP_TO_0_1 = (
     "model_name",
     "model_revision",
     "dataset_path",
@@ -38,21 +41,33 @@ IDENTITY_FIELDS = (
     "store_batch_size",
     "activation_dtype",
 )
+IDENTITY_FIELDS = FIELDS_UP_TO_0_1
 WHERE_GIVEN = ("dataset_revision", "txt_documents")  # which came later: older caches are read on
 
 
-def identity_of(
-    config: LanguageModelSAERunnerConfig, weights: str, device: str, widths: dict[str, int]
-) -> dict[str, Any]:
-    """What makes two harvests of a block the same. `weights`: fingerprint of the model's."""
-    return {
-        "format": FORMAT,
-        **{name: getattr(config, name) for name in IDENTITY_FIELDS},
-        **{name: value for name in WHERE_GIVEN if (value := getattr(config, name)) is not None},
-        "weights": weights,
+def identities_of(
+    config: LanguageModelSAERunnerConfig,
+    weights: tuple[str, str],
+    device: str,
+    widths: dict[str, int],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What makes two harvests of a block the same, and what versions up to 0.1 had for that.
+
+    weights: fingerprints of the model's, in full and as those versions made them.
+    """
+    full, sampled = weights
+    given = {name: value for name in WHERE_GIVEN if (value := getattr(config, name)) is not None}
+    rest = {
+        **given,
         "device": device,
         "block_shapes": {hook: [config.block_rows, d_in] for hook, d_in in widths.items()},
     }
+    now = {name: getattr(config, name) for name in IDENTITY_FIELDS}
+    before = {name: getattr(config, name) for name in FIELDS_UP_TO_0_1}
+    return (
+        {"format": FORMAT, **now, "weights": full, **rest},
+        {"format": 1, **before, "weights": sampled, **rest},
+    )
 
 
 class Unusable(Exception):
@@ -62,14 +77,41 @@ class Unusable(Exception):
 class ActivationCache:
     """The blocks of one stream's identity. Files that are no good are named in `warnings`."""
 
-    def __init__(self, uri: str, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        identity: dict[str, Any],
+        earlier: dict[str, Any] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """earlier: the identity that versions up to 0.1 had for the same stream."""
         # Each hook point stands for itself: a sweep at one of them reads what another left at two.
-        shared = {k: v for k, v in identity.items() if k != "block_shapes"}
-        self.digest = digest(shared, 16)
+        self.identity = {k: v for k, v in identity.items() if k != "block_shapes"}
+        self.digest = digest(self.identity, 16)
         self.shapes: dict[str, list[int]] = identity["block_shapes"]
         self.folder = Folder.at(uri) / self.digest
         self.warnings: list[str] = []
-        self.write_manifest(shared)
+        self.earlier = None if earlier is None else self.left_by_earlier(uri, earlier)
+        self.described = read_only
+        if self.earlier is None:
+            self.describe()
+
+    def left_by_earlier(self, uri: str, identity: dict[str, Any]) -> ActivationCache | None:
+        cache = ActivationCache(uri, identity, read_only=True)
+        if "manifest.json" not in cache.folder.names():
+            return None
+        cache.warnings = self.warnings
+        self.warnings.append(
+            f"{cache.folder.uri}: blocks of an earlier version, which compared a part of a model's "
+            "weights only, are used; delete it if the model has changed since."
+        )
+        return cache
+
+    def describe(self) -> None:
+        """Writes the manifest, before the first block at the latest."""
+        if not self.described:
+            self.write_manifest(self.identity)
+            self.described = True
 
     def write_manifest(self, identity: dict[str, Any]) -> None:
         """Writes the manifest; hook points that an earlier sweep has listed stay listed."""
@@ -106,7 +148,7 @@ class ActivationCache:
             try:
                 data = folder.read(name)
             except OSError:  # not there (or not to be had: then it is harvested as well)
-                return None
+                return None if self.earlier is None else self.earlier.read(hooks, block, tokens)
             try:
                 arrays.append(unpacked(data, self.about(hook, block, tokens)))
             except Unusable as reason:
@@ -116,6 +158,7 @@ class ActivationCache:
 
     def write(self, hook: str, block: int, tokens: np.ndarray, array: np.ndarray) -> None:
         """Publishes one block at one hook point; array [rows, d_in]."""
+        self.describe()
         folder, name = self.place(hook, block)
         folder.write(name, packed(array, self.about(hook, block, tokens)))
 

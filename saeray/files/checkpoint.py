@@ -25,6 +25,7 @@ from saeray.sae.metrics import log10_frequency
 from saeray.sae.standard import StandardSAE
 from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import Bos
 from saeray.version import __version__
 
 # The newest sae_lens this format was checked with. Below 6 sae_lens drops `metadata` in silence.
@@ -32,8 +33,19 @@ SAE_LENS_VERSION = "6.54.12"
 STATE_MARKER = "train_state.json"
 
 
-def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict[str, Any]:
-    """cfg.json as `sae_lens.SAE.load_from_disk` wants it."""
+def reshaping(hook_point: str) -> str:
+    """What sae_lens has to do to an activation of the hook point before the SAE takes it.
+
+    It joins the heads of `hook_z` alone: anything else with heads (hook_q, hook_k, hook_v) has no
+    counterpart there, and is given to the SAE as [..., heads * d_head].
+    """
+    return "hook_z" if hook_point.endswith("hook_z") else "none"
+
+
+def sae_lens_cfg(
+    config: LanguageModelSAERunnerConfig, sae: StandardSAE, bos: Bos | None
+) -> dict[str, Any]:
+    """cfg.json as `sae_lens.SAE.load_from_disk` wants it. bos: what began every window."""
     return {
         "architecture": "standard",
         "d_in": sae.d_in,
@@ -42,7 +54,7 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": reshaping(config.resolved_hook_point),
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION,
             "saeray_version": __version__,
@@ -51,6 +63,8 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict
             "hook_head_index": None,
             "context_size": config.context_size,
             "prepend_bos": config.prepend_bos,
+            "bos_token": None if bos is None else bos.token,
+            "bos_token_id": None if bos is None else bos.id,
             "dataset_path": config.dataset_path,
             "training_config": config.to_dict(),
         },
@@ -58,28 +72,36 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: StandardSAE) -> dict
 
 
 def sae_files(
-    config: LanguageModelSAERunnerConfig, sae: StandardSAE, frequency: Tensor
+    config: LanguageModelSAERunnerConfig, sae: StandardSAE, frequency: Tensor, bos: Bos | None
 ) -> dict[str, bytes]:
     """The files that sae_lens loads; frequency [L] is the features' firing frequency."""
     weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in PARAMETERS}
     return {
-        "cfg.json": json_bytes(sae_lens_cfg(config, sae)),
+        "cfg.json": json_bytes(sae_lens_cfg(config, sae, bos)),
         "sae_weights.safetensors": save(weights),
         "sparsity.safetensors": save({"sparsity": log10_frequency(frequency).cpu()}),
     }
 
 
-def save_final(folder: Folder, config: LanguageModelSAERunnerConfig, trainer: SAETrainer) -> None:
+def save_final(
+    folder: Folder,
+    config: LanguageModelSAERunnerConfig,
+    trainer: SAETrainer,
+    bos: Bos | None = None,
+) -> None:
     """Publishes a trained SAE."""
-    folder.publish(sae_files(config, trainer.sae, trainer.firing_frequency))
+    folder.publish(sae_files(config, trainer.sae, trainer.firing_frequency, bos))
 
 
 def save_checkpoint(
-    folder: Folder, config: LanguageModelSAERunnerConfig, trainer: SAETrainer
+    folder: Folder,
+    config: LanguageModelSAERunnerConfig,
+    trainer: SAETrainer,
+    bos: Bos | None = None,
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
     tensors, numbers = trainer.state()
-    files = sae_files(config, trainer.sae, trainer.firing_frequency)
+    files = sae_files(config, trainer.sae, trainer.firing_frequency, bos)
     files["train_state.safetensors"] = save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )

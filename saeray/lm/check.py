@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saeray.lm.hub import load_tokenizer
+from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
@@ -46,11 +46,14 @@ def check_models(streams: Sequence[Configs]) -> list[ModelFacts]:
     return found
 
 
-def check_texts(configs: Configs) -> None:
-    """Opens the text of each of these configs.
+def check_texts(configs: Configs) -> list[str]:
+    """Opens the text of each of these configs; what is odd about them.
 
     Raises:
         ConfigError: a dataset that can't be used, or a tokenizer that can't be loaded.
     """
+    odd: list[str] = []
     for config in configs:
-        TokenWindows(config, load_tokenizer(config))
+        rows = embedding_rows(config)
+        TokenWindows(config, load_tokenizer(config), n_embeddings=rows, warn=odd.append)
+    return odd

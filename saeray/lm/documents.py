@@ -10,6 +10,7 @@ import numpy as np
 from saeray.errors import ConfigError
 from saeray.lm.columns import Masked, described, flat_ids, is_empty
 from saeray.lm.rows import WAITING, OpenRows, Rows, Waiting
+from saeray.lm.vocabulary import Vocabulary
 
 NO_IDS = np.empty(0, dtype=np.int32)  # of a row that has no text
 
@@ -17,11 +18,9 @@ NO_IDS = np.empty(0, dtype=np.int32)  # of a row that has no text
 class Documents:
     """Turns rows into token ids, by the model's tokenizer where they are text."""
 
-    def __init__(self, rows: Rows, tokenizer: Any, bos: int | None) -> None:
+    def __init__(self, rows: Rows, vocabulary: Vocabulary) -> None:
         self.rows = rows
-        self.tokenizer = tokenizer
-        self.d_vocab = len(tokenizer)
-        self.bos = bos
+        self.vocabulary = vocabulary
         self.odd: str | None = None  # what the first row holds that gives no tokens, nor is empty
 
     def of(self, open_rows: OpenRows, first: int = 0) -> Iterator[np.ndarray | Waiting]:
@@ -35,17 +34,19 @@ class Documents:
                 yield WAITING
                 continue
             for row, ids in zip(batch, self.tokenised(batch, at), strict=True):
-                if self.bos is not None and len(ids) and ids[0] == self.bos:
+                if self.vocabulary.bos is not None and len(ids) and ids[0] == self.vocabulary.bos:
                     ids = ids[1:]
-                if len(ids) == 0 and self.odd is None:
+                if len(ids) == 0:
                     self.note_odd(row, at)
+                elif not self.vocabulary.has_embeddings(ids):
+                    ids = NO_IDS
                 at += 1
                 yield ids
 
     def tokenised(self, batch: list[Any], at: int) -> list[np.ndarray]:
         if self.rows.columns.is_tokenized:
             return [self.checked_ids(row, at + i) for i, row in enumerate(batch)]
-        encoded = self.tokenizer(
+        encoded = self.vocabulary.tokenizer(
             [row if isinstance(row, str) else "" for row in batch],
             add_special_tokens=False,
             truncation=False,
@@ -67,18 +68,20 @@ class Documents:
             ids = None if shown is None or len(shown) != len(ids) else ids[shown]
         if ids is None or ids.size == 0:
             return NO_IDS
-        if int(ids.min()) < 0 or int(ids.max()) >= self.d_vocab:
-            bad = int(ids.max()) if int(ids.max()) >= self.d_vocab else int(ids.min())
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary.size:
+            bad = int(ids.max()) if int(ids.max()) >= self.vocabulary.size else int(ids.min())
             raise ConfigError(
                 f"dataset_path = {self.rows.config.dataset_path!r}: row {at} of column "
                 f"{self.rows.columns.value!r} holds token id {bad}, but "
-                f"{self.rows.config.model_name} has a vocabulary of {self.d_vocab}; the text was "
-                "tokenised for another model."
+                f"{self.rows.config.model_name} has a vocabulary of {self.vocabulary.size}; the "
+                "text was tokenised for another model."
             )
         return ids.astype(np.int32)
 
     def note_odd(self, row: Any, at: int) -> None:
-        """Keeps what a row holds that gives no tokens, if it is not just empty."""
+        """Keeps what the first row holds that gives no tokens, if it is not just empty."""
+        if self.odd is not None:
+            return
         value, mask = (row.ids, row.mask) if isinstance(row, Masked) else (row, None)
         if not is_empty(value):
             beside = "" if mask is None else f" beside an attention_mask of {described(mask)}"

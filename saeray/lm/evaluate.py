@@ -12,6 +12,7 @@ Definitions (per token of every held-out window, the first token of a window not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from saeray.sae.metrics import (
 from saeray.sae.standard import StandardSAE
 
 LOGITS_AT_ONCE = 1 << 20  # elements: 4 MB in float32, so it stays in cache
+CHANCE_SHARE = 0.9  # of a uniform guess's cross-entropy, above which a model knows nothing
 NO_EFFECT = 1e-6  # nats between two losses that rounding alone may put there
 
 
@@ -94,8 +96,19 @@ class Evaluator:
             "eval/n_tokens": n_tokens,
             "eval/features_never_fired": int((fired == 0).sum()),
             "plots/feature_density_line_chart": {"counts": counts, "edges": edges},
-            "warnings": self.reservations(hook_point, score, quality),
+            "warnings": [*self.warnings(), *self.reservations(hook_point, score, quality)],
         }
+
+    def warnings(self) -> list[str]:
+        """Of a model that does no better on this text than one that knows nothing."""
+        chance = math.log(self.model.facts.d_vocab)
+        if self.clean() <= CHANCE_SHARE * chance:
+            return []
+        return [
+            f"{self.model.config.model_name} predicts the held-out text hardly better than chance: "
+            f"a cross-entropy of {self.clean():.2f} nats, where chance is {chance:.2f}. Were its "
+            "token ids made with this model's tokenizer, and are these its weights?"
+        ]
 
     def reservations(
         self, hook_point: str, score: float | None, quality: Reconstruction

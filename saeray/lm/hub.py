@@ -69,6 +69,25 @@ def official_name(model_name: str) -> str:
     return resolve_model_alias(model_name) or model_name
 
 
+def embedding_rows(config: LanguageModelSAERunnerConfig) -> int | None:
+    """How many token ids the model has embeddings for, as its config says.
+
+    Tokenizers may have more: tokens that somebody has added and the model was never told of.
+    """
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(
+            official_name(config.model_name),
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # where the model is loaded, it is said what is wrong
+    rows = getattr(found.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
 def load_tokenizer(config: LanguageModelSAERunnerConfig) -> Any:
     """The model's Hugging Face tokenizer. Imports no torch."""
     from transformers import AutoTokenizer

@@ -9,18 +9,28 @@ beyond tolerance (or a hook has no counterpart) `run_with_cache` is used instead
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saeray.errors import ConfigError, bad_value, nearest
+from saeray.lm.hooks import Hook, Probe, Replacement, attach, flat_heads, replaced, what_is_wrong
 from saeray.lm.hub import load_tokenizer, official_name
+from saeray.lm.load import (
+    NOT_LOADED,
+    choose_device,
+    context_limit,
+    fingerprint,
+    fuse_gelu,
+    load_model,
+    sampled_fingerprint,
+)
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
 logger = logging.getLogger(__name__)
@@ -29,8 +39,6 @@ logger = logging.getLogger(__name__)
 # activations' scale in float32 and about one unit in the last place of the half formats.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-Replacement = Callable[[Tensor], Tensor]  # activations [n, context, d] -> what stands in for them
-
 
 class ModelFacts(NamedTuple):
     """What the rest of a sweep needs to know about the model."""
@@ -38,46 +46,13 @@ class ModelFacts(NamedTuple):
     d_in: dict[str, int]  # per hook point
     d_vocab: int
     fast_path: bool
-    fingerprint: str  # of the weights and of how the forward runs: what activations depend on
     device: str  # kind: cpu, cuda or mps
     parameter_bytes: int  # of the weights
+    warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
 
 
 class _Reached(Exception):
     """Raised inside the forward when the last hook point has been read."""
-
-
-class _Hook(NamedTuple):
-    """Where a hook point lies in the Hugging Face module."""
-
-    module: nn.Module
-    is_input: bool  # the module's input, or its output
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" takes cuda, then mps, then cpu.
-
-    Raises:
-        ConfigError: a device this machine does not have.
-    """
-    if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    have = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    kind = device.split(":")[0]
-    if not have.get(kind, False):
-        there = ", ".join(name for name, is_there in have.items() if is_there)
-        raise bad_value("device", device, f"this machine has {there}; or auto.")
-    return torch.device(device)
 
 
 class LanguageModel:
@@ -91,24 +66,16 @@ class LanguageModel:
                 context_size beyond what the model can take.
         """
         from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoModelForCausalLM
 
         self.config = config
+        self.warnings: list[str] = []
         self.hook_points = list(hook_points)
         self.device = choose_device(config.device)
         self.dtype = getattr(torch, config.activation_dtype)
         name = official_name(config.model_name)
         tokenizer = load_tokenizer(config)
-        try:
-            self.model: nn.Module = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=self.dtype,
-                attn_implementation="sdpa",
-                revision=config.model_revision,
-                trust_remote_code=config.trust_remote_code,
-            )
-        except (OSError, ValueError) as error:
-            raise bad_value("model_name", config.model_name, f"can't be loaded: {error}") from None
+        self.bos = tokenizer.bos_token_id
+        self.model = load_model(config, name, self.dtype, self.warn)
         self.model.eval().requires_grad_(False).to(self.device)
         # The bridge rewires the module it is given, so it gets a twin that shares the weights.
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
@@ -116,18 +83,28 @@ class LanguageModel:
         fuse_gelu(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.bridge = TransformerBridge.boot_transformers(
-                name,
-                hf_model=twin,
-                tokenizer=tokenizer,
-                device=self.device,
-                dtype=self.dtype,
-                trust_remote_code=config.trust_remote_code,
-            )
+            try:
+                self.bridge = TransformerBridge.boot_transformers(
+                    name,
+                    hf_model=twin,
+                    tokenizer=tokenizer,
+                    device=self.device,
+                    dtype=self.dtype,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            except NOT_LOADED as error:
+                raise bad_value(
+                    "model_name",
+                    config.model_name,
+                    f"TransformerLens, which names the hook points, can't take it: {error}",
+                ) from None
         self.check_hook_points()
         self.check_context_size()
-        self.hooks = self.find_hooks()
-        self.facts = self.check_fast_path()
+        self.facts = self.checked()
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+        self.warnings.append(text)
 
     # --- checks -----------------------------------------------------------------------------
 
@@ -143,7 +120,7 @@ class LanguageModel:
                 )
 
     def check_context_size(self) -> None:
-        limit = self.bridge.cfg.n_ctx
+        limit = context_limit(self.model.config)
         if limit and self.config.context_size > limit:
             raise bad_value(
                 "context_size",
@@ -151,7 +128,7 @@ class LanguageModel:
                 f"{self.config.model_name} takes at most {limit} tokens.",
             )
 
-    def find_hooks(self) -> dict[str, _Hook] | None:
+    def find_hooks(self) -> dict[str, Hook] | None:
         """Each hook point's place in the Hugging Face module; None if one has none."""
         hooks = {}
         for hook_point in self.hook_points:
@@ -160,46 +137,142 @@ class LanguageModel:
                 return None  # computed inside TransformerLens' own component
             try:
                 remote = self.bridge.adapter.translate_transformer_lens_path(path)
-                hooks[hook_point] = _Hook(self.model.get_submodule(remote), side == "hook_in")
+                hooks[hook_point] = Hook(self.model.get_submodule(remote), side == "hook_in")
             except (AttributeError, ValueError, KeyError):
                 return None
         return hooks
 
     @torch.inference_mode()
-    def check_fast_path(self) -> ModelFacts:
-        """Compares both paths on one batch of tokens and keeps the fast one if they agree."""
-        generator = torch.Generator().manual_seed(0)
-        d_vocab = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    def checked(self) -> ModelFacts:
+        """Runs the hook points on random tokens, and keeps the fast path if both agree.
+
+        Raises:
+            ConfigError: a hook point that is not one vector per token, activations beyond what
+                activation_dtype holds, or a context_size that the model can't take.
+        """
         length = min(16, self.config.context_size)
-        tokens = torch.randint(0, d_vocab, (2, length), generator=generator).to(self.device)
-        slow = self.run_with_cache(tokens)
-        fast_path = False
-        if self.hooks is not None:
-            try:
-                fast = self.run_to_hooks(tokens)
-                fast_path = all(self.agree(fast[h], slow[h]) for h in self.hook_points)
-            except (RuntimeError, TypeError, KeyError, IndexError) as error:
-                logger.warning("fast path failed (%s)", error)
+        probes = [self.probe(2, length), self.probe(3, length - 1 or 2)]
+        self.check_shapes(probes)
+        slow = {h: flat_heads(probes[0].values[h]) for h in self.hook_points}
+        self.hooks = self.find_hooks()
+        fast_path = self.hooks is not None and self.fast_path_agrees(probes[0].tokens, slow)
         if fast_path:
             del self.bridge  # only the slow path needs it from here on
         else:
-            self.hooks = None
-            logger.warning(
-                "%s at %s: the fast forward is not equal to TransformerLens' run_with_cache; "
-                "using run_with_cache, which is slower.",
-                self.config.model_name,
-                ", ".join(self.hook_points),
+            why = (
+                "not all of them are inputs or outputs of a Hugging Face module"
+                if self.hooks is None
+                else "the fast forward is not equal to TransformerLens' run_with_cache"
             )
+            self.hooks = None
+            self.warn(
+                f"{self.config.model_name} at {', '.join(self.hook_points)}: {why}; using "
+                "run_with_cache, which is slower."
+            )
+        self.check_whole_context()
         d_in = {h: int(slow[h].shape[-1]) for h in self.hook_points}
-        path = "fast" if fast_path else "run_with_cache"
         return ModelFacts(
             d_in,
-            d_vocab,
+            self.d_vocab,
             fast_path,
-            f"{path}:{fingerprint(self.model)}",
             self.device.type,
             sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            tuple(self.warnings),
         )
+
+    @property
+    def d_vocab(self) -> int:
+        """Rows of the embedding: every token id is below it."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+    def random_tokens(self, n: int, length: int) -> Tensor:
+        """int64 [n, length], each window beginning with BOS as real ones do."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.d_vocab, (n, length), generator=generator)
+        if self.config.prepend_bos and self.bos is not None and self.bos < self.d_vocab:
+            tokens[:, 0] = self.bos  # where activations are largest in many models
+        return tokens.to(self.device)
+
+    def probe(self, n: int, length: int) -> Probe:
+        tokens = self.random_tokens(n, length)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of hooks that are off; we say so ourselves
+                return Probe(tokens, self.values(tokens, self.hook_points))
+        except (*NOT_LOADED, IndexError) as error:
+            raise bad_value(
+                "model_name",
+                self.config.model_name,
+                f"TransformerLens, which names the hook points, can't run it: {error}",
+            ) from None
+
+    def check_shapes(self, probes: list[Probe]) -> None:
+        for hook_point in self.hook_points:
+            wrong = what_is_wrong(hook_point, probes)
+            if wrong is not None:
+                fit = self.names_that_fit([p.tokens for p in probes])
+                raise bad_value(
+                    "hook_point",
+                    hook_point,
+                    f"{wrong} in {self.config.model_name}; {nearest(hook_point, fit)}",
+                )
+            value = probes[0].values[hook_point]
+            self.check_finite(hook_point, value)
+            if value.dim() > 3 and not hook_point.endswith("hook_z"):
+                heads, d_head = value.shape[2:]
+                self.warn(
+                    f"{hook_point}: sae_lens has no counterpart to its {heads} heads of {d_head}, "
+                    f"as it has for hook_z; there, give its SAEs [..., {heads * d_head}]."
+                )
+
+    def names_that_fit(self, tokens: list[Tensor]) -> list[str]:
+        """The hook points that are one vector per token."""
+        probes = [Probe(t, self.values(t, None)) for t in tokens]
+        return [name for name in probes[0].values if what_is_wrong(name, probes) is None]
+
+    def check_finite(self, hook_point: str, x: Tensor) -> None:
+        """Raises a `ConfigError` where x holds an infinity or NaN."""
+        # One pass and no copy; in float32 no sum of what float16 or real activations hold is
+        # beyond its range.
+        if math.isfinite(float(x.sum(dtype=torch.float32))):
+            return
+        if self.dtype is torch.float16:
+            raise bad_value(
+                "activation_dtype",
+                self.config.activation_dtype,
+                f"the activations of {self.config.model_name} at {hook_point} are beyond its range "
+                "(65504); use bfloat16 or float32.",
+            )
+        raise bad_value(
+            "model_name",
+            self.config.model_name,
+            f"its activations at {hook_point} are not finite with activation_dtype = "
+            f"{self.config.activation_dtype}; its weights may be damaged.",
+        )
+
+    def check_whole_context(self) -> None:
+        """One whole window through the model: a table of positions may end before it does."""
+        try:
+            self.activations(self.random_tokens(1, self.config.context_size))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise bad_value(
+                "context_size",
+                self.config.context_size,
+                f"{self.config.model_name} can't take that many tokens: {error}",
+            ) from None
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Of what activations depend on, and what versions up to 0.1 had for it."""
+        path = "fast" if self.facts.fast_path else "run_with_cache"
+        return f"{path}:{fingerprint(self.model)}", f"{path}:{sampled_fingerprint(self.model)}"
+
+    def fast_path_agrees(self, tokens: Tensor, slow: dict[str, Tensor]) -> bool:
+        try:
+            fast = self.run_to_hooks(tokens)
+            return all(self.agree(fast[h], slow[h]) for h in self.hook_points)
+        except (RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
+            logger.warning("fast path failed (%s)", error)
+            return False
 
     def agree(self, fast: Tensor, slow: Tensor) -> bool:
         if fast.shape != slow.shape:
@@ -212,21 +285,42 @@ class LanguageModel:
 
     @torch.inference_mode()
     def activations(self, tokens: Tensor) -> dict[str, Tensor]:
-        """tokens [n, context] of int -> {hook point: [n * context, d_in]} in activation_dtype."""
+        """tokens [n, context] of int -> {hook point: [n * context, d_in]} in activation_dtype.
+
+        Raises:
+            ConfigError: a token without an embedding, or activations that are not finite.
+        """
+        beyond = int(tokens.max())
+        if beyond >= self.d_vocab:
+            raise bad_value(
+                "model_name",
+                self.config.model_name,
+                f"has embeddings for {self.d_vocab} tokens, and the text has one of id {beyond}.",
+            )
         tokens = tokens.to(self.device, torch.int64)
         got = self.run_with_cache(tokens) if self.hooks is None else self.run_to_hooks(tokens)
-        return {h: x.reshape(-1, x.shape[-1]).to(self.dtype) for h, x in got.items()}
+        got = {h: x.reshape(-1, x.shape[-1]).to(self.dtype) for h, x in got.items()}
+        for hook_point, x in got.items():
+            self.check_finite(hook_point, x)
+        return got
 
     def run_with_cache(self, tokens: Tensor) -> dict[str, Tensor]:
-        # stop_at_layer leaves before the layer's own hooks, so the layer after the last one.
-        layers = [h.split(".")[1] for h in self.hook_points if h.startswith("blocks.")]
-        last = max(map(int, layers)) + 1 if len(layers) == len(self.hook_points) else None
+        got = self.values(tokens, self.hook_points)
+        return {h: flat_heads(got[h]) for h in self.hook_points}
+
+    def values(self, tokens: Tensor, names: list[str] | None) -> dict[str, Tensor]:
+        """What TransformerLens has at the hook points (None: at all), as it is there."""
+        last = None
+        if names is not None:
+            # stop_at_layer leaves before the layer's own hooks, so the layer after the last one.
+            layers = [h.split(".")[1] for h in names if h.startswith("blocks.")]
+            last = max(map(int, layers)) + 1 if len(layers) == len(names) else None
         if last is not None and last >= self.bridge.cfg.n_layers:
             last = None
         _, cache = self.bridge.run_with_cache(
-            tokens, names_filter=self.hook_points, stop_at_layer=last
+            tokens, names_filter=names, stop_at_layer=last, use_cache=False
         )
-        return {h: flat_heads(cache[h]) for h in self.hook_points}
+        return {name: value for name, value in cache.items() if isinstance(value, Tensor)}
 
     def run_to_hooks(self, tokens: Tensor) -> dict[str, Tensor]:
         assert self.hooks is not None
@@ -271,66 +365,11 @@ class LanguageModel:
                 handle.remove()
 
 
-def fuse_gelu(model: nn.Module) -> None:
-    """Replaces Hugging Face's tanh GELU, eight elementwise passes, by PyTorch's single one.
-
-    A third of a GPT-2 MLP's time on a CPU goes into those passes. Equal up to rounding, which the
-    check of the fast path holds.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def attach(hook: _Hook, f: Callable[[Tensor], Tensor | None]) -> Any:
-    """Calls f on the module's input or output; what f returns (if anything) replaces it."""
-    if hook.is_input:
-
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                new = f(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            new = f(kwargs["hidden_states"])
-            return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-        return hook.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            new = f(output[0])
-            return None if new is None else (new, *output[1:])
-        return f(output)
-
-    return hook.module.register_forward_hook(after)
-
-
-def replaced(f: Replacement, value: Tensor) -> Tensor:
-    """f on the flat activations, in the shape and dtype the model goes on with."""
-    return f(flat_heads(value)).reshape(value.shape).to(value.dtype)
-
-
-def flat_heads(x: Tensor) -> Tensor:
-    """[n, context, heads, d_head] -> [n, context, heads * d_head]; others as they are."""
-    return x.flatten(2) if x.dim() > 3 else x
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short hash of every parameter's name and shape and of 1,024 of its values."""
-    seen = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        values = p.detach().flatten()
-        values = values[:: max(1, len(values) // 1024)].float().cpu().contiguous()
-        seen.update(f"{name}{tuple(p.shape)}".encode())
-        seen.update(values.numpy().tobytes())
-    return seen.hexdigest()[:16]
-
-
 def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:
     """The width of the config's hook, after comparing it with `d_in`.
 
     Raises:
-        ConfigError: `d_in` is given and is another number.
+        ConfigError: `d_in` is given and is another number, or the device lacks `dtype`.
     """
     d_in = facts.d_in[config.resolved_hook_point]
     if config.d_in is not None and config.d_in != d_in:
@@ -340,6 +379,8 @@ def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:
             f"{config.resolved_hook_point} of {config.model_name} is {d_in} wide; write {d_in} or "
             "leave d_in out.",
         )
+    if facts.device == "mps" and config.dtype == "float64":
+        raise bad_value("dtype", config.dtype, "device mps has none; float32, or device: cpu.")
     if config.d_sae(d_in) < 1:
         raise ConfigError(f"expansion_factor = {config.expansion_factor}: d_sae would be 0.")
     return d_in

@@ -25,6 +25,7 @@ from saeray.lm.dataset import open_conversion, open_dataset
 from saeray.lm.documents import Documents
 from saeray.lm.hub_dataset import LoadingScript
 from saeray.lm.rows import WAITING, Rows, Waiting
+from saeray.lm.vocabulary import Vocabulary
 from saeray.lm.window_store import WindowStore
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
@@ -55,10 +56,13 @@ class TokenWindows:
         config: LanguageModelSAERunnerConfig,
         tokenizer: Any,
         *,
+        n_embeddings: int | None = None,
         folder: str | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         """Opens the dataset and makes the held-out windows.
+
+        n_embeddings: token ids from here on have no embedding in the model; None: all have.
 
         Raises:
             ConfigError: see `open_dataset` and `choose_columns`; also an empty dataset, one too
@@ -67,14 +71,8 @@ class TokenWindows:
         self.config = config
         self.warn = warn
         self.tokenizer = tokenizer
-        self.bos: int | None = None
-        if config.prepend_bos:
-            bos = tokenizer.bos_token_id
-            self.bos = tokenizer.eos_token_id if bos is None else bos
-            if self.bos is None:
-                raise bad_value(
-                    "prepend_bos", True, f"{config.model_name} has no BOS token; set it to false."
-                )
+        vocabulary = Vocabulary(config, tokenizer, n_embeddings, warn)
+        self.bos = vocabulary.bos
         try:
             self.dataset = open_dataset(config)
         except LoadingScript as script:
@@ -84,7 +82,7 @@ class TokenWindows:
         columns = choose_columns(config, self.column_names(), self.rows.first())
         self.column, self.is_tokenized = columns.value, columns.is_tokenized
         self.rows.columns = columns
-        self.documents = Documents(self.rows, tokenizer, self.bos)
+        self.documents = Documents(self.rows, vocabulary)
         self.epoch = 0  # completed passes over the training documents
         self.skipped_rows = 0  # empty or odd ones, over all epochs
         self.train_tokens: int | None = None  # of the one document there is, if it is cut

@@ -105,7 +105,7 @@ class ReconstructionSums:
 
 
 def log10_frequency(frequency: Tensor) -> Tensor:
-    """log10(frequency + 1e-10) of the firing frequencies [L]."""
+    """log10(frequency + 1e-10) of the firing frequencies [L], which are on the CPU."""
     return torch.log10(frequency.double() + LOG_FREQUENCY_FLOOR).float()
 
 

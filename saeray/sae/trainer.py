@@ -89,7 +89,8 @@ class SAETrainer:
         self.fired_in_window = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.tokens_in_window = 0
         # Frequencies of the last full window: what is reported until the next one is full.
-        self.last_frequency = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
+        # float64, so on the CPU: not every device has it.
+        self.last_frequency = torch.zeros(sae.d_sae, dtype=torch.float64)
 
     @property
     def lr(self) -> float:
@@ -115,7 +116,7 @@ class SAETrainer:
 
     @property
     def firing_frequency(self) -> Tensor:
-        """[L] float64: share of tokens each feature fired on, in the last full sampling window.
+        """Share of tokens each feature fired on, in the last full window: [L] float64 on the CPU.
 
         In a run's first window, which may be all there is, the part that has been seen.
         """
@@ -123,7 +124,7 @@ class SAETrainer:
         full_before = self.step >= window
         if self.tokens_in_window == 0 or (full_before and self.step % window):
             return self.last_frequency
-        return self.fired_in_window.double() / self.tokens_in_window
+        return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self) -> None:
         window = self.options.feature_sampling_window
@@ -158,7 +159,7 @@ class SAETrainer:
             "sparsity/below_dead_feature_threshold": int(
                 (frequency < self.options.dead_feature_threshold).sum()
             ),
-            "sparsity/mean_passes_since_fired": float(self.steps_since_fired.double().mean()),
+            "sparsity/mean_passes_since_fired": float(self.steps_since_fired.cpu().double().mean()),
             "sparsity/below_1e-5": int((frequency < 1e-5).sum()),
             "sparsity/below_1e-6": int((frequency < 1e-6).sum()),
         }
@@ -205,7 +206,9 @@ class SAETrainer:
                 key: tensors[f"adam.{name}.{key}"].to(parameter).clone()
                 for key in ("exp_avg", "exp_avg_sq")
             }
-            step = torch.tensor(float(self.step), device=parameter.device)
+            step = torch.tensor(float(self.step))
+            if self.adam.defaults["fused"]:  # otherwise Adam keeps it on the CPU
+                step = step.to(parameter.device)
             self.adam.state[parameter] = {"step": step, **moments}
         return self
 

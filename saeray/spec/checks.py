@@ -114,8 +114,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
         one_of("txt_documents", config.txt_documents, TXT_DOCUMENTS)
     if config.text_version not in TEXT_VERSIONS:
         raise bad_value("text_version", config.text_version, "1 or 2; leave it out.")
-    if config.device.split(":")[0] not in (AUTO, "cpu", "cuda", "mps"):
-        raise bad_value("device", config.device, "cpu, cuda, cuda:N, mps or auto.")
+    check_device(config)
     if config.feature_sampling_method is not None:
         raise bad_value(
             "feature_sampling_method",
@@ -175,6 +174,24 @@ def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
             "reached; lower it, or train on more tokens."
         )
     return found
+
+
+def check_device(config: LanguageModelSAERunnerConfig) -> None:
+    """A kind of device, stored without the 0 of its first one."""
+    kind, colon, number = config.device.partition(":")
+    if kind not in (AUTO, "cpu", "cuda", "mps") or (colon and not number.isdigit()):
+        raise bad_value("device", config.device, "cpu, cuda, mps or auto.")
+    if colon and (int(number) > 0 or kind == AUTO):
+        raise bad_value(
+            "device",
+            config.device,
+            f"write {kind}: Ray shows each actor only the GPUs it has reserved for it, and each "
+            "takes the first of them. Which ones there are is said by CUDA_VISIBLE_DEVICES when "
+            "Ray starts; on which nodes, by resources.harvester_labels and trainer_labels.",
+        )
+    object.__setattr__(config, "device", kind)
+    if kind == "mps" and config.dtype == "float64":
+        raise bad_value("dtype", config.dtype, "device mps has none; float32.")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -108,7 +108,7 @@ class LanguageModelSAERunnerConfig:
     storage_path: str | None = None  # saeray: anything pyarrow.fs opens
 
     # The machine
-    device: str = AUTO  # cpu, cuda, cuda:1, mps or auto
+    device: str = AUTO  # cpu, cuda, mps or auto; Ray says which of the GPUs
     resources: Resources = field(default_factory=Resources)
     wait_limit_s: float = 300.0  # saeray: how long any part waits for another before it says so
 

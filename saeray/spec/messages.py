@@ -18,6 +18,13 @@ ENDS = (DONE, STOPPED, FAILED, INTERRUPTED)
 # anything else: those are what --resume goes on with.
 
 
+class Bos(NamedTuple):
+    """The token that begins every window."""
+
+    id: int
+    token: str
+
+
 class Report(NamedTuple):
     """One SAE at one optimizer step, from its pack."""
 
@@ -57,6 +64,7 @@ class PackPlan:
     buffer: Any  # actor handle
     threads: int
     marker: str = ""  # tells the disk of `folder` from others (`head_folder`)
+    bos: Bos | None = None
 
 
 def reader_name(pack: str, rank: int) -> str:
@@ -80,6 +88,7 @@ class CacheKey(NamedTuple):
 
     uri: str
     identity: dict[str, Any]  # see saeray.files.cache
+    earlier: dict[str, Any] | None = None  # the identity that versions up to 0.1 had for it
 
 
 class Gauges(NamedTuple):

@@ -92,6 +92,10 @@ class Harvester:
         read = LanguageModelSAERunnerConfig.from_dict
         return check_models([[read(c) for c in configs] for configs in streams])
 
+    def fingerprints(self) -> tuple[str, str]:
+        """See `LanguageModel.fingerprints`."""
+        return self.open().fingerprints()
+
     def ping(self) -> None:
         """Answers when the actor is up."""
 
@@ -136,7 +140,7 @@ class Harvester:
         if key.uri not in self.caches:
             from saeray.files.cache import ActivationCache
 
-            self.caches[key.uri] = ActivationCache(key.uri, key.identity)
+            self.caches[key.uri] = ActivationCache(key.uri, key.identity, key.earlier)
         return self.caches[key.uri]
 
     def write_behind(
@@ -178,7 +182,7 @@ class Harvester:
     def evaluate(
         self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray
     ) -> dict[str, Any]:
-        """Metrics of one SAE on the held-out windows, by wandb key."""
+        """Metrics of one SAE on the held-out windows, by wandb key; `warnings` beside them."""
         import torch
 
         from saeray.files.checkpoint import sae_from_weights

@@ -28,11 +28,11 @@ from saeray.actors.make import actor, as_future, passed_on, placed
 from saeray.actors.nodes import cluster_now, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
-from saeray.files.cache import identity_of
+from saeray.files.cache import identities_of
 from saeray.lm.check import hook_points_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.memory import check_memory, memory_of
-from saeray.spec.messages import CacheKey
+from saeray.spec.messages import Bos, CacheKey
 from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, plan_stream
 from saeray.spec.room import shown
@@ -67,6 +67,7 @@ class AboutStream(NamedTuple):
     plan: StreamPlan
     n_harvesters: int
     nodes: list[str]  # of the harvesters that were up when it began: where its blocks lie
+    bos: Bos | None = None  # what begins every window
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Stream:
     nodes: list[str] = field(default_factory=list)  # of harvesters that this sweep has started
     memory: str = ""  # what it and its packs take, in words
     held_out: Any = None  # reference of the held-out windows, once they are asked for
+    warnings: Sequence[str] = ()  # of its model
 
     @property
     def config(self) -> LanguageModelSAERunnerConfig:
@@ -111,15 +113,18 @@ async def start_stream(
     token_server, harvesters = start_sources(name, config, hook_points, fitted)
     try:
         nodes = await nodes_of(harvesters, config, fitted)
-        facts = await checked(harvesters[min(nodes)], token_server, configs, later)
+        first = harvesters[min(nodes)]
+        facts, bos = await checked(first, token_server, configs, later)
         plan = plan_stream(config, hook_points, facts.d_in)
         memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes)
         check_memory(memory, fitted, cluster_now(), list(nodes.values()))
         room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:
-            identity = identity_of(config, facts.fingerprint, facts.device, facts.d_in)
-            cache = CacheKey(config.activation_cache, identity)
+            weights = await first.fingerprints.options(max_task_retries=0).remote()
+            cache = CacheKey(
+                config.activation_cache, *identities_of(config, weights, facts.device, facts.d_in)
+            )
     except BaseException:
         for a in (token_server, *harvesters):
             ray.kill(a)
@@ -133,6 +138,7 @@ async def start_stream(
         plan,
         fitted.harvesters,
         list(nodes.values()),
+        bos,
     )
     absent = sorted(set(range(fitted.harvesters)) - set(nodes))
     return Stream(
@@ -144,13 +150,14 @@ async def start_stream(
         config.share_stream,
         nodes=list(nodes.values()),
         memory=str(memory),
+        warnings=facts.warnings,
     )
 
 
 async def checked(
     harvester: Any, token_server: Any, configs: list[Config], later: Sequence[list[Config]]
-) -> ModelFacts:
-    """The facts of a stream's model, once model and text are found to be right; `later` ones too.
+) -> tuple[ModelFacts, Bos | None]:
+    """Facts of a stream's model and BOS, once model and text are found right; `later` ones too.
 
     Raises:
         ConfigError: one of them is not.
@@ -173,8 +180,8 @@ async def checked(
         ]
         for facts, other in zip(await calls[0], later, strict=True):
             plan_stream(other[0], hook_points_of(other), facts.d_in)
-    found: list[ModelFacts] = await asyncio.gather(*calls)
-    return found[-2]
+    *_, facts, bos = await asyncio.gather(*calls)
+    return facts, bos
 
 
 def start_sources(

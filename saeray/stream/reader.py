@@ -80,7 +80,7 @@ class Reader:
                 return
             if isinstance(item, Exception):
                 raise item
-            yield item.to(self.device, non_blocking=True)
+            yield item.to(self.device, non_blocking=self.device.type == "cuda")
 
     def gauges(self) -> ReaderGauges:
         elapsed = time.perf_counter() - self.started

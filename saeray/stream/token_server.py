@@ -14,9 +14,10 @@ import numpy as np
 
 from saeray.actors.waiting import NotYet
 from saeray.lm.check import check_texts
-from saeray.lm.hub import load_tokenizer
+from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.lm.tokens import Position, TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import Bos
 
 AT_ONCE_SECONDS = 1.0  # that a call makes windows before it says how far it is
 PLACE_EVERY = 64  # blocks
@@ -49,12 +50,24 @@ class TokenServer:
     def open(self) -> TokenWindows:
         if self.windows is None:
             tokenizer = load_tokenizer(self.config)
-            self.windows = TokenWindows(self.config, tokenizer, warn=self.warnings.append)
+            self.windows = TokenWindows(
+                self.config,
+                tokenizer,
+                n_embeddings=embedding_rows(self.config),
+                warn=self.warnings.append,
+            )
         return self.windows
 
-    def check(self) -> None:
-        """Raises the `ConfigError` of a dataset that can't be used."""
-        self.open()
+    def check(self) -> Bos | None:
+        """The token that begins every window, if any does.
+
+        Raises:
+            ConfigError: the dataset or the tokenizer can't be used.
+        """
+        windows = self.open()
+        if windows.bos is None:
+            return None
+        return Bos(windows.bos, windows.tokenizer.convert_ids_to_tokens(windows.bos))
 
     def check_others(self, configs: list[dict[str, Any]]) -> None:
         """`check` of streams that others will serve."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from support.configs import config
 
-from saeray.files.cache import ActivationCache, identity_of
+from saeray.files.cache import ActivationCache, identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 
 HOOK = "blocks.0.hook_resid_pre"
@@ -98,9 +98,43 @@ def test_hook_points_of_earlier_sweeps_stay_in_the_manifest(cache, tmp_path):
     assert set(manifest["block_shapes"]) == {HOOK, "blocks.1.hook_resid_pre"}
 
 
+EARLIER = IDENTITY | {"weights": "part of w"}
+
+
+@pytest.fixture
+def of_before(tmp_path):
+    """Block 3 as a version up to 0.1 has left it."""
+    cache = ActivationCache(str(tmp_path), EARLIER)
+    cache.write(HOOK, 3, TOKENS, BLOCK)
+    return cache
+
+
+def test_blocks_of_a_version_before_are_read_with_a_warning(tmp_path, of_before):
+    cache = ActivationCache(str(tmp_path), IDENTITY, EARLIER)
+    (array,) = cache.read([HOOK], 3, TOKENS)
+    assert (array == BLOCK).all()
+    (warning,) = cache.warnings
+    assert of_before.folder.uri in warning
+    assert "delete it if the model has changed" in warning
+    assert cache.read([HOOK], 4, TOKENS) is None
+    assert cache.folder.names() == []  # nothing is made for reading
+    cache.write(HOOK, 4, TOKENS, BLOCK)
+    assert json.loads(cache.folder.read("manifest.json")) == IDENTITY
+    assert of_before.read([HOOK], 4, TOKENS) is None  # new ones are the new identity's
+    again = ActivationCache(str(tmp_path), IDENTITY, EARLIER)
+    assert again.read([HOOK], 4, TOKENS) is not None
+
+
+def test_no_block_of_another_model_is_taken_for_one_of_before(tmp_path, of_before):
+    other = EARLIER | {"weights": "part of another"}
+    cache = ActivationCache(str(tmp_path), IDENTITY, other)
+    assert cache.read([HOOK], 3, TOKENS) is None
+    assert cache.warnings == []
+
+
 def test_how_blocks_are_mixed_and_who_reads_them_is_no_part_of_the_identity():
     def identity(**changes):
-        return identity_of(resolve(config(**changes)), "weights", "cpu", {HOOK: 4})
+        return identities_of(resolve(config(**changes)), ("full", "part"), "cpu", {HOOK: 4})
 
     for changes in (dict(n_batches_in_buffer=8), dict(lr=1e-2), dict(training_tokens=5 * 10**6)):
         assert identity(**changes) == identity()
@@ -111,7 +145,7 @@ def test_fields_that_came_later_count_where_they_are_given(tiny):
     resolved = resolve(LanguageModelSAERunnerConfig(**tiny))
 
     def identity(**changes):
-        return identity_of(resolved.replace(**changes), "weights", "cpu", {"hook": 4})
+        return identities_of(resolved.replace(**changes), ("w", "old"), "cpu", {"hook": 4})[0]
 
     assert not {"dataset_revision", "txt_documents"} & set(identity())
     assert identity(dataset_revision="main") != identity() != identity(txt_documents="file")

@@ -17,6 +17,7 @@ from saeray.files.checkpoint import (
 from saeray.files.storage import Folder
 from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PackStep, SAETrainer
+from saeray.spec.messages import Bos
 
 
 def trained(c, steps=3):
@@ -45,6 +46,27 @@ def test_the_files_sae_lens_reads(tmp_path):
     torch.testing.assert_close(sparsity, torch.log10(t.firing_frequency + 1e-10).float())
     x = torch.randn(5, 4)
     assert torch.equal(load_sae(str(tmp_path / "final"))(x), t.sae(x))
+
+
+@pytest.mark.parametrize(
+    ("hook", "reshaped"), [("hook_z", "hook_z"), ("hook_q", "none"), ("o.hook_in", "none")]
+)
+def test_sae_lens_is_told_to_join_the_heads_of_hook_z_alone(tmp_path, hook, reshaped):
+    c = short_run(hook_point=f"blocks.2.attn.{hook}")
+    save_final(Folder.at(tmp_path), c, trained(c))
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert cfg["reshape_activations"] == reshaped
+
+
+def test_the_token_that_began_every_window_is_named(tmp_path):
+    c = short_run()
+    save_checkpoint(Folder.at(tmp_path / "1"), c, trained(c), Bos(7, "<eos>"))
+    save_final(Folder.at(tmp_path / "2"), c.replace(prepend_bos=False), trained(c), None)
+    said = [
+        json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in ("1", "2")
+    ]
+    keys = ("prepend_bos", "bos_token", "bos_token_id")
+    assert [[m[k] for k in keys] for m in said] == [[True, "<eos>", 7], [False, None, None]]
 
 
 def test_a_checkpoint_continues_bit_for_bit(tmp_path):

@@ -7,9 +7,16 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.bundled import ROOT
+from support.configs import short_run
 
 import saeray
+from saeray.cluster.pack import options_of
+from saeray.files.checkpoint import save_final
+from saeray.files.storage import Folder
+from saeray.sae.standard import initial_sae
+from saeray.sae.trainer import SAETrainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -21,33 +28,59 @@ from sae_lens import SAE
 sae = SAE.load_from_disk(sys.argv[1])
 x = load_file(sys.argv[2])["x"]
 y = {"x_hat": sae(x), "f": sae.encode(x)}
+assert y["x_hat"].shape == x.shape
 save_file({k: v.detach().contiguous() for k, v in y.items()}, sys.argv[3])
 print("RESULT", json.dumps({"hook": sae.cfg.metadata.hook_name, "d_sae": sae.cfg.d_sae}))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_final_loads_in_sae_lens_with_the_same_reconstruction(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def python():
+    """Of an environment that has sae_lens."""
     from peers import environment
-    from safetensors.torch import load_file, save_file
 
     try:
-        python = environment("sae_lens")
+        return environment("sae_lens")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no environment for sae_lens could be made: {error}")
-    result = saeray.sweep(tiny, name="s", storage_path=tmp_path, live=False)
-    (row,) = result.rows
-    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def in_sae_lens(python, sae, x, tmp_path):
+    """(what sae_lens says of the SAE in a folder, {"x_hat", "f"} of x there)."""
     save_file({"x": x}, tmp_path / "x.safetensors")
     done = subprocess.run(
-        [python, "-c", SCRIPT, row["path"], tmp_path / "x.safetensors", tmp_path / "y.safetensors"],
+        [python, "-c", SCRIPT, sae, tmp_path / "x.safetensors", tmp_path / "y.safetensors"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.split("RESULT ")[1])
+    return json.loads(done.stdout.split("RESULT ")[1]), load_file(tmp_path / "y.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_final_loads_in_sae_lens_with_the_same_reconstruction(tiny, tmp_path, python):
+    result = saeray.sweep(tiny, name="s", storage_path=tmp_path, live=False)
+    (row,) = result.rows
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
+    told, theirs = in_sae_lens(python, row["path"], x, tmp_path)
     assert told == {"hook": "blocks.2.hook_resid_pre", "d_sae": 256}
-    theirs, ours = load_file(tmp_path / "y.safetensors"), result.load(row["trial"])
+    ours = result.load(row["trial"])
     torch.testing.assert_close(theirs["f"], ours.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs["x_hat"], ours(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("hook", "joined_there"), [("hook_z", True), ("hook_q", False)])
+def test_heads_are_one_vector_in_sae_lens_too(tmp_path, python, hook, joined_there):
+    config = short_run(hook_point=f"blocks.2.attn.{hook}")
+    sae = initial_sae(32, 64, seed=0, b_dec=torch.randn(32), dtype=torch.float32)
+    save_final(Folder.at(tmp_path / "final"), config, SAETrainer(sae, options_of(config)))
+    x = torch.randn(2, 8, 4, 8, generator=torch.Generator().manual_seed(0))  # 4 heads of 8
+    given = x if joined_there else x.flatten(2)
+    _, theirs = in_sae_lens(python, tmp_path / "final", given, tmp_path)
+    torch.testing.assert_close(theirs["f"], sae.encode(x.flatten(2)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        theirs["x_hat"], sae(x.flatten(2)).view_as(given), rtol=1e-5, atol=1e-5
+    )

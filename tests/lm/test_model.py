@@ -1,6 +1,8 @@
 """The language model: fast path against TransformerLens, hooks, splicing, evaluation."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from saeray.errors import ConfigError
 from saeray.lm.evaluate import Evaluator, ce_loss_score
+from saeray.lm.hooks import Probe, what_is_wrong
+from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel, check_d_in
+from saeray.lm.tokens import TokenWindows
 from saeray.sae.standard import StandardSAE, initial_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig
 
@@ -81,9 +86,6 @@ def test_a_hook_the_fast_path_can_not_reach_takes_the_slow_one_and_says_so(tiny,
     ],
 )  # fmt: skip
 def test_other_architectures(tiny, tmp_path, tokens, config, architecture):
-    import shutil
-    from pathlib import Path
-
     torch.manual_seed(0)
     architecture(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -92,6 +94,33 @@ def test_other_architectures(tiny, tmp_path, tokens, config, architecture):
     assert model.facts.fast_path
     want = transformer_lens(tmp_path, tokens, [HOOK])
     torch.testing.assert_close(model.activations(tokens)[HOOK], want[HOOK], rtol=1e-3, atol=1e-3)
+
+
+def test_every_value_of_the_weights_and_the_config_is_in_the_fingerprint(tiny):
+    model = model_at(tiny)
+    full, sampled = model.fingerprints()
+    again, _ = model_at(tiny).fingerprints()
+    assert full == again
+
+    embedding = model.model.get_input_embeddings().weight
+    was = float(embedding[777, 5])
+    embedding[777, 5] += 1e-3  # not among the 1,024 values that earlier versions read
+    changed, same = model.fingerprints()
+    assert same == sampled
+    assert changed != full
+    embedding[777, 5] = was
+    assert model.fingerprints()[0] == full
+    model.model.config.layer_norm_epsilon *= 2  # the same weights, another forward
+    assert model.fingerprints()[0] != full
+
+
+def test_the_fingerprint_is_of_what_was_loaded(tiny, tmp_path):
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tiny["model_name"], copied)
+    full, _ = model_at(tiny).fingerprints()
+    assert model_at(tiny, model_name=str(copied)).fingerprints()[0] == full
+    half, _ = model_at(tiny, activation_dtype="bfloat16").fingerprints()
+    assert half != full
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -116,6 +145,90 @@ def test_bad_models_and_hooks(tiny, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device = 'cuda': this machine has cpu"):
             model_at(tiny, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "words"),
+    [
+        (
+            "blocks.1.attn.hook_pattern",
+            r"not one vector per token .*\[2, 4, 16, 16\] for \[2, 16\] .* did you mean blocks\.1",
+        ),
+        ("blocks.1.attn.hook_attn_scores", "not one vector per token"),
+        ("blocks.1.hook_mlp_in", r"never computed .* did you mean blocks\.1\."),
+        ("blocks.1.attn.hook_result", "never computed"),
+    ],
+)
+def test_a_hook_that_is_no_vector_per_token_is_refused(tiny, hook_point, words):
+    with pytest.raises(ConfigError, match=f"hook_point = '{hook_point}': {words}"):
+        model_at(tiny, HOOK, hook_point, d_in=16)
+
+
+def test_heads_that_sae_lens_does_not_join_are_warned_of(tiny):
+    model = model_at(tiny, "blocks.1.attn.hook_q", "blocks.1.attn.hook_z")
+    (of_q,) = [w for w in model.facts.warnings if "sae_lens" in w]
+    assert of_q.startswith("blocks.1.attn.hook_q: ")
+    assert "4 heads of 32" in of_q
+
+
+def test_heads_count_as_one_vector_and_two_lengths_tell_what_does_not():
+    def probe(*shape, n=2, length=4, dtype=torch.float32):
+        return Probe(torch.zeros(n, length), {"h": torch.zeros(*shape, dtype=dtype)})
+
+    def fits(first, second, dtype=torch.float32):
+        probes = [probe(*first, dtype=dtype), probe(*second, n=3, length=3, dtype=dtype)]
+        return what_is_wrong("h", probes) is None
+
+    assert fits((2, 4, 8), (3, 3, 8))
+    assert fits((2, 4, 2, 8), (3, 3, 2, 8))
+    assert not fits((2, 4, 4, 4), (3, 4, 3, 3))  # as many heads as tokens
+    assert not fits((2, 4, 4), (3, 3, 3))  # something per pair of tokens
+    assert not fits((1, 4, 8), (1, 3, 8))  # the same for every text
+    assert not fits((8, 8), (9, 8))  # tokens of all texts in a row
+    assert not fits((2, 4), (3, 3))  # a number
+    assert not fits((2, 4, 8), (3, 3, 8), torch.int64)  # choices of experts
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_activations_beyond_float16_are_refused_by_their_dtype(tiny, tmp_path, tokens, at_start):
+    with pytest.raises(ConfigError, match=r"activation_dtype = 'float16': .* bfloat16 or float32"):
+        if at_start:
+            model_at(tiny, model_name=str(scaled(tiny, tmp_path, 1e4)), activation_dtype="float16")
+        else:  # in what no token of the start has shown
+            model = model_at(tiny, activation_dtype="float16")
+            model.model.get_input_embeddings().weight[int(tokens[3, 50])] = torch.inf
+            model.activations(tokens)
+
+
+def test_activations_that_are_not_finite_in_float32_are_no_matter_of_dtype(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"model_name = .* not finite"):
+        model_at(tiny, model_name=str(scaled(tiny, tmp_path, float("nan"))))
+
+
+def test_weights_that_are_in_no_file_are_warned_of(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny["model_name"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert model_at(tiny).facts.warnings == ()
+    (warning,) = model_at(tiny, model_name=str(tmp_path)).facts.warnings
+    assert "transformer.h.1.mlp.c_fc.weight are not in its files" in warning
+
+
+def scaled(tiny, folder, factor):
+    """The bundled model with its weights times `factor`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny["model_name"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny["model_name"]) / name, folder / name)
+    return folder
 
 
 def test_the_guides_model_name_is_known():
@@ -166,6 +279,24 @@ def test_clean_loss_is_the_models_own(tiny, tokens):
     assert clean == pytest.approx(theirs, rel=1e-5)
 
 
+def test_token_ids_of_another_tokenizer_are_warned_of(tiny):
+    config = LanguageModelSAERunnerConfig(**(tiny | dict(data_seed=0, eval_windows=8)))
+    held_out = torch.from_numpy(TokenWindows(config, load_tokenizer(config)).evaluation())
+    model = model_at(tiny)
+    assert Evaluator(model, held_out).warnings() == []
+    others = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[held_out.long()]
+    (warning,) = Evaluator(model, others).warnings()
+    assert "hardly better than chance" in warning
+    assert "chance is 8.32" in warning  # ln 4096
+
+
+def test_token_ids_beyond_the_embedding_are_named(tiny, tokens):
+    tokens = tokens.clone()
+    tokens[1, 3] = 4100
+    with pytest.raises(ConfigError, match=r"embeddings for 4096 tokens, .* one of id 4100"):
+        model_at(tiny).activations(tokens)
+
+
 def test_the_ce_score_is_not_its_reciprocal():
     # ablated 8, with SAE 4, clean 3: (8 - 4) / (8 - 3) = 0.8
     assert ce_loss_score(clean=3.0, with_sae=4.0, ablated=8.0) == pytest.approx(0.8)
@@ -173,16 +304,12 @@ def test_the_ce_score_is_not_its_reciprocal():
 
 def test_the_bundled_model_is_well_under_the_unigram_entropy():
     import json
-    from pathlib import Path
 
     import saeray.models
 
     folder = Path(saeray.models.__file__).parent / "tiny-python"
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["unigram_entropy_nats"] - figures["held_out_loss_nats"] >= 1.5
-    from saeray.lm.hub import load_tokenizer
-    from saeray.lm.tokens import TokenWindows
-
     config = LanguageModelSAERunnerConfig(
         model_name=str(folder),
         hook_point=HOOK,

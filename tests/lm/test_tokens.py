@@ -1,6 +1,7 @@
 """Text to windows: local files of every kind, BOS, packing, epochs, held-out text."""
 
 import json
+import shutil
 import time
 
 import datasets
@@ -10,9 +11,11 @@ import pytest
 from support.digits import Digits, parquet, windows_of
 
 from saeray.errors import ConfigError, SaerayError
-from saeray.lm.hub import load_tokenizer
+from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+from saeray.spec.messages import Bos
+from saeray.stream.token_server import TokenServer
 
 BOS = 0  # of the bundled model
 
@@ -208,6 +211,58 @@ def test_a_tokenizer_without_bos(tmp_path):
     with pytest.raises(ConfigError, match="prepend_bos = True"):
         windows_of(path, NoBos())
     assert windows_of(path, NoBos(), prepend_bos=False).bos is None
+
+
+def test_eos_in_the_place_of_bos_is_warned_of(tmp_path):
+    class OnlyEos(Digits):
+        bos_token_id, eos_token_id = None, 7
+
+    path = parquet(tmp_path / "a.parquet", text=["123"] * 9)
+    warnings = []
+    assert windows_of(path, OnlyEos(), warn=warnings.append).train(0, 1)[0].tolist() == [7, 1, 2, 3]
+    (warning,) = warnings
+    assert "digits has no BOS token; its EOS token '<7>' (id 7) begins every window" in warning
+    windows_of(path, warn=warnings.append)  # one that has BOS
+    windows_of(path, OnlyEos(), prepend_bos=False, warn=warnings.append)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_documents_with_tokens_the_model_has_no_embedding_for_are_skipped(tmp_path, tokenized):
+    texts = ["123", "129", "456", "181", "999"] * 3
+    column = {"tokens": [[int(c) for c in t] for t in texts]} if tokenized else {"text": texts}
+    path = parquet(tmp_path / "a.parquet", **column)
+    warnings = []
+    w = windows_of(path, warn=warnings.append, n_embeddings=8)
+    assert w.train(0, 5).max() < 8  # the one held out, and the five that are left
+    assert w.skipped_rows == 8  # and a ninth comes after the last window
+    named = [text for text in warnings if "skipped" in text]
+    assert sorted(n.split("documents with ")[1][:12] for n in named) == [
+        "'<8>' (id 8)",
+        "'<9>' (id 9)",
+    ]
+    assert all("digits has embeddings for 8 tokens only" in n for n in named)
+    with pytest.raises(ConfigError, match=r"prepend_bos = True: .* \(id 0\) has no embedding"):
+        windows_of(path, n_embeddings=0)
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny["model_name"], model)
+    tokenizer = load_tokenizer(LanguageModelSAERunnerConfig(**tiny))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    texts = ["def f(x):\n    return x\n" * 40, "an <extra> token " * 40] * 8
+    path = parquet(tmp_path / "a.parquet", text=texts)
+    fields = tiny | dict(model_name=str(model), dataset_path=str(path), eval_windows=1)
+    config = resolve(LanguageModelSAERunnerConfig(**fields))
+    assert embedding_rows(config) == 4096
+    server = TokenServer(config.to_dict())
+    assert server.check() == Bos(0, "<|endoftext|>")
+    assert server.block(0).max() < 4096
+    counts = server.counts()
+    assert counts.skipped_rows > 0
+    assert any("'<extra>' (id 4096)" in text for text in counts.warnings)
 
 
 def test_the_bundled_text_with_the_bundled_tokenizer(tiny):

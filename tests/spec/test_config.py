@@ -29,6 +29,11 @@ from saeray.spec.resources import Resources
         (dict(dtype="float31"), "dtype", "float32"),
         (dict(activation_dtype="int8"), "activation_dtype", "bfloat16"),
         (dict(device="gpu"), "device", "cuda"),
+        (dict(device="cuda:1"), "device", "write cuda: Ray shows each actor only the GPUs"),
+        (dict(device="cuda:1"), "device", "CUDA_VISIBLE_DEVICES"),
+        (dict(device="cuda:first"), "device", "cpu, cuda, mps or auto"),
+        (dict(device="auto:0"), "device", "write auto"),
+        (dict(device="mps", dtype="float64"), "dtype", "float32"),
         (dict(feature_sampling_method="anthropic"), "feature_sampling_method", "None"),
         (dict(n_batches_in_buffer=1), "n_batches_in_buffer", "at least 2"),
         (dict(expansion_factor=0), "expansion_factor", "above 0"),
@@ -139,6 +144,18 @@ def test_a_torch_dtype_and_the_guides_old_name_are_taken():
     )
     assert c.dtype == "float32"
     assert c.training_tokens == 1_000_000
+
+
+def test_the_first_gpu_of_an_actor_is_cuda():
+    import torch
+
+    for device in ("cuda", "cuda:0", torch.device("cuda", 0)):
+        assert config(device=device).device == "cuda"
+    for s in expand(config(device="cuda:0", lr=[1e-3, 2e-3])):
+        assert s.config.device == "cuda"
+    assert stream_key(resolve(config(device="cuda:0"))) == stream_key(
+        resolve(config(device="cuda"))
+    )
 
 
 def test_plain_data_and_back():

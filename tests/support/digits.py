@@ -16,11 +16,14 @@ class Digits:
     def __len__(self):
         return 10
 
+    def convert_ids_to_tokens(self, token_id):
+        return f"<{token_id}>"
+
     def __call__(self, texts, **_):
         return {"input_ids": [[int(c) for c in text if c.isdigit()] for text in texts]}
 
 
-def windows_of(path, tokenizer=None, warn=lambda text: None, **changes):
+def windows_of(path, tokenizer=None, warn=lambda text: None, n_embeddings=None, **changes):
     values = dict(
         model_name="digits",
         hook_point="blocks.0.hook_resid_pre",
@@ -30,7 +33,7 @@ def windows_of(path, tokenizer=None, warn=lambda text: None, **changes):
         seed=0,
     )
     config = resolve(LanguageModelSAERunnerConfig(**(values | changes)))
-    return TokenWindows(config, tokenizer or Digits(), warn=warn)
+    return TokenWindows(config, tokenizer or Digits(), n_embeddings=n_embeddings, warn=warn)
 
 
 def parquet(path, **columns):

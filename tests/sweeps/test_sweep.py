@@ -137,6 +137,8 @@ def test_the_sweeps_folder_is_as_documented(six):
         assert lines[-1]["losses/overall_loss"] < lines[0]["losses/overall_loss"]
         assert sum(lines[-1]["plots/feature_density_line_chart"]["counts"]) == 512
         assert row["path"] == str(trial / "final")
+        about = json.loads((trial / "final" / "cfg.json").read_text())["metadata"]
+        assert (about["bos_token"], about["bos_token_id"]) == ("<|endoftext|>", 0)
         assert isinstance(result.load(row["trial"]), StandardSAE)
     assert sorted(p.name for p in folder.iterdir() if p.name != "wandb") == [
         "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
