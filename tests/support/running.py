@@ -31,6 +31,7 @@ def config():
         wandb_log_frequency=5,
         use_ghost_grads=True,
         dead_feature_window=30,
+        feature_sampling_window=64,  # kills and resumes come in the middle of one
     )
 
 
