@@ -29,6 +29,10 @@ from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
 MEMORY = "roster.json"  # in .ray/
 
 
+# A sweep.yaml without a recipe was written before there were any: it goes on as it began.
+BEFORE_RECIPES = {"recipe": "guide-2024"}
+
+
 class Known(NamedTuple):
     """What the folder says of an SAE."""
 
@@ -103,7 +107,7 @@ class SweepFolder:
         root = self.folder.parent_uri
         return {
             name: LanguageModelSAERunnerConfig.from_dict(
-                config | {"name": self.name, "storage_path": root},
+                BEFORE_RECIPES | config | {"name": self.name, "storage_path": root},
                 source=f"{self.folder.uri}/sweep.yaml: {name}",
             )
             for name, config in saes.items()
