@@ -14,14 +14,15 @@ from sae_lens import (  # noqa: E402
 )
 
 settings = json.loads(sys.argv[1])
+# In its units: coefficient * d_in * mean norm of the centred activations.
+in_its_units = [x * settings["d_in"] * settings["mean_norm"] for x in settings["l1"]]
 runner = MultiSAETrainingRunner(
     MultiSAETrainingRunnerConfig(
         saes={
             f"l1={l1:g}": StandardTrainingSAEConfig(
                 d_in=settings["d_in"], d_sae=settings["d_sae"], l1_coefficient=l1
             )
-            # In its units: coefficient * d_in * mean norm of the centred activations.
-            for l1 in [x * settings["d_in"] * settings["mean_norm"] for x in settings["l1"]]
+            for l1 in settings.get("l1_of_sum", in_its_units)
         },
         # The plain Hugging Face forward, its fastest; resid_pre of block 2 is block 1's output.
         hook_names="transformer.h.1",
@@ -39,7 +40,7 @@ runner = MultiSAETrainingRunner(
         n_eval_batches=0,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
-        output_path=None,
+        output_path=settings.get("output"),
         device="cpu",
         seed=0,
     )

@@ -188,6 +188,7 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     from saeray.spec.config import resolve
     from saeray.spec.grid import expand
     from saeray.spec.plan import by_stream, describe, plan_stream
+    from saeray.spec.recipes import described
 
     saes = expand(resolve(config))
     streams = [[s.config for s in members] for members in by_stream(saes).values()]
@@ -200,6 +201,8 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
         for configs, of in zip(streams, facts, strict=True)
     ]
     print(describe(saes))
+    for text in dict.fromkeys(described(s.config) for s in saes):
+        print(f"  {text}")
     for plan, configs, of in zip(plans, streams, facts, strict=True):
         print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
         print(f"  {memory_alone(configs, of, plan.buffer_bytes)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -24,9 +24,10 @@ from saeray.errors import SaerayError
 from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
+from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, StepMetrics, TrainingOptions
+from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report, reader_name
 from saeray.stream.arrays import to_array
@@ -40,17 +41,30 @@ def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
         l1_coefficient=config.l1_coefficient,
         total_steps=config.steps,
         lr_scheduler_name=config.lr_scheduler_name,
-        lr_warm_up_steps=config.lr_warm_up_steps,
+        lr_warm_up_steps=filled(config.lr_warm_up_steps),
         lr_end=config.lr_end,
         num_cycles=config.num_cycles,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
-        mse_normalization=config.mse_normalization,
+        mse_normalization=filled(config.mse_normalization),
+        decoder_norm=filled(config.decoder_norm),
+        l1_warm_up_steps=filled(config.l1_warm_up_steps),
+        lr_decay_steps=filled(config.lr_decay_steps),
+        gradient_clip=filled(config.gradient_clip),
         use_ghost_grads=config.use_ghost_grads,
         feature_sampling_window=config.feature_sampling_window,
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
     )
+
+
+T = TypeVar("T")
+
+
+def filled(value: T | None) -> T:
+    """A field that the config's recipe has filled where nobody gave it."""
+    assert value is not None
+    return value
 
 
 def kept_tokens(config: LanguageModelSAERunnerConfig) -> set[int]:
@@ -130,25 +144,36 @@ class Pack:
         if found is not None:
             trainer = found.trainer(options_of(config), self.device)
         else:
+            scale = self.activation_scale(config)
             sae = initial_sae(
                 self.plan.d_in,
                 config.d_sae(self.plan.d_in),
                 seed=config.seed,
-                b_dec=self.initial_b_dec(config),
+                b_dec=self.initial_b_dec(config) * scale,
                 dtype=getattr(torch, config.dtype),
+                encoder_init=filled(config.encoder_init),
+                encoder_init_scale=filled(config.encoder_init_scale),
+                decoder_init_norm=filled(config.decoder_init_norm),
             )
-            trainer = SAETrainer(sae.to(self.device), options_of(config))
+            trainer = SAETrainer(sae.to(self.device), options_of(config), scale)
         return Member(name, config, folder, trainer, checkpoint_steps(config))
 
     def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
         if config.b_dec_init_method == "zeros":
             return torch.zeros(self.plan.d_in)
+        return self.statistic(config, filled(config.b_dec_init_method))
+
+    def activation_scale(self, config: LanguageModelSAERunnerConfig) -> float:
+        """What activations are multiplied by: 1, or for a mean norm of sqrt(d_in)."""
+        if config.normalize_activations == "none":
+            return 1.0
+        return float(math.sqrt(self.plan.d_in) / self.statistic(config, "mean_norm"))
+
+    def statistic(self, config: LanguageModelSAERunnerConfig, name: str) -> Tensor:
+        """Of a sample of the first half buffer; float32."""
         array = waiting.poll(
-            lambda: self.plan.buffer.initial_b_dec.remote(
-                config.resolved_hook_point,
-                config.b_dec_init_method,
-                config.b_dec_init_rows,
-                config.data_seed,
+            lambda: self.plan.buffer.statistic.remote(
+                config.resolved_hook_point, name, config.b_dec_init_rows, config.data_seed
             ),
             self.limit,
             "activation buffer",
@@ -330,7 +355,8 @@ class Pack:
 
         The roster's hold on it keeps it alive, as long as this process, its owner, lives.
         """
-        return ray.put({k: to_array(getattr(m.trainer.sae, k).detach()).copy() for k in PARAMETERS})
+        sae = m.trainer.published
+        return ray.put({k: to_array(getattr(sae, k).detach()).copy() for k in PARAMETERS})
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)

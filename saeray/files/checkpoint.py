@@ -90,7 +90,7 @@ def save_final(
     bos: Bos | None = None,
 ) -> None:
     """Publishes a trained SAE."""
-    folder.publish(sae_files(config, trainer.sae, trainer.firing_frequency, bos))
+    folder.publish(sae_files(config, trainer.published, trainer.firing_frequency, bos))
 
 
 def save_checkpoint(
@@ -101,7 +101,9 @@ def save_checkpoint(
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
     tensors, numbers = trainer.state()
-    files = sae_files(config, trainer.sae, trainer.firing_frequency, bos)
+    files = sae_files(config, trainer.published, trainer.firing_frequency, bos)
+    if trainer.activation_scale != 1.0:  # sae_lens loads what is folded; training needs what is not
+        tensors |= {f"sae.{name}": getattr(trainer.sae, name) for name in PARAMETERS}
     files["train_state.safetensors"] = save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )
@@ -124,7 +126,8 @@ class Checkpoint:
     numbers: dict[str, Any]
 
     def trainer(self, options: TrainingOptions, device: torch.device) -> SAETrainer:
-        sae = StandardSAE(**{name: self.weights[name].to(device) for name in PARAMETERS})
+        weights = {n: self.tensors.get(f"sae.{n}", self.weights[n]).to(device) for n in PARAMETERS}
+        sae = StandardSAE(**weights)
         return SAETrainer.resumed(sae, options, self.tensors, self.numbers)
 
 

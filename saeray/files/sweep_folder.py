@@ -29,6 +29,10 @@ from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
 MEMORY = "roster.json"  # in .ray/
 
 
+# A sweep.yaml without these was written before there were any: it goes on as it began.
+WHERE_NOT_GIVEN = {"recipe": "guide-2024", "text_version": 1}
+
+
 class Known(NamedTuple):
     """What the folder says of an SAE."""
 
@@ -107,11 +111,9 @@ class SweepFolder:
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.folder.uri}/sweep.yaml: damaged ({error}).") from None
         root = self.folder.parent_uri
-        # A sweep that was begun by the version before goes on with the text it began with.
-        before = {"text_version": 1}
         return {
             name: LanguageModelSAERunnerConfig.from_dict(
-                before | config | {"name": self.name, "storage_path": root},
+                WHERE_NOT_GIVEN | config | {"name": self.name, "storage_path": root},
                 source=f"{self.folder.uri}/sweep.yaml: {name}",
             )
             for name, config in saes.items()

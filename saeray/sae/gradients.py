@@ -5,11 +5,14 @@ batch is cut into *lanes* of a fixed number of rows and a lane into *blocks*; a 
 activations live in two buffers that are used over and over. With e = x̂ - x and n the row's
 normaliser:
 
-    dx̂    = 2 e / (n B D)                       [B, D]
+    dx̂    = 2 e / (n B D)                       [B, D]   (times D where the squared error is summed)
     dW_dec = fᵀ dx̂                               [L, D]
     dh     = (dx̂ W_decᵀ + l1_coefficient / B) · (f > 0)   [B, L]
     dW_enc = (x - b_dec)ᵀ dh                      [D, L]
     db_enc = Σ_B dh        db_dec = Σ_B dx̂ - (Σ_B dh) W_encᵀ
+
+Where the decoder is free, l1_coefficient is multiplied by the norm n_j of a feature's row, which
+has a gradient of its own: dW_dec[j] += l1_coefficient / B · (Σ_B f_j) W_dec[j] / n_j.
 
 A lane is a sum of its own, and the lanes of a batch are added in their order. So the result does
 not depend on how many threads computed the lanes or which came first: the same bits on one core
@@ -24,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeray.sae.losses import EPSILON, mse_normaliser
+from saeray.sae.losses import EPSILON, mse_normaliser, mse_weight
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import StandardSAE
 
@@ -61,13 +64,20 @@ class Gradients:
         # Rows each feature fired on: whole numbers, exact in float32 up to 16 million rows.
         self.fired = torch.empty(sae.d_sae, dtype=torch.float32, device=sae.W_enc.device)
         self.l1 = torch.empty((), dtype=sae.W_enc.dtype, device=sae.W_enc.device)  # Σ f
+        self.f = torch.empty_like(sae.b_enc)  # Σ f of each feature, where the decoder is free
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1)
+        return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f)
 
     def zero_(self) -> None:
         for mine in self.tensors():
             mine.zero_()
+
+    def add_weighted_l1_(self, W_dec: Tensor, norms: Tensor, per_row: float) -> None:
+        """What the norms' own gradient adds to W_dec, and Σ f n; norms [L] of its rows."""
+        along = (self.f * per_row) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        self.W_dec.addcmul_(along.unsqueeze(1), W_dec)
+        self.l1.copy_(self.f @ norms)
 
     def add_(self, other: Gradients) -> None:
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
@@ -91,12 +101,14 @@ class Batch(NamedTuple):
 
     x: Tensor  # [B, D] in the SAE's dtype
     normaliser: Tensor  # [B, 1] of the squared error
-    scale: Tensor  # [B, 1] 2 / (normaliser B D): dx̂ = scale * (x̂ - x)
+    scale: Tensor  # [B, 1] 2 weight / (normaliser B D): dx̂ = scale * (x̂ - x)
+    weight: int  # `mse_weight`
 
     @classmethod
     def of(cls, x: Tensor, normalization: str) -> Batch:
         normaliser = mse_normaliser(x, normalization)
-        return cls(x, normaliser, (2.0 / x.numel()) / normaliser)
+        weight = mse_weight(x.shape[1], normalization)
+        return cls(x, normaliser, (2.0 * weight / x.numel()) / normaliser, weight)
 
 
 def lane_gradients(
@@ -104,15 +116,18 @@ def lane_gradients(
     batch: Batch,
     lane: Lane,
     *,
-    l1_coefficient: float,
+    penalty: float | Tensor,
+    weighted: bool,
     errors: Tensor,
     out: Gradients,
     space: Workspace,
     want_l1: bool,
 ) -> None:
-    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D]."""
-    n_rows = len(batch.x)
-    for counted in (out.b_enc, out.b_dec, out.fired, out.l1):
+    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D].
+
+    penalty: of an active feature in one row, as it enters the gradient; [L] where it is weighted.
+    """
+    for counted in (out.b_enc, out.b_dec, out.fired, out.l1, out.f):
         counted.zero_()
     W_dec_T = sae.W_dec.t()
     for a in range(*lane, space.rows):
@@ -130,14 +145,16 @@ def lane_gradients(
         torch.mul(error, batch.scale[a:b], out=dx_hat)
 
         torch.mm(dx_hat, W_dec_T, out=dh)
-        dh.add_(l1_coefficient / n_rows)
+        dh.add_(penalty)
         torch.ops.aten.threshold_backward.grad_input(dh, f, 0, grad_input=dh)
         beta = 0.0 if a == lane[0] else 1.0  # beta 0 overwrites whatever the buffer held
         torch.addmm(out.W_dec, f.t(), dx_hat, beta=beta, out=out.W_dec)
         torch.addmm(out.W_enc, x_centred.t(), dh, beta=beta, out=out.W_enc)
         out.b_enc.add_(dh.sum(dim=0))
         out.b_dec.add_(dx_hat.sum(dim=0))
-        if want_l1:
+        if weighted:
+            out.f.add_(f.sum(dim=0))
+        elif want_l1:
             out.l1.add_(f.sum())
         out.fired.add_(f.sign_().sum(dim=0, dtype=torch.float32))  # f is not needed any more
 
@@ -154,23 +171,26 @@ def ghost_gradients(
 ) -> Tensor:
     """Adds the ghost term's gradient for the dead features (indices, [n]); returns its value.
 
-    With r = x - x̂, E = exp(h[:, dead]), s the row's scale to half of ‖r‖ and c the elementwise
-    rescaling to the squared error (both constants), g = s E W_dec[dead]:
+    With r = x - x̂, E = exp(h[:, dead]) (divided by the row's largest one, which s cancels), s the
+    row's scale to half of ‖r‖ and c the elementwise rescaling to the squared error (both
+    constants), g = s E W_dec[dead]:
 
         dg = 2 c (g - r) / (n_r B D) · s       dW_dec[dead] = Eᵀ dg
         dh = (dg W_dec[dead]ᵀ) · E             dW_enc[:, dead] = (x - b_dec)ᵀ dh, and so on
     """
     W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
     normaliser = mse_normaliser(errors, normalization)  # of r = -errors: the same norm
-    per_element = 1.0 / errors.numel()
+    per_element = batch.weight / errors.numel()
 
     def lane_ghost(lane: Lane) -> tuple[Tensor, ...]:
         rows = slice(*lane)
         residual, x_centred = -errors[rows], batch.x[rows] - sae.b_dec
-        E = torch.addmm(b_enc, x_centred, W_enc).exp_()  # [rows, dead]
+        h = torch.addmm(b_enc, x_centred, W_enc)  # [rows, dead]
+        highest = h.amax(dim=1, keepdim=True).clamp_min_(0)
+        E = h.sub_(highest).exp_()
         g = E @ W_dec
         scale = torch.linalg.vector_norm(residual, dim=1, keepdim=True) / (
-            EPSILON + 2 * torch.linalg.vector_norm(g, dim=1, keepdim=True)
+            EPSILON * highest.neg_().exp_() + 2 * torch.linalg.vector_norm(g, dim=1, keepdim=True)
         )
         difference = g.mul_(scale).sub_(residual)
         gm = difference.square() / normaliser[rows]

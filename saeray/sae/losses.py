@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-MSE_NORMALIZATIONS = ("centred_norm", "none")
+MSE_NORMALIZATIONS = ("centred_norm", "none", "sum")
 
 
 def mse_normaliser(x: Tensor, normalization: str) -> Tensor:
     """What each row's squared error is divided by: [B, 1].
 
     "centred_norm": the norm (not its square) of the row after subtracting the batch mean, + 1e-6.
-    "none": 1. Depends on the batch alone, so all SAEs of a pack share it.
+    "none", "sum": 1. Depends on the batch alone, so all SAEs of a pack share it.
     """
-    if normalization == "none":
+    if normalization in ("none", "sum"):
         return torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
     if normalization == "centred_norm":
         centred = x - x.mean(dim=0, keepdim=True)
@@ -29,11 +29,16 @@ def mse_normaliser(x: Tensor, normalization: str) -> Tensor:
     raise ValueError(f"mse_normalization {normalization!r}: one of {MSE_NORMALIZATIONS}")
 
 
+def mse_weight(d_in: int, normalization: str) -> int:
+    """The mean over B and D is multiplied by this: "sum" is the mean over B of the sum over D."""
+    return d_in if normalization == "sum" else 1
+
+
 class Losses(NamedTuple):
     """Scalars (0-d tensors)."""
 
-    mse: Tensor  # mean over B and D of (x̂ - x)² / normaliser
-    l1: Tensor  # mean over B of the sum over features; not multiplied by the coefficient
+    mse: Tensor  # mean over B and D of (x̂ - x)² / normaliser, times `mse_weight`
+    l1: Tensor  # mean over B of the (weighted) sum over features, without the coefficient
     ghost: Tensor
     overall: Tensor  # mse + l1_coefficient * l1 + ghost
 
@@ -47,17 +52,22 @@ def sae_losses(
     *,
     l1_coefficient: float,
     normalization: str = "centred_norm",
+    weighted_l1: bool = False,
     dead: Tensor | None = None,
 ) -> Losses:
     """The training loss of one batch x [B, D], differentiable in the four parameters.
 
-    `dead` [L] is a boolean mask; where any is set, the ghost gradient term is added.
+    weighted_l1: each feature counts with the norm of its decoder row, which is free then: scaling
+    f down and the row up would lower the penalty for nothing. `dead` [L] is a boolean mask; where
+    any is set, the ghost gradient term is added.
     """
     h = (x - b_dec) @ W_enc + b_enc  # [B, L]
     f = torch.relu(h)
     error = f @ W_dec + b_dec - x  # [B, D]
     mse_e = error.pow(2) / mse_normaliser(x, normalization)
-    mse, l1 = mse_e.mean(), f.sum(dim=1).mean()
+    mse = mse_e.mean() * mse_weight(x.shape[1], normalization)
+    weight = torch.linalg.vector_norm(W_dec, dim=1) if weighted_l1 else 1.0
+    l1 = (f * weight).sum(dim=1).mean()
     ghost = torch.zeros_like(mse)
     if dead is not None and bool(dead.any()):
         ghost = ghost_loss(-error, h[:, dead], W_dec[dead], mse_e, normalization)
@@ -71,12 +81,15 @@ def ghost_loss(
 
     residual r = x - x̂ [B, D], h_dead [B, dead], W_dead [dead, D], mse_e [B, D]. The prediction is
     scaled per row to half the residual's norm and the loss scaled elementwise to mse_e's value;
-    both scales are constants to the gradient.
+    both scales are constants to the gradient. A row with h_dead above 0 is divided by its largest
+    exp, so that none overflows: the scale to half the residual's norm cancels it exactly.
     """
     residual = residual.detach()
-    ghost = torch.exp(h_dead) @ W_dead
+    highest = h_dead.detach().amax(dim=1, keepdim=True).clamp_min(0)
+    ghost = torch.exp(h_dead - highest) @ W_dead
     norm = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
     ghost_norm = torch.linalg.vector_norm(ghost, dim=1, keepdim=True)
-    ghost = ghost * (norm / (EPSILON + 2 * ghost_norm)).detach()
+    ghost = ghost * (norm / (EPSILON * torch.exp(-highest) + 2 * ghost_norm)).detach()
     gm = (ghost - residual).pow(2) / mse_normaliser(residual, normalization)
-    return ((mse_e / (gm + EPSILON)).detach() * gm).mean()
+    mean = ((mse_e / (gm + EPSILON)).detach() * gm).mean()
+    return mean * mse_weight(residual.shape[1], normalization)

@@ -13,6 +13,7 @@ def lr_multiplier(
     warm_up_steps: int = 0,
     lr_end: float = 0.0,
     num_cycles: int = 1,
+    decay_steps: int = 0,
 ) -> float:
     """What `lr` is multiplied by at optimizer step `step` (counted from 0).
 
@@ -22,9 +23,21 @@ def lr_multiplier(
     cosineannealingwarmrestarts: `num_cycles` half cosines of total_steps / num_cycles steps each,
     the last of which ends with the training. `lr_end` is a fraction of lr, like what is returned.
 
+    With decay_steps that is the schedule of the steps before them; from where it ends, they lead
+    linearly to 0 at total_steps.
+
     Raises:
         ValueError: an unknown name.
     """
+    if decay_steps > 0:
+        begins = max(0, total_steps - decay_steps)
+        if step >= begins:
+            left = (total_steps - step) / (total_steps - begins)
+            return left * lr_multiplier(
+                name, max(0, begins - 1), total_steps=max(1, begins), warm_up_steps=warm_up_steps,
+                lr_end=lr_end, num_cycles=num_cycles,
+            )  # fmt: skip
+        total_steps = begins
     warm = min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
     warming = step < warm_up_steps
     left = max(1, total_steps - warm_up_steps)
@@ -43,6 +56,11 @@ def lr_multiplier(
         total = max(1, total_steps)
         return half_cosine(step * num_cycles % total / total, lr_end)
     raise ValueError(f"lr_scheduler_name {name!r} is unknown")
+
+
+def l1_multiplier(step: int, warm_up_steps: int) -> float:
+    """What `l1_coefficient` is multiplied by at optimizer step `step` (counted from 0)."""
+    return min(1.0, step / warm_up_steps) if warm_up_steps > 0 else 1.0
 
 
 def half_cosine(progress: float, end: float) -> float:

@@ -1,4 +1,4 @@
-"""The standard SAE: one hidden layer, ReLU, untied weights, decoder rows of unit norm.
+"""The standard SAE: one hidden layer, ReLU, untied weights.
 
     f = relu((x - b_dec) W_enc + b_enc)        x̂ = f W_dec + b_dec
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+ENCODER_INITS = ("decoder_transpose", "independent")
 
 
 class StandardSAE(nn.Module):
@@ -41,6 +43,17 @@ class StandardSAE(nn.Module):
     def d_sae(self) -> int:
         return self.W_enc.shape[1]
 
+    def for_unscaled(self, scale: float) -> StandardSAE:
+        """The same function of x where this SAE is one of scale * x, in x's own units.
+
+        f(scale x) with W_enc scaled up, x̂ with W_dec and b_dec scaled down; b_enc as it is.
+        """
+        if scale == 1.0:
+            return self
+        return StandardSAE(
+            self.W_enc * scale, self.W_dec / scale, self.b_enc.clone(), self.b_dec / scale
+        )
+
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] -> feature activations f [..., L]."""
         return torch.relu((x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc)
@@ -55,18 +68,39 @@ class StandardSAE(nn.Module):
 
 
 def initial_sae(
-    d_in: int, d_sae: int, *, seed: int, b_dec: Tensor, dtype: torch.dtype
+    d_in: int,
+    d_sae: int,
+    *,
+    seed: int,
+    b_dec: Tensor,
+    dtype: torch.dtype,
+    encoder_init: str = "independent",
+    encoder_init_scale: float = 1.0,
+    decoder_init_norm: float = 1.0,
 ) -> StandardSAE:
-    """Fresh weights: both matrices Kaiming-uniform, decoder rows scaled to norm 1, b_enc zero.
+    """Fresh weights: W_dec Kaiming-uniform with rows scaled to decoder_init_norm, b_enc zero.
+
+    encoder_init: "decoder_transpose", W_enc = encoder_init_scale * W_decᵀ, so that every feature
+    starts by reading what it writes; or "independent", W_enc Kaiming-uniform as well.
 
     Drawn on the CPU in float32 from a generator of its own, so the same seed gives the same
     weights on every device and whatever else the process has drawn.
+
+    Raises:
+        ValueError: an unknown encoder_init.
     """
+    if encoder_init not in ENCODER_INITS:
+        raise ValueError(f"encoder_init {encoder_init!r}: one of {ENCODER_INITS}")
     generator = torch.Generator().manual_seed(seed)
     W_enc, W_dec = torch.empty(d_in, d_sae), torch.empty(d_sae, d_in)
-    nn.init.kaiming_uniform_(W_enc, generator=generator)
+    if encoder_init == "independent":
+        nn.init.kaiming_uniform_(W_enc, generator=generator)
     nn.init.kaiming_uniform_(W_dec, generator=generator)
     scale_rows_to_unit_norm(W_dec)
+    if decoder_init_norm != 1.0:
+        W_dec.mul_(decoder_init_norm)
+    if encoder_init == "decoder_transpose":
+        W_enc.copy_(W_dec.t()).mul_(encoder_init_scale)
     return StandardSAE(
         W_enc.to(dtype), W_dec.to(dtype), torch.zeros(d_sae, dtype=dtype), b_dec.to(dtype).clone()
     )

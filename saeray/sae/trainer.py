@@ -1,39 +1,28 @@
-"""One SAE in training (weights, Adam, counters, schedule) and the step that advances it.
+"""One SAE in training: weights, Adam, counters, schedule. `pack_step` advances it.
 
 All state of the loop lives in `SAETrainer`, and `state()` is the checkpoint: an SAE restored from
 it continues bit for bit. One step, in the order the guide's hyper-parameters were tuned for:
 
     scale W_dec rows to norm 1 · (every window) firing statistics start anew · dead mask ·
-    forward, loss, counters, gradient · remove W_dec.grad's component along each row · Adam · LR
+    forward, loss, counters, gradient · remove W_dec.grad's component along each row · clip ·
+    Adam · LR
 
-The scaling of a step's start is done at the end of the step before (and on the initial weights),
-so the weights are at rest with unit rows whenever anyone looks at them.
+Rows are scaled, and components along them removed, where decoder_norm is "unit". The scaling of a
+step's start is done at the end of the step before (and on the initial weights), so the weights are
+at rest with unit rows whenever anyone looks at them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saeray.sae.gradients import (
-    Batch,
-    Gradients,
-    Lane,
-    RunLanes,
-    Workspace,
-    ghost_gradients,
-    lane_gradients,
-    lanes_of,
-)
-from saeray.sae.metrics import Reconstruction, log10_frequency, reconstruction
-from saeray.sae.ranks import Ranks
-from saeray.sae.schedules import lr_multiplier
+from saeray.sae.gradients import Gradients
+from saeray.sae.metrics import log10_frequency
+from saeray.sae.schedules import l1_multiplier, lr_multiplier
 from saeray.sae.standard import StandardSAE, remove_parallel_component, scale_rows_to_unit_norm
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -53,30 +42,29 @@ class TrainingOptions:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     mse_normalization: str = "centred_norm"
+    decoder_norm: str = "unit"
+    l1_warm_up_steps: int = 0
+    lr_decay_steps: int = 0
+    gradient_clip: float = 0.0  # of the norm of all parameters' gradient; 0: none
     use_ghost_grads: bool = False
     feature_sampling_window: int = 2000
     dead_feature_window: int = 1000
     dead_feature_threshold: float = 1e-8
 
 
-class StepMetrics(NamedTuple):
-    """Of one training batch; 0-d tensors, so nothing waits for a GPU unless someone looks."""
-
-    mse: Tensor
-    l1: Tensor  # not multiplied by the coefficient
-    ghost: Tensor
-    overall: Tensor
-    l0: Tensor  # mean features active per row
-    reconstruction: Reconstruction
-
-
 class SAETrainer:
     """Trains one SAE; `PackStep` advances it."""
 
-    def __init__(self, sae: StandardSAE, options: TrainingOptions) -> None:
+    def __init__(
+        self, sae: StandardSAE, options: TrainingOptions, activation_scale: float = 1.0
+    ) -> None:
+        """activation_scale: what activations are multiplied by before the SAE sees them."""
         self.sae = sae
         self.options = options
-        scale_rows_to_unit_norm(sae.W_dec)
+        self.unit = options.decoder_norm == "unit"
+        self.activation_scale = activation_scale
+        if self.unit:
+            scale_rows_to_unit_norm(sae.W_dec)
         self.adam = torch.optim.Adam(
             [getattr(sae, name) for name in PARAMETERS],
             lr=options.lr,
@@ -93,6 +81,11 @@ class SAETrainer:
         self.last_frequency = torch.zeros(sae.d_sae, dtype=torch.float64)
 
     @property
+    def published(self) -> StandardSAE:
+        """The SAE of activations as they are, whatever scale it is trained at."""
+        return self.sae.for_unscaled(self.activation_scale)
+
+    @property
     def lr(self) -> float:
         """Learning rate of the coming step."""
         o = self.options
@@ -103,7 +96,14 @@ class SAETrainer:
             warm_up_steps=o.lr_warm_up_steps,
             lr_end=o.lr_end,
             num_cycles=o.num_cycles,
+            decay_steps=o.lr_decay_steps,
         )
+
+    @property
+    def l1_coefficient(self) -> float:
+        """Of the coming step."""
+        o = self.options
+        return o.l1_coefficient * l1_multiplier(self.step, o.l1_warm_up_steps)
 
     @property
     def finished(self) -> bool:
@@ -140,14 +140,18 @@ class SAETrainer:
         self.steps_since_fired += 1
         self.steps_since_fired.masked_fill_(grad.fired > 0, 0)
 
-        remove_parallel_component(grad.W_dec, self.sae.W_dec)
+        if self.unit:
+            remove_parallel_component(grad.W_dec, self.sae.W_dec)
         for name in PARAMETERS:
             getattr(self.sae, name).grad = getattr(grad, name)
+        if self.options.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.options.gradient_clip)
         self.adam.param_groups[0]["lr"] = self.lr
         self.adam.step()
         for name in PARAMETERS:
             getattr(self.sae, name).grad = None  # the buffers belong to the step, not to the SAE
-        scale_rows_to_unit_norm(self.sae.W_dec)
+        if self.unit:
+            scale_rows_to_unit_norm(self.sae.W_dec)
         self.step += 1
 
     def feature_metrics(self) -> dict[str, float]:
@@ -176,7 +180,11 @@ class SAETrainer:
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in moments:
                     tensors[f"adam.{name}.{key}"] = moments[key]
-        return tensors, {"step": self.step, "tokens_in_window": self.tokens_in_window}
+        return tensors, {
+            "step": self.step,
+            "tokens_in_window": self.tokens_in_window,
+            "activation_scale": self.activation_scale,
+        }
 
     @classmethod
     def resumed(
@@ -192,7 +200,7 @@ class SAETrainer:
         change their last bits, and a resumed run would no longer be the uninterrupted one.
         """
         weights = sae.W_dec.clone()
-        self = cls(sae, options)
+        self = cls(sae, options, float(numbers.get("activation_scale", 1.0)))
         sae.W_dec.copy_(weights)
         self.step = int(numbers["step"])
         self.tokens_in_window = int(numbers["tokens_in_window"])
@@ -211,149 +219,3 @@ class SAETrainer:
                 step = step.to(parameter.device)
             self.adam.state[parameter] = {"step": step, **moments}
         return self
-
-
-class FreeList:
-    """Buffers to use again: as many come to exist as threads ever needed at once."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
-        self.idle: list[Any] = []
-
-    def take(self) -> Any:
-        try:
-            return self.idle.pop()  # atomic, so no lock
-        except IndexError:
-            return self.make()
-
-    def put(self, buffer: Any) -> None:
-        self.idle.append(buffer)
-
-
-class PackStep:
-    """Steps every SAE of a pack on one batch, on `threads` threads.
-
-    SAEs are spread over the threads, each on one thread with its weights in that core's cache;
-    those that are left over (all of them, for a pack of one) have their lanes spread instead.
-    Neither changes a bit of the result.
-    """
-
-    def __init__(self, threads: int = 1, ranks: Ranks | None = None) -> None:
-        """ranks: with others that step the same SAEs on the same batches; None: alone."""
-        self.ranks = ranks or Ranks()
-        if threads < 1:
-            raise ValueError(f"threads = {threads}: at least 1")
-        self.threads = threads
-        # PyTorch's own threads would split matrix products differently on different machines.
-        torch.set_num_threads(1)
-        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.buffers: dict[tuple[Any, ...], FreeList] = {}
-        self.lock = Lock()
-
-    def step(
-        self, trainers: Sequence[SAETrainer], x: Tensor, *, want_metrics: bool = False
-    ) -> list[StepMetrics | None]:
-        """One optimizer step of every trainer on batch x [B, D] (the same device as the SAEs)."""
-        batches: dict[tuple[Any, str], Batch] = {}
-        for t in trainers:
-            key = (t.sae.W_enc.dtype, t.options.mse_normalization)
-            if key not in batches:
-                batches[key] = Batch.of(x.to(key[0]), key[1])
-
-        def advance(t: SAETrainer, run_lanes: RunLanes) -> StepMetrics | None:
-            batch = batches[t.sae.W_enc.dtype, t.options.mse_normalization]
-            return self.advance(t, batch, run_lanes, want_metrics)
-
-        if x.device.type != "cpu" or self.threads == 1:
-            return [advance(t, map) for t in trainers]
-        if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
-            return [advance(t, self.pool.map) for t in trainers]
-        whole = len(trainers) - len(trainers) % self.threads
-        results = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
-        return results + [advance(t, self.pool.map) for t in trainers[whole:]]
-
-    def advance(
-        self, t: SAETrainer, batch: Batch, run_lanes: RunLanes, want_metrics: bool
-    ) -> StepMetrics | None:
-        """One SAE, one batch."""
-        t.begin_step()
-        dead = t.dead.nonzero().squeeze(1) if t.options.use_ghost_grads else None
-        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
-        grads = self.free("gradients", kind, lambda: Gradients(t.sae))
-        residuals = self.free("errors", kind, lambda: torch.empty_like(batch.x))
-        errors = residuals.take()
-        if self.ranks.size > 1:
-            errors.zero_()
-        total = self.sum_over_lanes(t, batch, run_lanes, grads, errors, want_metrics)
-        has_dead = dead is not None and len(dead) > 0
-        self.ranks.sum_(total.tensors())
-        if has_dead or want_metrics:
-            self.ranks.sum_((errors,))  # the others' rows are zeros here
-        ghost = batch.x.new_zeros(())
-        if dead is not None and has_dead:
-            ghost = ghost_gradients(
-                t.sae, batch, errors, dead, t.options.mse_normalization, total, run_lanes,
-                self.ranks,
-            )  # fmt: skip
-        total.b_dec.sub_(total.b_enc @ t.sae.W_enc.t())
-        metrics = None
-        if want_metrics:
-            mse = (errors.square() / batch.normaliser).mean()
-            l1 = total.l1 / len(batch.x)
-            metrics = StepMetrics(
-                mse=mse,
-                l1=l1.clone(),
-                ghost=ghost,
-                overall=mse + t.options.l1_coefficient * l1 + ghost,
-                l0=total.fired.sum() / len(batch.x),
-                reconstruction=reconstruction(batch.x, errors),
-            )
-        t.finish_step(total, len(batch.x))
-        grads.put(total)
-        residuals.put(errors)
-        return metrics
-
-    def sum_over_lanes(
-        self,
-        t: SAETrainer,
-        batch: Batch,
-        run_lanes: RunLanes,
-        grads: FreeList,
-        errors: Tensor,
-        want_l1: bool,
-    ) -> Gradients:
-        """This rank's lanes of the batch, added up in their order; errors [B, D] is written to."""
-        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
-        spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
-
-        def lane_sum(lane: Lane) -> Gradients:
-            out, space = grads.take(), spaces.take()
-            lane_gradients(
-                t.sae,
-                batch,
-                lane,
-                l1_coefficient=t.options.l1_coefficient,
-                errors=errors,
-                out=out,
-                space=space,
-                want_l1=want_l1,
-            )
-            spaces.put(space)
-            return out
-
-        total: Gradients | None = None
-        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
-        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
-            if total is None:
-                total = part
-            else:
-                total.add_(part)
-                grads.put(part)
-        if total is None:  # fewer lanes than ranks
-            total = grads.take()
-            total.zero_()
-        return total
-
-    def free(self, what: str, kind: tuple[Any, ...], make: Callable[[], Any]) -> FreeList:
-        with self.lock:
-            return self.buffers.setdefault((what, *kind), FreeList(make))

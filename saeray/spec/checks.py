@@ -25,7 +25,10 @@ LR_SCHEDULERS = (
     "cosineannealingwarmrestarts",
 )
 B_DEC_INIT_METHODS = ("geometric_median", "mean", "zeros")
-MSE_NORMALIZATIONS = ("centred_norm", "none")
+MSE_NORMALIZATIONS = ("centred_norm", "none", "sum")
+ENCODER_INITS = ("decoder_transpose", "independent")
+DECODER_NORMS = ("unit", "free")
+ACTIVATION_NORMALIZATIONS = ("none", "expected_average")
 FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
 TXT_DOCUMENTS = ("blank_line", "file", "line")
 TEXT_VERSIONS = (1, 2)
@@ -88,10 +91,15 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     for name in at_least_one.split():
         if getattr(config, name) < 1:
             raise bad_value(name, getattr(config, name), "at least 1.")
-    for name in ("lr_warm_up_steps", "n_checkpoints", "l1_coefficient", "seed", "lr_end"):
+    not_below_0 = (
+        "lr_warm_up_steps lr_decay_steps l1_warm_up_steps n_checkpoints l1_coefficient seed lr_end "
+        "gradient_clip"
+    )
+    for name in not_below_0.split():
         if getattr(config, name) < 0:
             raise bad_value(name, getattr(config, name), "not below 0.")
-    for name in ("lr", "expansion_factor", "wait_limit_s", "reader_lag_s"):
+    above_0 = "lr expansion_factor wait_limit_s reader_lag_s encoder_init_scale decoder_init_norm"
+    for name in above_0.split():
         if getattr(config, name) <= 0:
             raise bad_value(name, getattr(config, name), "above 0.")
     if config.lr_end > 1:
@@ -108,6 +116,21 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     one_of("lr_scheduler_name", config.lr_scheduler_name, LR_SCHEDULERS)
     one_of("b_dec_init_method", config.b_dec_init_method, B_DEC_INIT_METHODS)
     one_of("mse_normalization", config.mse_normalization, MSE_NORMALIZATIONS)
+    one_of("encoder_init", config.encoder_init, ENCODER_INITS)
+    one_of("decoder_norm", config.decoder_norm, DECODER_NORMS)
+    one_of("normalize_activations", config.normalize_activations, ACTIVATION_NORMALIZATIONS)
+    if config.decoder_norm == "unit" and config.decoder_init_norm != 1:
+        raise bad_value(
+            "decoder_init_norm",
+            config.decoder_init_norm,
+            "rows of norm 1 are kept at 1 by decoder_norm: unit; use decoder_norm: free.",
+        )
+    if config.lr_decay_steps is not None and config.lr_decay_steps > config.steps:
+        raise bad_value(
+            "lr_decay_steps",
+            config.lr_decay_steps,
+            f"training has {config.steps} steps.",
+        )
     one_of("dtype", config.dtype, FLOAT_DTYPES)
     one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
     if config.txt_documents is not None:
@@ -167,6 +190,12 @@ def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
     warms_up = config.lr_scheduler_name.endswith("warmup") or (
         config.lr_scheduler_name == "linearwarmupdecay"
     )
+    assert config.lr_warm_up_steps is not None and config.l1_warm_up_steps is not None
+    if config.l1_warm_up_steps >= config.steps:
+        found.append(
+            f"l1_warm_up_steps = {config.l1_warm_up_steps:,}: training ends after "
+            f"{config.steps:,} steps, before l1_coefficient is reached."
+        )
     if warms_up and config.lr_warm_up_steps >= config.steps:
         found.append(
             f"lr_warm_up_steps = {config.lr_warm_up_steps:,}: training ends after "
@@ -194,9 +223,10 @@ def check_device(config: LanguageModelSAERunnerConfig) -> None:
         raise bad_value("dtype", config.dtype, "device mps has none; float32.")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise bad_value(name, value, f"one of {', '.join(choices)}; {nearest(value, choices)}")
+        near = nearest(str(value), choices)
+        raise bad_value(name, value, f"one of {', '.join(choices)}; {near}")
 
 
 def check_hook_layer(config: LanguageModelSAERunnerConfig) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
+from saeray.spec import recipes
 from saeray.spec.checks import AUTO, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.resources import Resources, resources_from
@@ -56,17 +57,28 @@ class LanguageModelSAERunnerConfig:
 
     # The SAE
     expansion_factor: int | float = 4  # d_sae = d_in * expansion_factor
-    b_dec_init_method: str = "geometric_median"
+    b_dec_init_method: str | None = None  # geometric_median, mean or zeros; None: the recipe's
     b_dec_init_rows: int = 4096  # saeray: rows sampled from the first half buffer for it
-    mse_normalization: str = "centred_norm"  # saeray: or "none"
     dtype: str = "float32"  # of the SAE; a torch dtype or its name
     seed: int = 42
+
+    # saeray: how it starts and what it minimises. None: as the recipe says (saeray.spec.recipes).
+    recipe: str = "guide"  # or guide-2024, sae_lens, anthropic-april: fills what is not given
+    encoder_init: str | None = None  # decoder_transpose (times encoder_init_scale) or independent
+    encoder_init_scale: float | None = None
+    decoder_init_norm: float | None = None  # of the decoder's rows at the start
+    decoder_norm: str | None = None  # unit, or free: the L1 is then weighted by the rows' norms
+    mse_normalization: str | None = None  # centred_norm (the guide's), none, or sum over d_in
+    l1_warm_up_steps: int | None = None  # optimizer steps; l1_coefficient rises linearly from 0
+    lr_decay_steps: int | None = None  # optimizer steps at the end; lr falls linearly to 0
+    gradient_clip: float | None = None  # of the norm of all parameters' gradient; 0: none
+    normalize_activations: str | None = None  # none, or expected_average: mean norm sqrt(d_in)
 
     # Training
     lr: float = 3e-4
     l1_coefficient: float = 1e-3
     lr_scheduler_name: str = "constantwithwarmup"
-    lr_warm_up_steps: int = 500  # optimizer steps
+    lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's
     lr_end: float = 0.0  # a fraction of lr (0.1: a tenth of it), where cosine schedules end
     num_cycles: int = 1  # half cosines of cosineannealingwarmrestarts, of the same length
     train_batch_size: int = 4096  # tokens per optimizer step
@@ -128,6 +140,8 @@ class LanguageModelSAERunnerConfig:
         check_types(self)
         axes = grid_axes(self)
         if not axes:
+            for name, value in recipes.filled(self).items():
+                object.__setattr__(self, name, value)
             check_values(self)
         for name in axes:
             if name in NOT_AN_AXIS:

@@ -30,7 +30,7 @@ class Foreign(NamedTuple):
 CACHE = Foreign((False, None), "activation_cache: PATH keeps activations and reads them again.")
 HEAD = Foreign((None,), "one head is no hook point; hook_z has all heads of a layer.")
 PRECISION = Foreign((False,), "activation_dtype and dtype say in which precision it runs.")
-START = Foreign((False,), "the encoder and the decoder start as independent matrices.")
+START = Foreign((False,), "write encoder_init, decoder_init_norm or a recipe.")
 FOREIGN = {
     "use_cached_activations": CACHE,
     "cached_activations_path": CACHE,
@@ -42,15 +42,14 @@ FOREIGN = {
     "lp_norm": Foreign((1,), "the sparsity loss is the L1 norm."),
     "noise_scale": Foreign((0,), "no noise is added to the activations of features."),
     "architecture": Foreign(("standard",), "standard SAEs are trained."),
-    "normalize_activations": Foreign(("none", None), "activations are trained on as they are."),
-    "normalize_sae_decoder": Foreign((True,), "rows of the decoder have unit norm."),
+    "normalize_sae_decoder": Foreign((), "write decoder_norm: unit or free."),
     "apply_b_dec_to_input": Foreign((True,), "b_dec is subtracted from the input."),
-    "init_encoder_as_decoder_transpose": START,
+    "init_encoder_as_decoder_transpose": Foreign(
+        (), "write encoder_init: decoder_transpose or independent."
+    ),
     "decoder_orthogonal_init": START,
     "decoder_heuristic_init": START,
-    "mse_loss_normalization": Foreign((), "write mse_normalization: centred_norm or none."),
-    "l1_warm_up_steps": Foreign((0,), "l1_coefficient is the same at every step."),
-    "lr_decay_steps": Foreign((0,), "lr_scheduler_name: linearwarmupdecay makes lr end at 0."),
+    "mse_loss_normalization": Foreign((), "write mse_normalization: centred_norm, none or sum."),
     "d_sae": Foreign((None,), "write expansion_factor: d_sae = d_in * expansion_factor."),
     "run_name": Foreign((None,), "write name: of the sweep; runs are called after their SAEs."),
     "n_eval_batches": Foreign((), "write eval_windows: contexts that are set aside."),

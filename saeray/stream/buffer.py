@@ -83,7 +83,7 @@ class ActivationBuffer:
         self.incarnation = uuid.uuid4().hex
         self.blocks: dict[int, list[Any]] = {}  # one reference per hook point
         self.awaited: dict[int, asyncio.Event] = {}  # by window: set once it is ready
-        self.b_dec: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
+        self.statistics: dict[tuple[Any, ...], asyncio.Future[Any]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.will_look_again = False
         self.detached: list[str] = []
@@ -161,36 +161,32 @@ class ActivationBuffer:
         self.policy.readers.pop(reader, None)
         self.pump()
 
-    async def initial_b_dec(
-        self, hook_point: str, method: str, n_rows: int, seed: int
-    ) -> Any | NotYet:
-        """b_dec [D] from the first half buffer, computed once; or `NotYet`: ask again."""
-        key = (hook_point, method, n_rows, seed)
-        if key not in self.b_dec:
-            name = f"initial b_dec at {hook_point}"
-            reader = self.policy.ask(name, 0, time.monotonic())
+    async def statistic(self, hook_point: str, name: str, n_rows: int, seed: int) -> Any | NotYet:
+        """`statistic_of` the first half buffer, computed once; or `NotYet`: ask again."""
+        key = (hook_point, name, n_rows, seed)
+        if key not in self.statistics:
+            reader_name = f"{name} at {hook_point}"
+            reader = self.policy.ask(reader_name, 0, time.monotonic())
             reader.detached = all(r.window > 1 for r in self.policy.readers.values() if r != reader)
             if not await self.until_ready(0):
                 return self.not_yet(self.order.blocks_of(0))
-            if key not in self.b_dec:  # no other call came first while this one waited
+            if key not in self.statistics:  # no other call came first while this one waited
                 at = self.hook_points.index(hook_point)
                 refs = [self.blocks[b][at] for b in self.order.blocks_of(0)]
-                self.b_dec[key] = asyncio.ensure_future(
-                    self.sampled_b_dec(method, n_rows, seed, refs)
-                )
-                self.policy.readers.pop(name, None)
-        done, _ = await asyncio.wait([self.b_dec[key]], timeout=POLL_SECONDS)
+                self.statistics[key] = asyncio.ensure_future(self.sampled(name, n_rows, seed, refs))
+                self.policy.readers.pop(reader_name, None)
+        done, _ = await asyncio.wait([self.statistics[key]], timeout=POLL_SECONDS)
         if not done:
-            return NotYet("harvester 0 (rows for b_dec_init_method)")
-        if self.b_dec[key].exception() is not None:
+            return NotYet(f"harvester 0 ({name} of a sample of activations)")
+        if self.statistics[key].exception() is not None:
             # A block was lost, or the harvester; the next call starts anew.
-            failed = self.b_dec.pop(key).exception()
-            self.warn(f"{method} of {hook_point}: {failed}; computed again.")
-            return NotYet("harvester 0 (rows for b_dec_init_method)")
-        return self.b_dec[key].result()
+            failed = self.statistics.pop(key).exception()
+            self.warn(f"{name} of {hook_point}: {failed}; computed again.")
+            return NotYet(f"harvester 0 ({name} of a sample of activations)")
+        return self.statistics[key].result()
 
-    async def sampled_b_dec(self, method: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
-        return await self.harvesters[0].initial_b_dec.remote(method, n_rows, seed, *refs)
+    async def sampled(self, name: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
+        return await self.harvesters[0].statistic.remote(name, n_rows, seed, *refs)
 
     def forget_user(self, user: str) -> None:
         self.users.pop(user, None)
@@ -296,9 +292,9 @@ class ActivationBuffer:
             if block in self.policy.ready and any(r.hex() in lost for r in refs):
                 self.warn("blocks were lost with their node; they are harvested again.")
                 self.release(block)
-        for key, future in list(self.b_dec.items()):
+        for key, future in list(self.statistics.items()):
             if not future.done():
-                del self.b_dec[key]
+                del self.statistics[key]
 
     async def harvest(self, block: int, at: int) -> None:
         """One block at one harvester; when that fails the block is wanted again."""

@@ -165,11 +165,11 @@ class Harvester:
         while len(self.writes) > left:
             self.writes.pop(0).result()
 
-    def initial_b_dec(self, method: str, n_rows: int, seed: int, *blocks: np.ndarray) -> np.ndarray:
-        """b_dec [D] float32 from a seeded sample of `n_rows` of the rows in blocks."""
+    def statistic(self, name: str, n_rows: int, seed: int, *blocks: np.ndarray) -> np.ndarray:
+        """float32, `statistic_of` a seeded sample of `n_rows` of the rows in blocks."""
         import torch
 
-        from saeray.sae.initial_bias import initial_b_dec
+        from saeray.sae.sample_statistics import statistic_of
         from saeray.stream.arrays import to_tensor
 
         dtype = getattr(torch, self.config.activation_dtype)
@@ -177,7 +177,7 @@ class Harvester:
         per_block = len(rows[0])
         chosen = permutation(per_block * len(rows), seed, 0, salt=4)[:n_rows]
         sample = torch.stack([rows[i // per_block][i % per_block] for i in chosen.tolist()])
-        return initial_b_dec(sample, method).numpy()
+        return statistic_of(sample, name).numpy()
 
     def evaluate(
         self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray

@@ -15,14 +15,15 @@ from saeray.files.checkpoint import (
     save_final,
 )
 from saeray.files.storage import Folder
+from saeray.sae.pack_step import PackStep
 from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PackStep, SAETrainer
+from saeray.sae.trainer import SAETrainer
 from saeray.spec.messages import Bos
 
 
-def trained(c, steps=3):
+def trained(c, steps=3, scale=1.0):
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
-    trainer = SAETrainer(sae, options_of(c))
+    trainer = SAETrainer(sae, options_of(c), scale)
     for i in range(steps):
         PackStep().step([trainer], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     return trainer
@@ -69,9 +70,11 @@ def test_the_token_that_began_every_window_is_named(tmp_path):
     assert [[m[k] for k in keys] for m in said] == [[True, "<eos>", 7], [False, None, None]]
 
 
-def test_a_checkpoint_continues_bit_for_bit(tmp_path):
-    c = short_run(use_ghost_grads=True, dead_feature_window=1)
-    whole, t = trained(c, 6), trained(c, 3)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("recipe", ["guide", "anthropic-april"])
+def test_a_checkpoint_continues_bit_for_bit(tmp_path, recipe, scale):
+    c = short_run(use_ghost_grads=True, dead_feature_window=1, recipe=recipe)
+    whole, t = trained(c, 6, scale), trained(c, 3, scale)
     folder = Folder.at(tmp_path)
     save_checkpoint(folder / "24", c, t)
     found, _ = newest_checkpoint(folder)
@@ -80,6 +83,9 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path):
         PackStep().step([resumed], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(getattr(resumed.sae, name), getattr(whole.sae, name))
+    # What others load is the SAE of activations as they are.
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(load_sae(folder / "24").encode(x), t.sae.encode(x * scale))
 
 
 @pytest.mark.parametrize("harm", ["cut off", "changed", "marker missing"])

@@ -11,8 +11,9 @@ from saeray.files.checkpoint import load_sae, newest_checkpoint, save_checkpoint
 from saeray.files.storage import Folder
 from saeray.lm.evaluate import Evaluator
 from saeray.lm.model import LanguageModel
+from saeray.sae.pack_step import PackStep
 from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PackStep, SAETrainer
+from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.stream.arrays import to_array
 

@@ -18,7 +18,7 @@ from saeray.files.sweep_folder import SweepFolder
 from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel
 from saeray.lm.tokens import TokenWindows
-from saeray.sae.trainer import PackStep
+from saeray.sae.pack_step import PackStep
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, WAITING
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from saeray.sae.pack_step import PackStep
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, TrainingOptions
+from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
 
 B, D, L, STEPS = 100, 12, 40, 12
 # Gradients are added in another order: float32 rounding (6e-8), carried through Adam's division.

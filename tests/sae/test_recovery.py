@@ -2,9 +2,10 @@
 
 import torch
 
-from saeray.sae.initial_bias import initial_b_dec
+from saeray.sae.pack_step import PackStep
+from saeray.sae.sample_statistics import initial_b_dec
 from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PackStep, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer, TrainingOptions
 
 D, N_TRUE, ACTIVE = 64, 128, 3  # twice as many directions as dimensions, three at a time
 

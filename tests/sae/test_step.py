@@ -7,13 +7,14 @@ import torch
 
 from saeray.sae.gradients import LANE_ROWS
 from saeray.sae.losses import sae_losses
+from saeray.sae.pack_step import PackStep
 from saeray.sae.standard import StandardSAE, initial_sae
-from saeray.sae.trainer import PARAMETERS, PackStep, SAETrainer, TrainingOptions
+from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
 
 D, L, B = 6, 17, 40
 
 
-def reference_losses(x, p, l1_coefficient, normalization, dead):
+def reference_losses(x, p, l1_coefficient, normalization, dead, weighted=False):
     """The formulas written out again, one row and one feature at a time where it is clearer."""
     mean = x.mean(0)
     f = torch.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
@@ -23,7 +24,9 @@ def reference_losses(x, p, l1_coefficient, normalization, dead):
         n = math.sqrt(float(((x[i] - mean) ** 2).sum())) + 1e-6
         rows.append((x_hat[i] - x[i]) ** 2 / (n if normalization == "centred_norm" else 1.0))
     mse_e = torch.stack(rows)
-    l1 = f.abs().sum() / len(x)
+    mse = mse_e.sum() / len(x) if normalization == "sum" else mse_e.mean()
+    weights = [p["W_dec"][j].square().sum().sqrt() if weighted else 1.0 for j in range(L)]
+    l1 = sum(f[:, j].abs().sum() * weights[j] for j in range(L)) / len(x)
     ghost = torch.zeros((), dtype=x.dtype)
     if dead.any():
         r = (x - x_hat).detach()
@@ -33,7 +36,8 @@ def reference_losses(x, p, l1_coefficient, normalization, dead):
         n = (r - r.mean(0)).norm(dim=1, keepdim=True) + 1e-6
         gm = (g - r) ** 2 / (n if normalization == "centred_norm" else 1.0)
         ghost = ((mse_e / (gm + 1e-6)).detach() * gm).mean()
-    return mse_e.mean(), l1, ghost, mse_e.mean() + l1_coefficient * l1 + ghost
+        ghost = ghost * (D if normalization == "sum" else 1)
+    return mse, l1, ghost, mse + l1_coefficient * l1 + ghost
 
 
 class ReferenceAdam:
@@ -52,17 +56,22 @@ class ReferenceAdam:
             p[k] = p[k] - lr * m / (v.sqrt() + 1e-8)
 
 
-def reference_step(p, adam, x, lr, l1, normalization, dead):
+def reference_step(p, adam, x, lr, l1, normalization, dead, unit=True, clip=None):
     p = dict(p)
-    p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    if unit:
+        p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
     leaves = {k: v.clone().requires_grad_() for k, v in p.items()}
-    losses = reference_losses(x, leaves, l1, normalization, dead)
+    losses = reference_losses(x, leaves, l1, normalization, dead, weighted=not unit)
     losses[3].backward()
     grads = {k: v.grad for k, v in leaves.items()}
-    unit = p["W_dec"]
-    grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * unit).sum(1, keepdim=True) * unit
+    if unit:
+        row = p["W_dec"]
+        grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * row).sum(1, keepdim=True) * row
+    if clip is not None:
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+        grads = {k: g * min(1.0, clip / (norm + 1e-6)) for k, g in grads.items()}
     adam.update(p, grads, lr)
-    return p, losses
+    return p, [loss.detach() for loss in losses]
 
 
 def options(**changes):
@@ -80,10 +89,16 @@ def new_trainer(seed=0, dtype=torch.float64, d_sae=L, **changes):
     )
 
 
-@pytest.mark.parametrize("normalization", ["centred_norm", "none"])
+@pytest.mark.parametrize("normalization", ["centred_norm", "none", "sum"])
 @pytest.mark.parametrize("ghosts", [False, True])
-def test_steps_agree_with_the_float64_reference(normalization, ghosts):
-    t = new_trainer(mse_normalization=normalization, use_ghost_grads=ghosts)
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+def test_steps_agree_with_the_float64_reference(normalization, ghosts, decoder_norm):
+    unit = decoder_norm == "unit"
+    t = new_trainer(
+        mse_normalization=normalization, use_ghost_grads=ghosts, decoder_norm=decoder_norm
+    )
+    if not unit:
+        t.sae.W_dec *= torch.linspace(0.2, 1.7, L, dtype=torch.float64)[:, None]
     dead = torch.zeros(L, dtype=torch.bool)
     if ghosts:
         # A silenced feature can't come back within three steps of lr 0.01.
@@ -94,16 +109,87 @@ def test_steps_agree_with_the_float64_reference(normalization, ghosts):
     adam, step = ReferenceAdam(), PackStep()
     for i in range(3):
         x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        p, losses = reference_step(p, adam, x, 1e-2, 3e-2, normalization, dead)
+        p, losses = reference_step(p, adam, x, 1e-2, 3e-2, normalization, dead, unit)
         (metrics,) = step.step([t], x, want_metrics=True)
         got = (metrics.mse, metrics.l1, metrics.ghost, metrics.overall)
         for name, mine, theirs in zip(("mse", "l1", "ghost", "overall"), got, losses, strict=True):
             assert float(mine) == pytest.approx(float(theirs), rel=1e-12), name
         if ghosts:  # its value is about the mse by construction
             assert float(metrics.ghost) == pytest.approx(float(metrics.mse), rel=1e-2)
-    p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
+    if unit:
+        p["W_dec"] = p["W_dec"] / p["W_dec"].norm(dim=1, keepdim=True)
     for k in PARAMETERS:
         torch.testing.assert_close(getattr(t.sae, k).detach(), p[k], rtol=1e-10, atol=1e-12)
+
+
+def test_warm_up_decay_and_clipping_agree_with_the_float64_reference():
+    # L1 0, 1/4, 2/4 …; lr constant for 6 of 10 steps, then 4/4, 3/4, 2/4, 1/4 of it.
+    t = new_trainer(
+        total_steps=10, l1_warm_up_steps=4, lr_decay_steps=4, gradient_clip=0.05,
+        mse_normalization="sum", decoder_norm="free",
+    )  # fmt: skip
+    p = {k: getattr(t.sae, k).detach().clone() for k in PARAMETERS}
+    adam, step, none = ReferenceAdam(), PackStep(), torch.zeros(L, dtype=torch.bool)
+    l1 = [0.0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    lr = [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    for i in range(10):
+        x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        assert t.l1_coefficient == pytest.approx(3e-2 * l1[i])
+        assert t.lr == pytest.approx(1e-2 * lr[i])
+        p, losses = reference_step(
+            p, adam, x, 1e-2 * lr[i], 3e-2 * l1[i], "sum", none, unit=False, clip=0.05
+        )
+        (metrics,) = step.step([t], x, want_metrics=True)
+        assert float(metrics.overall) == pytest.approx(float(losses[3]), rel=1e-9)
+    for k in PARAMETERS:
+        torch.testing.assert_close(getattr(t.sae, k).detach(), p[k], rtol=1e-9, atol=1e-11)
+
+
+def test_ghost_gradients_stay_finite_where_exp_would_not():
+    # exp(150) is 1.4e65, beyond float32; six dead features see one such row.
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(5))
+    x[3, 0] = 150.0
+    moments = {}
+    for dtype in (torch.float32, torch.float64):
+        t = new_trainer(dtype=dtype, use_ghost_grads=True, mse_normalization="none")
+        t.sae.W_enc[0, :6] = torch.linspace(1.0, 1.1, 6, dtype=dtype)
+        t.steps_since_fired[:6] = 1001
+        (metrics,) = PackStep().step([t], x.to(dtype), want_metrics=True)
+        assert math.isfinite(float(metrics.ghost))
+        moments[dtype] = {k: t.adam.state[getattr(t.sae, k)]["exp_avg"] for k in PARAMETERS}
+    for k in PARAMETERS:
+        single, double = moments[torch.float32][k], moments[torch.float64][k]
+        assert torch.isfinite(single).all()
+        torch.testing.assert_close(single.double(), double, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.25, 3.0])
+def test_an_sae_of_scaled_activations_is_the_same_in_their_own_units(scale):
+    x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    scaled, again = new_trainer(), new_trainer()
+    scaled.activation_scale = scale
+    (mine,) = PackStep().step([scaled], x, want_metrics=True)
+    (theirs,) = PackStep().step([again], x * scale, want_metrics=True)
+    assert bits(scaled) == bits(again)
+    assert float(mine.overall) == float(theirs.overall)
+    folded = scaled.published
+    torch.testing.assert_close(folded.encode(x), scaled.sae.encode(x * scale))
+    torch.testing.assert_close(folded(x), scaled.sae(x * scale) / scale)
+
+
+def test_where_an_encoder_starts():
+    start = dict(seed=3, b_dec=torch.zeros(D), dtype=torch.float32)
+    transposed = initial_sae(
+        D, L, encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=2.0,
+        **start,
+    )  # fmt: skip
+    torch.testing.assert_close(transposed.W_dec.norm(dim=1), torch.full((L,), 2.0))
+    torch.testing.assert_close(transposed.W_enc, 0.1 * transposed.W_dec.t())
+    independent = initial_sae(D, L, **start)
+    cosines = torch.nn.functional.cosine_similarity(independent.W_enc.t(), independent.W_dec)
+    assert cosines.abs().min() < 0.3
+    with pytest.raises(ValueError, match="encoder_init 'tied'"):
+        initial_sae(D, L, encoder_init="tied", **start)
 
 
 def test_losses_module_agrees_with_the_reference_too():

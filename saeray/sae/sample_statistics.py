@@ -1,9 +1,16 @@
-"""b_dec_init_method: where the decoder bias starts."""
+"""What an SAE starts from: figures of a sample of activations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def statistic_of(rows: Tensor, name: str) -> Tensor:
+    """Of activations rows [n, D]: "mean_norm" [1] in float32, or `initial_b_dec` by its method."""
+    if name == "mean_norm":
+        return torch.linalg.vector_norm(rows.double(), dim=1).mean().float().reshape(1)
+    return initial_b_dec(rows, name)
 
 
 def initial_b_dec(rows: Tensor, method: str) -> Tensor:

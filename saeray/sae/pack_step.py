@@ -1,0 +1,195 @@
+"""One optimizer step of every SAE of a pack on one batch: lanes, threads, buffers, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeray.sae.gradients import (
+    Batch,
+    Gradients,
+    Lane,
+    RunLanes,
+    Workspace,
+    ghost_gradients,
+    lane_gradients,
+    lanes_of,
+)
+from saeray.sae.metrics import Reconstruction, reconstruction
+from saeray.sae.ranks import Ranks
+from saeray.sae.trainer import SAETrainer
+
+
+class StepMetrics(NamedTuple):
+    """Of one training batch; 0-d tensors, so nothing waits for a GPU unless someone looks."""
+
+    mse: Tensor
+    l1: Tensor  # weighted by the decoder's norms where it is free; without the coefficient
+    ghost: Tensor
+    overall: Tensor
+    l0: Tensor  # mean features active per row
+    reconstruction: Reconstruction
+
+
+def batch_key(t: SAETrainer) -> tuple[Any, ...]:
+    """SAEs that agree in this are trained on the same form of a batch."""
+    return (t.sae.W_enc.dtype, t.options.mse_normalization, t.activation_scale)
+
+
+class FreeList:
+    """Buffers to use again: as many come to exist as threads ever needed at once."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.idle: list[Any] = []
+
+    def take(self) -> Any:
+        try:
+            return self.idle.pop()  # atomic, so no lock
+        except IndexError:
+            return self.make()
+
+    def put(self, buffer: Any) -> None:
+        self.idle.append(buffer)
+
+
+class PackStep:
+    """Steps every SAE of a pack on one batch, on `threads` threads.
+
+    SAEs are spread over the threads, each on one thread with its weights in that core's cache;
+    those that are left over (all of them, for a pack of one) have their lanes spread instead.
+    Neither changes a bit of the result.
+    """
+
+    def __init__(self, threads: int = 1, ranks: Ranks | None = None) -> None:
+        """ranks: with others that step the same SAEs on the same batches; None: alone."""
+        self.ranks = ranks or Ranks()
+        if threads < 1:
+            raise ValueError(f"threads = {threads}: at least 1")
+        self.threads = threads
+        # PyTorch's own threads would split matrix products differently on different machines.
+        torch.set_num_threads(1)
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.buffers: dict[tuple[Any, ...], FreeList] = {}
+        self.lock = Lock()
+
+    def step(
+        self, trainers: Sequence[SAETrainer], x: Tensor, *, want_metrics: bool = False
+    ) -> list[StepMetrics | None]:
+        """One optimizer step of every trainer on batch x [B, D] (the same device as the SAEs)."""
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for t in trainers:
+            if batch_key(t) not in batches:
+                scaled = x.to(t.sae.W_enc.dtype)
+                if t.activation_scale != 1.0:
+                    scaled = scaled * t.activation_scale
+                batches[batch_key(t)] = Batch.of(scaled, t.options.mse_normalization)
+
+        def advance(t: SAETrainer, run_lanes: RunLanes) -> StepMetrics | None:
+            return self.advance(t, batches[batch_key(t)], run_lanes, want_metrics)
+
+        if x.device.type != "cpu" or self.threads == 1:
+            return [advance(t, map) for t in trainers]
+        if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
+            return [advance(t, self.pool.map) for t in trainers]
+        whole = len(trainers) - len(trainers) % self.threads
+        results = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
+        return results + [advance(t, self.pool.map) for t in trainers[whole:]]
+
+    def advance(
+        self, t: SAETrainer, batch: Batch, run_lanes: RunLanes, want_metrics: bool
+    ) -> StepMetrics | None:
+        """One SAE, one batch."""
+        t.begin_step()
+        dead = t.dead.nonzero().squeeze(1) if t.options.use_ghost_grads else None
+        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
+        grads = self.free("gradients", kind, lambda: Gradients(t.sae))
+        residuals = self.free("errors", kind, lambda: torch.empty_like(batch.x))
+        errors = residuals.take()
+        if self.ranks.size > 1:
+            errors.zero_()
+        norms = None if t.unit else torch.linalg.vector_norm(t.sae.W_dec, dim=1)
+        per_row = t.l1_coefficient / len(batch.x)
+        penalty = per_row if norms is None else norms * per_row
+        total = self.sum_over_lanes(t, batch, penalty, run_lanes, grads, errors, want_metrics)
+        has_dead = dead is not None and len(dead) > 0
+        self.ranks.sum_(total.tensors())
+        if has_dead or want_metrics:
+            self.ranks.sum_((errors,))  # the others' rows are zeros here
+        ghost = batch.x.new_zeros(())
+        if dead is not None and has_dead:
+            ghost = ghost_gradients(
+                t.sae, batch, errors, dead, t.options.mse_normalization, total, run_lanes,
+                self.ranks,
+            )  # fmt: skip
+        if norms is not None:
+            total.add_weighted_l1_(t.sae.W_dec, norms, per_row)
+        total.b_dec.sub_(total.b_enc @ t.sae.W_enc.t())
+        metrics = None
+        if want_metrics:
+            mse = (errors.square() / batch.normaliser).mean() * batch.weight
+            l1 = total.l1 / len(batch.x)
+            metrics = StepMetrics(
+                mse=mse,
+                l1=l1.clone(),
+                ghost=ghost,
+                overall=mse + t.l1_coefficient * l1 + ghost,
+                l0=total.fired.sum() / len(batch.x),
+                reconstruction=reconstruction(batch.x, errors),
+            )
+        t.finish_step(total, len(batch.x))
+        grads.put(total)
+        residuals.put(errors)
+        return metrics
+
+    def sum_over_lanes(
+        self,
+        t: SAETrainer,
+        batch: Batch,
+        penalty: float | Tensor,
+        run_lanes: RunLanes,
+        grads: FreeList,
+        errors: Tensor,
+        want_l1: bool,
+    ) -> Gradients:
+        """This rank's lanes of the batch, added up in their order; errors [B, D] is written to."""
+        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
+        spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
+
+        def lane_sum(lane: Lane) -> Gradients:
+            out, space = grads.take(), spaces.take()
+            lane_gradients(
+                t.sae,
+                batch,
+                lane,
+                penalty=penalty,
+                weighted=not t.unit,
+                errors=errors,
+                out=out,
+                space=space,
+                want_l1=want_l1,
+            )
+            spaces.put(space)
+            return out
+
+        total: Gradients | None = None
+        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
+        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
+            if total is None:
+                total = part
+            else:
+                total.add_(part)
+                grads.put(part)
+        if total is None:  # fewer lanes than ranks
+            total = grads.take()
+            total.zero_()
+        return total
+
+    def free(self, what: str, kind: tuple[Any, ...], make: Callable[[], Any]) -> FreeList:
+        with self.lock:
+            return self.buffers.setdefault((what, *kind), FreeList(make))

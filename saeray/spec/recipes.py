@@ -1,0 +1,101 @@
+"""Recipes: the values of fields that make an SAE train well together, by name.
+
+A recipe fills the fields of `Recipe` that are not given, and nothing else; what it filled is in
+sweep.yaml like anything that was given. Steps scale with the length of the training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from saeray.errors import bad_value, nearest
+
+
+class Share(NamedTuple):
+    """Of the training's optimizer steps, and at most so many."""
+
+    of_steps: float
+    at_most: int | None = None
+
+    def of(self, steps: int) -> int:
+        share = int(steps * self.of_steps)
+        return share if self.at_most is None else min(share, self.at_most)
+
+
+GUIDES_WARM_UP = Share(0.1, at_most=500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a recipe says of each field it fills; what a field means stands in the config."""
+
+    encoder_init: str = "decoder_transpose"
+    encoder_init_scale: float = 1.0
+    decoder_init_norm: float = 1.0
+    decoder_norm: str = "unit"
+    mse_normalization: str = "centred_norm"
+    b_dec_init_method: str = "geometric_median"
+    lr_warm_up_steps: Share | int = GUIDES_WARM_UP
+    lr_decay_steps: Share | int = 0
+    l1_warm_up_steps: Share | int = 0
+    gradient_clip: float = 0.0
+    normalize_activations: str = "none"
+
+
+FREE = Recipe(
+    decoder_init_norm=0.1,
+    decoder_norm="free",
+    mse_normalization="sum",
+    b_dec_init_method="zeros",
+    lr_warm_up_steps=0,
+    gradient_clip=1.0,
+)
+RECIPES = {
+    # The guide's loss to the letter, so that its coefficients keep their meaning, from a start
+    # where every feature reads what it writes.
+    "guide": Recipe(encoder_init_scale=0.1),
+    # As the guide's own code began: two independent matrices.
+    "guide-2024": Recipe(encoder_init="independent", lr_warm_up_steps=500),
+    # The defaults of sae_lens from version 6 on.
+    "sae_lens": FREE,
+    # Anthropic's update of April 2024.
+    "anthropic-april": dataclasses.replace(
+        FREE,
+        l1_warm_up_steps=Share(0.05),
+        lr_decay_steps=Share(0.2),
+        normalize_activations="expected_average",
+    ),
+}
+FIELDS = tuple(f.name for f in dataclasses.fields(Recipe))
+
+
+def filled(config: Any) -> dict[str, Any]:
+    """The values that a config's recipe gives its fields that have none.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    recipe = RECIPES.get(config.recipe)
+    if recipe is None:
+        raise bad_value(
+            "recipe",
+            config.recipe,
+            f"one of {', '.join(RECIPES)}; {nearest(str(config.recipe), RECIPES)}",
+        )
+    if config.decoder_norm not in (None, recipe.decoder_norm):
+        norm, scale = (1.0, 0.1) if config.decoder_norm == "unit" else (0.1, 1.0)
+        recipe = dataclasses.replace(recipe, decoder_init_norm=norm, encoder_init_scale=scale)
+    values = {}
+    for name in FIELDS:
+        if getattr(config, name) is None:
+            value = getattr(recipe, name)
+            values[name] = value.of(config.steps) if isinstance(value, Share) else value
+    return values
+
+
+def described(config: Any) -> str:
+    """What a config's recipe fills or would fill, for --dry-run."""
+    values = ", ".join(f"{name}: {getattr(config, name)}" for name in FIELDS)
+    return f"recipe {config.recipe}: {values}"
