@@ -114,7 +114,7 @@ def judged(saes: dict[str, list[tuple[float, float, Path]]]) -> list[dict[str, A
     from saeray.lm.evaluate import Evaluator
     from saeray.lm.hub import load_tokenizer
     from saeray.lm.model import LanguageModel
-    from saeray.lm.tokens import TokenWindows
+    from saeray.text.tokens import TokenWindows
     from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 
     config = resolve(

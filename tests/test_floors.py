@@ -16,7 +16,7 @@ import saeray
 PACKAGE = Path(saeray.__file__).parent
 
 # From the ground up: a module may use what is before its own floor, and its own floor.
-FLOORS = ("models", "sae", "spec", "lm", "files", "actors", "stream", "cluster", "client")
+FLOORS = ("models", "sae", "spec", "lm", "text", "files", "actors", "stream", "cluster", "client")
 GROUND = ("saeray.errors", "saeray.version")  # which all of them may use
 ROOF = ("saeray", "saeray.__main__")  # which may use all of them, and nobody uses
 
@@ -113,7 +113,7 @@ HEAVY = ("ray", "transformer_lens", "transformers", "wandb", "datasets")
     [
         (". spec.config spec.grid spec.plan spec.order spec.placement", (*HEAVY, "torch")),
         ("client.cli client.runner client.session", (*HEAVY, "torch")),
-        ("lm.tokens lm.dataset lm.hub", ("ray", "torch", "wandb")),
+        ("text.tokens text.dataset lm.hub", ("ray", "torch", "wandb")),
         ("files.tracking files.results files.sweep_folder files.cache", ("ray", "torch")),
         ("sae sae.trainer", HEAVY),
         ("lm.model lm.evaluate", ("ray", "wandb")),

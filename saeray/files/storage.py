@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
-from saeray.lm.filesystem import filesystem_of
+from saeray.text.filesystem import filesystem_of
 
 
 class Folder:

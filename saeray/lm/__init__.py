@@ -1,4 +1,4 @@
-"""The language model and its text: names, tokens, activations, losses with an SAE. No Ray.
+"""The language model: names, hook points, activations, losses with an SAE spliced in. No Ray.
 
 Uses `spec` and `sae`.
 """

@@ -3,5 +3,5 @@
     TokenServer -> Harvesters -> ActivationBuffer -> Readers
 
 References travel through actors, tensors do not: the buffer never touches the bytes. Classes are
-plain; `launch` makes actors of them. Uses `actors`, `files`, `lm`, `spec`, `sae`.
+plain; `launch` makes actors of them. Uses `actors`, `files`, `text`, `lm`, `spec`, `sae`.
 """

@@ -87,7 +87,7 @@ class Harvester:
         Raises:
             ConfigError: as `check`.
         """
-        from saeray.lm.check import check_models
+        from saeray.stream.check import check_models
 
         read = LanguageModelSAERunnerConfig.from_dict
         return check_models([[read(c) for c in configs] for configs in streams])

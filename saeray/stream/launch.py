@@ -29,7 +29,6 @@ from saeray.actors.nodes import cluster_now, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
 from saeray.files.cache import identities_of
-from saeray.lm.check import hook_points_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.memory import check_memory, memory_of
 from saeray.spec.messages import Bos, CacheKey
@@ -37,6 +36,7 @@ from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, plan_stream
 from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
+from saeray.stream.check import hook_points_of
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenServer
 

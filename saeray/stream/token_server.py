@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saeray.actors.waiting import NotYet
-from saeray.lm.check import check_texts
 from saeray.lm.hub import embedding_rows, load_tokenizer
-from saeray.lm.tokens import Position, TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import Bos
+from saeray.stream.check import check_texts
+from saeray.text.tokens import Position, TokenWindows
 
 AT_ONCE_SECONDS = 1.0  # that a call makes windows before it says how far it is
 PLACE_EVERY = 64  # blocks

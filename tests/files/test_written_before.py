@@ -17,10 +17,10 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel
-from saeray.lm.tokens import TokenWindows
 from saeray.sae.pack_step import PackStep
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, WAITING
+from saeray.text.tokens import TokenWindows
 
 WRITTEN = Path(__file__).parent / "written_by_0.1"
 SAES = ["lr=0.001", "lr=0.003"]

@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pyarrow.parquet
 
-from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+from saeray.text.tokens import TokenWindows
 
 
 class Digits:

@@ -16,7 +16,7 @@ from datasets.packaged_modules.json.json import Json, JsonConfig
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.text.text import Text
 
-from saeray.lm.rows import Unreadable
+from saeray.text.rows import Unreadable
 
 
 class Noting:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.remote_files import is_remote, mounted
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.remote_files import is_remote, mounted
 
 LOADERS = {
     ".parquet": "parquet",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.digits import Digits, parquet, windows_of
 
-from saeray.lm import window_store
-from saeray.lm.window_store import WindowStore
+from saeray.text import window_store
+from saeray.text.window_store import WindowStore
 
 WINDOW = 16  # bytes: 4 tokens
 

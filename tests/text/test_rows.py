@@ -8,10 +8,10 @@ import pytest
 from support.digits import parquet, windows_of
 
 from saeray.errors import ConfigError
-from saeray.lm import rows
-from saeray.lm.columns import Masked
-from saeray.lm.read_bytes import Counted
-from saeray.lm.rows import bytes_of, compact, restored, shuffled
+from saeray.text import rows
+from saeray.text.columns import Masked
+from saeray.text.read_bytes import Counted
+from saeray.text.rows import bytes_of, compact, restored, shuffled
 
 
 def test_the_order_of_a_stream_is_this_one_for_ever():
@@ -82,7 +82,7 @@ class Steady:
 
 
 def steady_windows(monkeypatch, n_rows=600, **changes):
-    monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: Steady(n_rows))
+    monkeypatch.setattr("saeray.text.tokens.open_dataset", lambda config: Steady(n_rows))
     return windows_of("steady", wait_limit_s=1.2, **changes)  # a stall is one of 0.2 s
 
 
@@ -119,7 +119,7 @@ class Fetching(Steady):
 def test_bytes_that_come_in_are_a_sign_of_life(monkeypatch):
     said = []
     monkeypatch.setattr(rows, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: Fetching(40))
+    monkeypatch.setattr("saeray.text.tokens.open_dataset", lambda config: Fetching(40))
     w = windows_of("fetching", wait_limit_s=1.2, warn=said.append)
     w.train(0, 5)
     assert said == []

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from saeray.errors import bad_value
-from saeray.lm.data_files import DataFiles, blamed, one_paragraph
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.data_files import DataFiles, blamed, one_paragraph
 
 CONVERSION = "refs/convert/parquet"  # the branch where the hub keeps its own parquet files
 SCRIPT = r"scripts? (are|is) no longer supported|contains custom code|loading script"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saeray.lm.hub import embedding_rows, load_tokenizer
-from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.tokens import TokenWindows
 
 if TYPE_CHECKING:
     from saeray.lm.model import ModelFacts

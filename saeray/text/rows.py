@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from saeray.errors import SaerayError, bad_value
-from saeray.lm.columns import Columns, Masked, flat_ids
-from saeray.lm.read_bytes import Counted, count_reads
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.order import permutation
+from saeray.text.columns import Columns, Masked, flat_ids
+from saeray.text.read_bytes import Counted, count_reads
 
 OpenRows = Callable[[], Iterator[list[Any]]]  # batches of rows, from the first one
 

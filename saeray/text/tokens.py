@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.columns import choose_columns
-from saeray.lm.dataset import open_conversion, open_dataset
-from saeray.lm.documents import Documents
-from saeray.lm.hub_dataset import LoadingScript
-from saeray.lm.rows import WAITING, Rows, Waiting
-from saeray.lm.vocabulary import Vocabulary
-from saeray.lm.window_store import WindowStore
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.columns import choose_columns
+from saeray.text.dataset import open_conversion, open_dataset
+from saeray.text.documents import Documents
+from saeray.text.hub_dataset import LoadingScript
+from saeray.text.rows import WAITING, Rows, Waiting
+from saeray.text.vocabulary import Vocabulary
+from saeray.text.window_store import WindowStore
 
 logger = logging.getLogger(__name__)
 

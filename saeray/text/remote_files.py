@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 
 from saeray.errors import bad_value
-from saeray.lm.filesystem import filesystem_of
+from saeray.text.filesystem import filesystem_of
 
 
 def is_remote(path: str) -> bool:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.lm.columns import choose_columns
-from saeray.lm.data_files import (
+from saeray.lm.hub import here, looks_local, nowhere
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.columns import choose_columns
+from saeray.text.data_files import (
     ONE_SPLIT,
     DataFiles,
     bad_split,
@@ -18,11 +20,9 @@ from saeray.lm.data_files import (
     local_files,
     remote_files,
 )
-from saeray.lm.hub import here, looks_local, nowhere
-from saeray.lm.hub_dataset import CONVERSION, conversion, from_hub, unlisted_conversion
-from saeray.lm.remote_files import is_remote
-from saeray.lm.rows import Unreadable
-from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.text.hub_dataset import CONVERSION, conversion, from_hub, unlisted_conversion
+from saeray.text.remote_files import is_remote
+from saeray.text.rows import Unreadable
 
 JSON_BYTES = 2**20  # that are read at a time where they stream: rows come that much sooner
 FIRST_BYTES = 2**20  # of a .txt file, that tell whether it has blank lines
@@ -131,7 +131,7 @@ def from_files(config: LanguageModelSAERunnerConfig, files: DataFiles, streaming
 
 def read_by(builder: str, splits: Mapping[str, list[str]], **options: Any) -> Any:
     """A builder of `datasets` over the files of some splits."""
-    from saeray.lm.builders import BUILDERS
+    from saeray.text.builders import BUILDERS
 
     # Local names are patterns to `datasets`, so one with a bracket would not be found.
     files = {

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from saeray.errors import ConfigError
-from saeray.lm.columns import Masked, described, flat_ids, is_empty
-from saeray.lm.rows import WAITING, OpenRows, Rows, Waiting
-from saeray.lm.vocabulary import Vocabulary
+from saeray.text.columns import Masked, described, flat_ids, is_empty
+from saeray.text.rows import WAITING, OpenRows, Rows, Waiting
+from saeray.text.vocabulary import Vocabulary
 
 NO_IDS = np.empty(0, dtype=np.int32)  # of a row that has no text
 

@@ -12,10 +12,10 @@ from support.digits import Digits, parquet, windows_of
 
 from saeray.errors import ConfigError, SaerayError
 from saeray.lm.hub import embedding_rows, load_tokenizer
-from saeray.lm.tokens import TokenWindows
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.messages import Bos
 from saeray.stream.token_server import TokenServer
+from saeray.text.tokens import TokenWindows
 
 BOS = 0  # of the bundled model
 
@@ -301,7 +301,7 @@ class Shaky:
 
 def shaky_windows(monkeypatch, faults, warn=lambda text: None, rows=2000):
     dataset = Shaky(rows, [])
-    monkeypatch.setattr("saeray.lm.tokens.open_dataset", lambda config: dataset)
+    monkeypatch.setattr("saeray.text.tokens.open_dataset", lambda config: dataset)
     w = windows_of("shaky", warn=warn, wait_limit_s=3.0)  # a stall is noticed after 3 / 6 s
     dataset.faults += faults
     return w
