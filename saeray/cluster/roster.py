@@ -44,7 +44,6 @@ from saeray.spec.messages import (
     ReaderGauges,
     Report,
     Result,
-    SAERow,
     SweepStatus,
 )
 
@@ -203,12 +202,7 @@ class Roster:
         for e in self.state.entries.values():
             passes[e.stream_key] = max(passes.get(e.stream_key, 0), e.n_training_tokens)
         return SweepStatus(
-            rows=[
-                SAERow(
-                    e.name, e.state, e.step, e.config.steps, e.n_training_tokens, e.metrics, e.error
-                )
-                for e in self.state.entries.values()
-            ],
+            rows=[e.row for e in self.state.entries.values()],
             phase=self.state.phase,
             # What a buffer that died has harvested was harvested all the same.
             harvested_tokens=sum(harvested for harvested, _ in self.state.tokens.values()),

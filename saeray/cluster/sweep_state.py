@@ -26,7 +26,7 @@ from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Memory, Outcome, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
-from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, reader_name
+from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, SAERow, reader_name
 from saeray.spec.placement import Fitted
 from saeray.stream.launch import Stream
 from saeray.version import __version__
@@ -64,6 +64,18 @@ class Entry:
     def number(self) -> int:
         """Of its newest result: counts up, and is the same after the roster was started again."""
         return 2 * self.step + self.ended
+
+    @property
+    def row(self) -> SAERow:
+        return SAERow(
+            self.name,
+            self.state,
+            self.step,
+            self.config.steps,
+            self.n_training_tokens,
+            self.metrics,
+            self.error,
+        )
 
 
 @dataclass
