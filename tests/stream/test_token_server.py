@@ -35,6 +35,7 @@ def server(path, **changes):
 @pytest.fixture(autouse=True)
 def digits(monkeypatch):
     monkeypatch.setattr(token_server, "load_tokenizer", lambda config: Digits())
+    monkeypatch.setattr(token_server, "embedding_rows", lambda config: None)
 
 
 def pool_of(server):

@@ -18,7 +18,6 @@ def lines(folder, trial):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_it_ends_as_the_earlier_version_would_have_ended_it(ray_instance, tmp_path):
     folder = tmp_path / "interrupted"
     shutil.copytree(WRITTEN / "interrupted", folder)
