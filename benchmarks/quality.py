@@ -114,8 +114,8 @@ def judged(saes: dict[str, list[tuple[float, float, Path]]]) -> list[dict[str, A
     from saeray.lm.evaluate import Evaluator
     from saeray.lm.hub import load_tokenizer
     from saeray.lm.model import LanguageModel
-    from saeray.text.tokens import TokenWindows
     from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+    from saeray.text.tokens import TokenWindows
 
     config = resolve(
         LanguageModelSAERunnerConfig(
