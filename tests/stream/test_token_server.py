@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.digits import Digits, parquet
+from support.digits import Digits, config_of, parquet
 
 from saeray.actors import waiting
 from saeray.actors.waiting import NotYet
 from saeray.errors import Late
-from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.order import StreamOrder
 from saeray.stream import token_server
 from saeray.stream.buffer import ActivationBuffer
@@ -19,17 +18,8 @@ from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.token_server import TokenBlock, TokenServer
 
 
-def server(path, **changes):
-    values = dict(
-        model_name="digits",
-        hook_point="blocks.0.hook_resid_pre",
-        dataset_path=str(path),
-        context_size=4,
-        eval_windows=1,
-        store_batch_size=2,
-    )
-    config = resolve(LanguageModelSAERunnerConfig(**(values | changes)))
-    return TokenServer(config.to_dict())
+def server(path):
+    return TokenServer(config_of(path, store_batch_size=2).to_dict())
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ class Digits:
         return {"input_ids": [[int(c) for c in text if c.isdigit()] for text in texts]}
 
 
-def windows_of(path, tokenizer=None, warn=lambda text: None, n_embeddings=None, **changes):
+def config_of(path, **changes):
+    """Of windows of four tokens, one of them held out."""
     values = dict(
         model_name="digits",
         hook_point="blocks.0.hook_resid_pre",
@@ -32,7 +33,11 @@ def windows_of(path, tokenizer=None, warn=lambda text: None, n_embeddings=None, 
         eval_windows=1,
         seed=0,
     )
-    config = resolve(LanguageModelSAERunnerConfig(**(values | changes)))
+    return resolve(LanguageModelSAERunnerConfig(**(values | changes)))
+
+
+def windows_of(path, tokenizer=None, warn=lambda text: None, n_embeddings=None, **changes):
+    config = config_of(path, **changes)
     return TokenWindows(config, tokenizer or Digits(), n_embeddings=n_embeddings, warn=warn)
 
 
