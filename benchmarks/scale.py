@@ -44,6 +44,7 @@ from saeray.cluster import dispatch, roster
 from saeray.cluster.launcher import AboutPack
 from saeray.cluster.roster import Roster
 from saeray.errors import SaerayError
+from saeray.files.metrics_log import read_lines
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import expand
@@ -112,7 +113,7 @@ class FakeModel:
         self.array = np.zeros((BLOCK_ROWS, D_IN), dtype=np.float32)
 
     def check(self, configs: list[dict[str, Any]]) -> Any:
-        return SimpleNamespace(d_in={HOOK: D_IN}, device="cpu", warnings=())
+        return SimpleNamespace(d_in={HOOK: D_IN}, device="cpu", warnings=(), parameter_bytes=0)
 
     def ping(self) -> None:
         pass
@@ -413,7 +414,8 @@ def cluster() -> Iterator[str]:
     from saeray.client.connect import all_ended, start_ray
 
     os.environ["RAY_task_events_report_interval_ms"] = "0"  # noqa: SIM112 (as `start_ray` does)
-    store = dict(object_store_memory=300_000_000)
+    # What its trainers and trials would take is counted before the start; fakes take next to none.
+    store = dict(object_store_memory=300_000_000, memory=10**12)
     made = Cluster(
         initialize_head=True,
         head_node_args=dict(num_cpus=0, include_dashboard=False, **store),
@@ -498,10 +500,8 @@ def measured(size: Size) -> dict[str, str]:
             started = time.monotonic()
             watch, rows = run(size, folder)
             took = time.monotonic() - started
-        from saeray.files.sweep_folder import SweepFolder
-
-        files = SweepFolder(Folder.at(folder) / size.name, size.name)
-        last = [files.metrics_lines(row["trial"])[-1] for row in rows]
+        trials = Folder.at(folder) / size.name / "trials"
+        last = [read_lines(trials / row["trial"])[-1] for row in rows]
     done = [row for row in rows if row["status"] == DONE]
     asks = {x["scale/asks"] for x in last}
     a, b = watch.steady(size)
