@@ -186,9 +186,9 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     """Checks everything that a sweep checks, models and texts included, and prints the plan."""
     from saeray.spec.config import resolve
     from saeray.spec.grid import expand
-    from saeray.spec.plan import by_stream, describe, plan_stream
+    from saeray.spec.plan import by_stream, describe, hook_points_of, plan_stream
     from saeray.spec.recipes import described
-    from saeray.stream.check import check_models, check_texts, hook_points_of
+    from saeray.stream.check import check_models, check_texts
 
     saes = expand(resolve(config))
     streams = [[s.config for s in members] for members in by_stream(saes).values()]

@@ -28,7 +28,7 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
 from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, PackPlan
 from saeray.spec.placement import Fitted
-from saeray.spec.plan import cut_packs
+from saeray.spec.plan import by_stream, cut_packs
 from saeray.spec.room import shown
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,11 @@ class Dispatch:
         async with self.launching:
             queued = {s.name for _, saes, _ in self.queue for s in saes}
             try:
-                by_stream: dict[str, list[SAE]] = {}
-                for e in entries:
-                    if e.state == WAITING and e.name not in queued:
-                        by_stream.setdefault(e.stream_key, []).append(SAE(e.name, e.config))
-                for key, saes in by_stream.items():
+                waiting = [e for e in entries if e.state == WAITING and e.name not in queued]
+                streams = by_stream([SAE(e.name, e.config) for e in waiting])
+                for key, saes in streams.items():
                     self.streams.unchecked[key] = [s.config for s in saes]
-                for key, saes in by_stream.items():
+                for key, saes in streams.items():
                     placed = await self.streams.place(key, saes, self.fitted_packs)
                     if placed is None:
                         self.put_off.update(s.name for s in saes)

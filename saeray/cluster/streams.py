@@ -27,6 +27,7 @@ from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE
 from saeray.spec.messages import Gauges
 from saeray.spec.placement import Fitted, fit, wants_gpu
+from saeray.spec.plan import hook_points_of
 from saeray.spec.room import Cluster, Room
 from saeray.stream.launch import (
     SETTLE_SECONDS,
@@ -83,7 +84,7 @@ class Streams:
         None: it fits, but not now, beside the other streams of this sweep.
         """
         config = saes[0].config
-        hooks = sorted({s.config.resolved_hook_point for s in saes})
+        hooks = hook_points_of(s.config for s in saes)
         running = await self.stream_for(key, hooks, config)
         if self.taken is None:
             self.taken = await settled_holdings()

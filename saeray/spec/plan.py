@@ -5,7 +5,7 @@ Plain data: nothing here knows of Ray. Which node does what is `saeray.spec.plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from saeray.errors import ConfigError
@@ -106,6 +106,11 @@ def cut_packs(saes: Sequence[SAE], per_pack: int) -> list[list[SAE]]:
     return packs
 
 
+def hook_points_of(configs: Iterable[LanguageModelSAERunnerConfig]) -> list[str]:
+    """The hook points of SAEs on one stream, each once."""
+    return sorted({c.resolved_hook_point for c in configs})
+
+
 def by_stream(saes: Sequence[SAE]) -> dict[str, list[SAE]]:
     """The SAEs of each activation stream, by its key."""
     streams: dict[str, list[SAE]] = {}
@@ -120,7 +125,7 @@ def describe(saes: Sequence[SAE]) -> str:
     lines = [f"{len(saes)} SAEs on {len(streams)} activation stream(s)"]
     for members in streams.values():
         c = members[0].config
-        hooks = sorted({m.config.resolved_hook_point for m in members})
+        hooks = hook_points_of(m.config for m in members)
         assert c.stream_tokens is not None and c.data_seed is not None
         order = StreamOrder.of(c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed)
         lines.append(

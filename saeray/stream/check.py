@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING
 
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.plan import hook_points_of
 from saeray.text.tokens import TokenWindows
 
 if TYPE_CHECKING:
     from saeray.lm.model import ModelFacts
 
 Configs = Sequence[LanguageModelSAERunnerConfig]
-
-
-def hook_points_of(configs: Configs) -> list[str]:
-    """The hook points of SAEs on one stream, each once."""
-    return sorted({c.resolved_hook_point for c in configs})
 
 
 def check_models(streams: Sequence[Configs]) -> list[ModelFacts]:

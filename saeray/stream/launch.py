@@ -33,10 +33,9 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.memory import check_memory, memory_of
 from saeray.spec.messages import Bos, CacheKey
 from saeray.spec.placement import Fitted, store_of
-from saeray.spec.plan import StreamPlan, check_fits, plan_stream
+from saeray.spec.plan import StreamPlan, check_fits, hook_points_of, plan_stream
 from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
-from saeray.stream.check import hook_points_of
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenServer
 
