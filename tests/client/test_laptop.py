@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
@@ -65,15 +67,39 @@ def wait_for(condition, what, limit=150.0):
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.3)
+        time.sleep(0.05)
+
+
+@contextmanager
+def harvest_held(cluster):
+    """No block is made meanwhile, so what runs can't end, however long one looks at it.
+
+    To connect another client takes seconds, in which a whole sweep of these tests may end.
+    """
+    raylets = [psutil.Process(n.all_processes["raylet"][0].process.pid) for n in nodes(cluster)]
+    held = [
+        process
+        for raylet in raylets
+        for process in raylet.children(recursive=True)
+        if process.name().startswith("ray::Harvester")
+    ]
+    assert held
+    for process in held:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in held:
+            process.resume()
+
+
+def nodes(cluster):
+    return [n for n in cluster.list_all_nodes() if "raylet" in n.all_processes]
 
 
 @pytest.fixture
 def laptop(tmp_path, monkeypatch):
-    """A folder to be in, with a sweep file.
-
-    So many checkpoints slow it down: it must still run when another client has connected.
-    """
+    """A folder to be in, with a sweep file; so many checkpoints slow it down."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config() | dict(checkpoint_every_s=0.01)))
     return tmp_path
@@ -101,9 +127,10 @@ def test_a_killed_laptop_disturbs_nothing_and_results_are_fetched(cluster, undis
         "--address", cluster.client,
     )  # fmt: skip
     wait_for(lambda: there.steps() >= 40, "it did not begin")
-    process.kill()
-    process.wait()
-    running = status(cluster)["killed"]
+    with harvest_held(cluster):
+        process.kill()
+        process.wait()
+        running = status(cluster)["killed"]
     assert (running["state"], running["n_saes"]) == ("running", 2)
     assert 0 < running["progress"] < 1
     wait_for(lambda: status(cluster)["killed"]["state"] == "done", "it did not go on")
@@ -134,9 +161,11 @@ class Terminal:
     def wait_for(self, words, limit=150.0):
         wait_for(lambda: words in self.read(), f"{words!r} not in {self.text[-2000:]}", limit)
 
-    def ctrl_c(self, answer):
+    def ctrl_c(self):
         self.process.send_signal(signal.SIGINT)
         self.wait_for("[s]top it?")
+
+    def end(self, answer):
         os.write(self.master, f"{answer}\n".encode())
         deadline = time.monotonic() + 90
         while self.process.poll() is None:
@@ -153,14 +182,18 @@ def test_ctrl_c_leaves_it_running_or_stops_it_as_one_says(cluster, undisturbed, 
     address = ("--address", cluster.client)
     first = Terminal("sweep", "sweep.yaml", "--name", "asked", "--storage-path", "kept", *address)
     wait_for(lambda: first.read() and there.steps() >= 40, "it did not begin")
-    assert first.ctrl_c("l") == 0, first.text[-2000:]
-    assert "asked goes on" in first.text
-    reached = there.steps()
+    with harvest_held(cluster):
+        first.ctrl_c()
+        assert first.end("l") == 0, first.text[-2000:]
+        assert "asked goes on" in first.text
+        reached = there.steps()
     wait_for(lambda: there.steps() > reached + 20, "it did not go on")
 
-    second = Terminal("sweep", "--resume", "asked", *address)  # joins it
-    second.wait_for("training")
-    assert second.ctrl_c("s") == 130, second.text[-2000:]
+    with harvest_held(cluster):
+        second = Terminal("sweep", "--resume", "asked", *address)  # joins it
+        second.wait_for("training")
+        second.ctrl_c()
+    assert second.end("s") == 130, second.text[-2000:]  # harvesters evaluate what is stopped
     left = status(cluster)["asked"]
     assert (left["state"], left["n_ended"]) == ("interrupted", 2)
     assert there.steps() < 480
