@@ -24,6 +24,7 @@ from saeray.errors import SaerayError
 from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
+from saeray.sae import sparse_step
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import initial_sae
@@ -34,8 +35,8 @@ from saeray.stream.arrays import to_array
 from saeray.stream.reader import Place, Reader
 
 
-def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
-    """The part of a config that a training step depends on."""
+def options_of(config: LanguageModelSAERunnerConfig, device: torch.device) -> TrainingOptions:
+    """The part of a config that a training step depends on, on this device."""
     return TrainingOptions(
         lr=config.lr,
         l1_coefficient=config.l1_coefficient,
@@ -51,11 +52,21 @@ def options_of(config: LanguageModelSAERunnerConfig) -> TrainingOptions:
         l1_warm_up_steps=filled(config.l1_warm_up_steps),
         lr_decay_steps=filled(config.lr_decay_steps),
         gradient_clip=filled(config.gradient_clip),
+        compute_dtype=compute_dtype(config, device),
         use_ghost_grads=config.use_ghost_grads,
         feature_sampling_window=config.feature_sampling_window,
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
     )
+
+
+def compute_dtype(config: LanguageModelSAERunnerConfig, device: torch.device) -> str:
+    """Of the step's products on this device; only NVIDIA's GPUs have tf32."""
+    if config.compute_dtype == "auto":
+        return "bfloat16" if device.type == "cuda" and config.dtype == "float32" else "float32"
+    if config.compute_dtype == "tf32" and device.type != "cuda":
+        return "float32"
+    return config.compute_dtype
 
 
 T = TypeVar("T")
@@ -98,6 +109,7 @@ class Member:
 
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
+    sparse_step.prepare()
     roster, pack = settings["roster"], settings["pack"]
     limit = settings["wait_limit_s"]
     plan = waiting.poll(lambda: roster.plan.remote(pack), limit, "roster")
@@ -142,7 +154,7 @@ class Pack:
         for reason in damaged:
             self.warn(f"{name}: checkpoint passed over: {reason}")
         if found is not None:
-            trainer = found.trainer(options_of(config), self.device)
+            trainer = found.trainer(options_of(config, self.device), self.device)
         else:
             scale = self.activation_scale(config)
             sae = initial_sae(
@@ -155,7 +167,7 @@ class Pack:
                 encoder_init_scale=filled(config.encoder_init_scale),
                 decoder_init_norm=filled(config.decoder_init_norm),
             )
-            trainer = SAETrainer(sae.to(self.device), options_of(config), scale)
+            trainer = SAETrainer(sae.to(self.device), options_of(config, self.device), scale)
         return Member(name, config, folder, trainer, checkpoint_steps(config))
 
     def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
@@ -333,11 +345,10 @@ class Pack:
         if math.isfinite(metrics["losses/overall_loss"]):
             return report
         settings = {k: getattr(m.config, k) for k in ("l1_coefficient", "lr", "dtype", "seed")}
-        wider = ", or a wider dtype" if m.config.dtype == "float16" else ""  # it ends at 65504
         return report._replace(
             state=FAILED,
             error=f"{m.name}: the loss is {metrics['losses/overall_loss']} at step {step} "
-            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr{wider} is the usual remedy.",
+            f"({m.n_training_tokens:,} tokens); {settings}. A lower lr is the usual remedy.",
         )
 
     def publish(self, m: Member, report: Report, state: str) -> Report:

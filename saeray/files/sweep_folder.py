@@ -30,7 +30,7 @@ MEMORY = "roster.json"  # in .ray/
 
 
 # A sweep.yaml without these was written before there were any: it goes on as it began.
-WHERE_NOT_GIVEN = {"recipe": "guide-2024", "text_version": 1}
+WHERE_NOT_GIVEN = {"recipe": "guide-2024", "text_version": 1, "compute_dtype": "float32"}
 
 
 class Known(NamedTuple):

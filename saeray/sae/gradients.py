@@ -14,6 +14,9 @@ normaliser:
 Where the decoder is free, l1_coefficient is multiplied by the norm n_j of a feature's row, which
 has a gradient of its own: dW_dec[j] += l1_coefficient / B · (Σ_B f_j) W_dec[j] / n_j.
 
+With compute_dtype bfloat16 the factors of these products, and what they come to, are rounded to
+bfloat16; weights, sums over blocks and everything elementwise stay as they are.
+
 A lane is a sum of its own, and the lanes of a batch are added in their order. So the result does
 not depend on how many threads computed the lanes or which came first: the same bits on one core
 and on sixteen.  B rows, R rows of a block, D = d_in, L = d_sae.
@@ -31,9 +34,10 @@ from saeray.sae.losses import EPSILON, mse_normaliser, mse_weight
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import StandardSAE
 
-# Part of what a run is a function of: changing either changes results in their last bits.
+# Part of what a run is a function of: changing one changes results in their last bits.
 LANE_ROWS = 1024
 BLOCK_BYTES = 1 << 21  # of one [R, L] buffer; measured best from d_sae 1024 to 4096
+CACHED_BYTES = 1 << 24  # of one weight
 
 Lane = tuple[int, int]  # rows from, to
 RunLanes = Callable[[Callable[[Lane], Any], Iterable[Lane]], Iterator[Any]]  # `map`, or a pool's
@@ -45,12 +49,16 @@ def lanes_of(n_rows: int, device: torch.device, n_ranks: int = 1) -> list[Lane]:
     return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
 
 
-def block_rows(d_sae: int, itemsize: int, device: torch.device) -> int:
-    """Rows whose hidden activations fill BLOCK_BYTES: a power of two from 64 to 512."""
-    if device.type != "cpu":
+def block_rows(sae: StandardSAE, itemsize: int) -> int:
+    """Rows of a block, a power of two from 64 to 512: their hidden activations fill BLOCK_BYTES.
+
+    At least 256 where the weights don't stay in cache: every block reads them all from memory.
+    """
+    if sae.W_enc.device.type != "cpu":
         return 1 << 30
-    rows = max(1, BLOCK_BYTES // (d_sae * itemsize))
-    return min(512, max(64, 1 << (rows.bit_length() - 1)))
+    rows = max(1, BLOCK_BYTES // (sae.d_sae * itemsize))
+    least = 256 if sae.W_enc.numel() * itemsize > CACHED_BYTES else 64
+    return min(512, max(least, 1 << (rows.bit_length() - 1)))
 
 
 class Gradients:
@@ -67,7 +75,8 @@ class Gradients:
         self.f = torch.empty_like(sae.b_enc)  # Σ f of each feature, where the decoder is free
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.W_enc, self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f)
+        """All of them, contiguous."""
+        return (self.W_enc.t(), self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f)
 
     def zero_(self) -> None:
         for mine in self.tensors():
@@ -88,12 +97,54 @@ class Workspace:
     """The buffers one thread needs for a block: two [R, L] and two [R, D]."""
 
     def __init__(self, sae: StandardSAE, n_rows: int) -> None:
-        rows = min(n_rows, block_rows(sae.d_sae, sae.W_enc.element_size(), sae.W_enc.device))
+        rows = min(n_rows, block_rows(sae, sae.W_enc.element_size()))
         self.rows = rows
-        self.f = sae.W_enc.new_empty(rows, sae.d_sae)
-        self.dh = sae.W_enc.new_empty(rows, sae.d_sae)
-        self.x_centred = sae.W_enc.new_empty(rows, sae.d_in)
-        self.dx_hat = sae.W_enc.new_empty(rows, sae.d_in)
+        self.f = sae.W_dec.new_empty(rows, sae.d_sae)
+        self.dh = sae.W_dec.new_empty(rows, sae.d_sae)
+        self.x_centred = sae.W_dec.new_empty(rows, sae.d_in)
+        self.dx_hat = sae.W_dec.new_empty(rows, sae.d_in)
+
+
+class Factors:
+    """The weights of one step as its products take them."""
+
+    def __init__(self, sae: StandardSAE, bfloat16: bool) -> None:
+        """bfloat16: a copy in that format, which `of` fills; otherwise the weights themselves."""
+        self.bfloat16 = bfloat16
+        self.W_enc: Tensor = (
+            torch.empty_like(sae.W_enc, dtype=torch.bfloat16) if bfloat16 else sae.W_enc
+        )
+        self.W_dec: Tensor = (
+            torch.empty_like(sae.W_dec, dtype=torch.bfloat16) if bfloat16 else sae.W_dec
+        )
+
+    def of(self, sae: StandardSAE) -> Factors:
+        if self.bfloat16:
+            self.W_enc.copy_(sae.W_enc)
+            self.W_dec.copy_(sae.W_dec)
+        else:
+            self.W_enc, self.W_dec = sae.W_enc, sae.W_dec
+        return self
+
+    def product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """a b + bias into `out`, which is float32 or wider whatever the product is made in."""
+        if self.bfloat16:
+            out.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
+            if bias is not None:
+                out.add_(bias)
+        elif bias is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(bias, a, b, out=out)
+
+    def add_product(self, a: Tensor, b: Tensor, total: Tensor, first: bool) -> None:
+        """total += a b; the first one overwrites whatever the buffer held."""
+        if not self.bfloat16:
+            torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+        elif first:
+            total.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
+        else:
+            total.add_(torch.mm(a.bfloat16(), b.bfloat16()))
 
 
 class Batch(NamedTuple):
@@ -121,6 +172,7 @@ def lane_gradients(
     errors: Tensor,
     out: Gradients,
     space: Workspace,
+    factors: Factors,
     want_l1: bool,
 ) -> None:
     """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D].
@@ -129,7 +181,6 @@ def lane_gradients(
     """
     for counted in (out.b_enc, out.b_dec, out.fired, out.l1, out.f):
         counted.zero_()
-    W_dec_T = sae.W_dec.t()
     for a in range(*lane, space.rows):
         b = min(a + space.rows, lane[1])
         n = b - a
@@ -138,18 +189,18 @@ def lane_gradients(
         error = errors[a:b]
 
         torch.sub(batch.x[a:b], sae.b_dec, out=x_centred)
-        torch.addmm(sae.b_enc, x_centred, sae.W_enc, out=f)
+        factors.product(x_centred, factors.W_enc, sae.b_enc, f)
         f.clamp_min_(0)
-        torch.addmm(sae.b_dec, f, sae.W_dec, out=error)
+        factors.product(f, factors.W_dec, sae.b_dec, error)
         error.sub_(batch.x[a:b])
         torch.mul(error, batch.scale[a:b], out=dx_hat)
 
-        torch.mm(dx_hat, W_dec_T, out=dh)
+        factors.product(dx_hat, factors.W_dec.t(), None, dh)
         dh.add_(penalty)
         torch.ops.aten.threshold_backward.grad_input(dh, f, 0, grad_input=dh)
-        beta = 0.0 if a == lane[0] else 1.0  # beta 0 overwrites whatever the buffer held
-        torch.addmm(out.W_dec, f.t(), dx_hat, beta=beta, out=out.W_dec)
-        torch.addmm(out.W_enc, x_centred.t(), dh, beta=beta, out=out.W_enc)
+        first = a == lane[0]
+        factors.add_product(f.t(), dx_hat, out.W_dec, first)
+        factors.add_product(dh.t(), x_centred, out.W_enc.t(), first)
         out.b_enc.add_(dh.sum(dim=0))
         out.b_dec.add_(dx_hat.sum(dim=0))
         if weighted:
@@ -178,14 +229,14 @@ def ghost_gradients(
         dg = 2 c (g - r) / (n_r B D) · s       dW_dec[dead] = Eᵀ dg
         dh = (dg W_dec[dead]ᵀ) · E             dW_enc[:, dead] = (x - b_dec)ᵀ dh, and so on
     """
-    W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
+    W_enc, W_dec, b_enc = sae.W_enc.t()[dead], sae.W_dec[dead], sae.b_enc[dead]
     normaliser = mse_normaliser(errors, normalization)  # of r = -errors: the same norm
     per_element = batch.weight / errors.numel()
 
     def lane_ghost(lane: Lane) -> tuple[Tensor, ...]:
         rows = slice(*lane)
         residual, x_centred = -errors[rows], batch.x[rows] - sae.b_dec
-        h = torch.addmm(b_enc, x_centred, W_enc)  # [rows, dead]
+        h = torch.addmm(b_enc, x_centred, W_enc.t())  # [rows, dead]
         highest = h.amax(dim=1, keepdim=True).clamp_min_(0)
         E = h.sub_(highest).exp_()
         g = E @ W_dec
@@ -199,7 +250,7 @@ def ghost_gradients(
         dg = difference.mul_(c).mul_((2 * per_element) * scale / normaliser[rows])
         dW_dec = E.t() @ dg
         dh = torch.mm(dg, W_dec.t()).mul_(E)
-        return x_centred.t() @ dh, dW_dec, dh.sum(dim=0), value
+        return dh.t() @ x_centred, dW_dec, dh.sum(dim=0), value
 
     total = (
         torch.zeros_like(W_enc),
@@ -213,7 +264,7 @@ def ghost_gradients(
             t.copy_(p) if i == 0 else t.add_(p)
     ranks.sum_(total)
     dW_enc, dW_dec, db_enc, value = total
-    grad.W_enc.index_add_(1, dead, dW_enc)
+    grad.W_enc.t().index_add_(0, dead, dW_enc)
     grad.W_dec.index_add_(0, dead, dW_dec)
     grad.b_enc.index_add_(0, dead, db_enc)
     return value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saeray.sae.gradients import (
     Batch,
+    Factors,
     Gradients,
     Lane,
     RunLanes,
@@ -22,6 +23,8 @@ from saeray.sae.gradients import (
 )
 from saeray.sae.metrics import Reconstruction, reconstruction
 from saeray.sae.ranks import Ranks
+from saeray.sae.sparse_step import SparseSpace, available, remove_parallel, sparse_gradients
+from saeray.sae.standard import remove_parallel_component
 from saeray.sae.trainer import SAETrainer
 
 
@@ -66,9 +69,15 @@ class PackStep:
     Neither changes a bit of the result.
     """
 
-    def __init__(self, threads: int = 1, ranks: Ranks | None = None) -> None:
-        """ranks: with others that step the same SAEs on the same batches; None: alone."""
+    def __init__(
+        self, threads: int = 1, ranks: Ranks | None = None, *, sparse: bool = True
+    ) -> None:
+        """ranks: with others that step the same SAEs on the same batches; None: alone.
+
+        sparse: an SAE with few active features is stepped by those alone, where Numba is installed.
+        """
         self.ranks = ranks or Ranks()
+        self.sparse = sparse and available()
         if threads < 1:
             raise ValueError(f"threads = {threads}: at least 1")
         self.threads = threads
@@ -107,16 +116,19 @@ class PackStep:
         """One SAE, one batch."""
         t.begin_step()
         dead = t.dead.nonzero().squeeze(1) if t.options.use_ghost_grads else None
-        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
-        grads = self.free("gradients", kind, lambda: Gradients(t.sae))
-        residuals = self.free("errors", kind, lambda: torch.empty_like(batch.x))
+        grads = self.free("gradients", t, batch, lambda: Gradients(t.sae))
+        residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.x))
         errors = residuals.take()
         if self.ranks.size > 1:
             errors.zero_()
         norms = None if t.unit else torch.linalg.vector_norm(t.sae.W_dec, dim=1)
         per_row = t.l1_coefficient / len(batch.x)
         penalty = per_row if norms is None else norms * per_row
-        total = self.sum_over_lanes(t, batch, penalty, run_lanes, grads, errors, want_metrics)
+        sparse = self.sparse and t.sparse and batch.x.device.type == "cpu"
+        if sparse:
+            total = self.sum_of_entries(t, batch, penalty, run_lanes, grads, errors)
+        else:
+            total = self.sum_over_lanes(t, batch, penalty, run_lanes, grads, errors, want_metrics)
         has_dead = dead is not None and len(dead) > 0
         self.ranks.sum_(total.tensors())
         if has_dead or want_metrics:
@@ -142,6 +154,10 @@ class PackStep:
                 l0=total.fired.sum() / len(batch.x),
                 reconstruction=reconstruction(batch.x, errors),
             )
+        if t.unit and sparse:
+            remove_parallel(t.sae.W_dec, total.W_dec, run_lanes)
+        elif t.unit:
+            remove_parallel_component(total.W_dec, t.sae.W_dec)
         t.finish_step(total, len(batch.x))
         grads.put(total)
         residuals.put(errors)
@@ -158,8 +174,9 @@ class PackStep:
         want_l1: bool,
     ) -> Gradients:
         """This rank's lanes of the batch, added up in their order; errors [B, D] is written to."""
-        kind = (tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x))
-        spaces = self.free("workspaces", kind, lambda: Workspace(t.sae, len(batch.x)))
+        spaces = self.free("workspaces", t, batch, lambda: Workspace(t.sae, len(batch.x)))
+        copies = self.free("factors", t, batch, lambda: Factors(t.sae, bfloat16(t)))
+        factors = copies.take().of(t.sae)
 
         def lane_sum(lane: Lane) -> Gradients:
             out, space = grads.take(), spaces.take()
@@ -172,6 +189,7 @@ class PackStep:
                 errors=errors,
                 out=out,
                 space=space,
+                factors=factors,
                 want_l1=want_l1,
             )
             spaces.put(space)
@@ -188,8 +206,35 @@ class PackStep:
         if total is None:  # fewer lanes than ranks
             total = grads.take()
             total.zero_()
+        copies.put(factors)
         return total
 
-    def free(self, what: str, kind: tuple[Any, ...], make: Callable[[], Any]) -> FreeList:
+    def sum_of_entries(
+        self,
+        t: SAETrainer,
+        batch: Batch,
+        penalty: float | Tensor,
+        run_lanes: RunLanes,
+        grads: FreeList,
+        errors: Tensor,
+    ) -> Gradients:
+        """The same from active entries alone."""
+        make = lambda: SparseSpace(t.sae, len(batch.x), bfloat16(t))  # noqa: E731
+        spaces = self.free("entries", t, batch, make)
+        space, total = spaces.take(), grads.take()
+        sparse_gradients(
+            t.sae, batch, penalty=penalty, errors=errors, out=total, space=space, run=run_lanes,
+            ranks=self.ranks,
+        )  # fmt: skip
+        spaces.put(space)
+        return total
+
+    def free(self, what: str, t: SAETrainer, batch: Batch, make: Callable[[], Any]) -> FreeList:
+        """Buffers of one sort, for SAEs and batches like these."""
+        kind = (what, tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x), bfloat16(t))
         with self.lock:
-            return self.buffers.setdefault((what, *kind), FreeList(make))
+            return self.buffers.setdefault(kind, FreeList(make))
+
+
+def bfloat16(t: SAETrainer) -> bool:
+    return t.options.compute_dtype == "bfloat16"

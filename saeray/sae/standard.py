@@ -17,7 +17,7 @@ class StandardSAE(nn.Module):
     """Weights and forward pass. Training works on the weights directly (`saeray.sae.trainer`)."""
 
     def __init__(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
-        """Takes the four tensors as they are.
+        """Takes the four tensors; W_enc's memory is a row per feature, as W_dec's is.
 
         Raises:
             ValueError: shapes that do not belong together.
@@ -30,7 +30,8 @@ class StandardSAE(nn.Module):
                 f"W_enc [{d_in}, {d_sae}] needs W_dec [{d_sae}, {d_in}], b_enc [{d_sae}], "
                 f"b_dec [{d_in}]; got {shapes}"
             )
-        self.W_enc = nn.Parameter(W_enc, requires_grad=False)
+        # What a feature reads lies together: a step that touches few features touches few rows.
+        self.W_enc = nn.Parameter(W_enc.t().contiguous().t(), requires_grad=False)
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)

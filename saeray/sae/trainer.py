@@ -23,9 +23,15 @@ from torch import Tensor
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.schedules import l1_multiplier, lr_multiplier
-from saeray.sae.standard import StandardSAE, remove_parallel_component, scale_rows_to_unit_norm
+from saeray.sae.standard import StandardSAE, scale_rows_to_unit_norm
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+COMPUTE_DTYPES = ("float32", "tf32", "bfloat16")
+
+# Which of the two ways a step is computed is decided anew every so many steps, by the share of
+# features active in the step before. Part of what a run is a function of.
+STEPS_PER_DECISION = 10
+SPARSE_BELOW = {"float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1 / 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class TrainingOptions:
     l1_warm_up_steps: int = 0
     lr_decay_steps: int = 0
     gradient_clip: float = 0.0  # of the norm of all parameters' gradient; 0: none
+    compute_dtype: str = "float32"  # of the products: float32, tf32 or bfloat16
     use_ghost_grads: bool = False
     feature_sampling_window: int = 2000
     dead_feature_window: int = 1000
@@ -73,6 +80,8 @@ class SAETrainer:
         )
         device = sae.W_enc.device
         self.step = 0
+        self.sparse = False  # whether the step is computed from active entries alone
+        self.active_share = 1.0  # of features and rows, in the step before the next decision
         self.steps_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.fired_in_window = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.tokens_in_window = 0
@@ -127,6 +136,8 @@ class SAETrainer:
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self) -> None:
+        if self.step % STEPS_PER_DECISION == 0:
+            self.sparse = self.active_share < SPARSE_BELOW[self.options.compute_dtype]
         window = self.options.feature_sampling_window
         if self.step and self.step % window == 0:
             self.last_frequency = self.firing_frequency
@@ -134,14 +145,18 @@ class SAETrainer:
             self.tokens_in_window = 0
 
     def finish_step(self, grad: Gradients, n_rows: int) -> None:
-        """Counters, then Adam on the gradient of one whole batch."""
+        """Counters, then Adam on the gradient of one whole batch.
+
+        Where decoder rows are unit, the gradient's component along them is gone already.
+        """
         self.fired_in_window += grad.fired.to(torch.int64)
         self.tokens_in_window += n_rows
         self.steps_since_fired += 1
+        if (self.step + 1) % STEPS_PER_DECISION == 0:
+            # Whole numbers, so no order of adding them matters.
+            self.active_share = float(grad.fired.sum()) / (n_rows * self.sae.d_sae)
         self.steps_since_fired.masked_fill_(grad.fired > 0, 0)
 
-        if self.unit:
-            remove_parallel_component(grad.W_dec, self.sae.W_dec)
         for name in PARAMETERS:
             getattr(self.sae, name).grad = getattr(grad, name)
         if self.options.gradient_clip:
@@ -184,6 +199,8 @@ class SAETrainer:
             "step": self.step,
             "tokens_in_window": self.tokens_in_window,
             "activation_scale": self.activation_scale,
+            "sparse": self.sparse,
+            "active_share": self.active_share,
         }
 
     @classmethod
@@ -204,14 +221,16 @@ class SAETrainer:
         sae.W_dec.copy_(weights)
         self.step = int(numbers["step"])
         self.tokens_in_window = int(numbers["tokens_in_window"])
+        self.sparse = bool(numbers.get("sparse", False))
+        self.active_share = float(numbers.get("active_share", 1.0))
         for name in ("steps_since_fired", "fired_in_window", "last_frequency"):
             getattr(self, name).copy_(tensors[name])
         for name in PARAMETERS:
             if f"adam.{name}.exp_avg" not in tensors:
                 continue
             parameter = getattr(sae, name)
-            moments = {
-                key: tensors[f"adam.{name}.{key}"].to(parameter).clone()
+            moments = {  # in the parameter's layout: Adam walks them side by side in memory
+                key: torch.empty_like(parameter).copy_(tensors[f"adam.{name}.{key}"])
                 for key in ("exp_avg", "exp_avg_sq")
             }
             step = torch.tensor(float(self.step))

@@ -29,7 +29,8 @@ MSE_NORMALIZATIONS = ("centred_norm", "none", "sum")
 ENCODER_INITS = ("decoder_transpose", "independent")
 DECODER_NORMS = ("unit", "free")
 ACTIVATION_NORMALIZATIONS = ("none", "expected_average")
-FLOAT_DTYPES = ("float32", "float64", "float16", "bfloat16")
+FLOAT_DTYPES = ("float32", "float64")
+COMPUTE_DTYPES = (AUTO, "float32", "tf32", "bfloat16")
 TXT_DOCUMENTS = ("blank_line", "file", "line")
 TEXT_VERSIONS = (1, 2)
 ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
@@ -131,7 +132,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             config.lr_decay_steps,
             f"training has {config.steps} steps.",
         )
-    one_of("dtype", config.dtype, FLOAT_DTYPES)
+    check_precision(config)
     one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
     if config.txt_documents is not None:
         one_of("txt_documents", config.txt_documents, TXT_DOCUMENTS)
@@ -221,6 +222,29 @@ def check_device(config: LanguageModelSAERunnerConfig) -> None:
     object.__setattr__(config, "device", kind)
     if kind == "mps" and config.dtype == "float64":
         raise bad_value("dtype", config.dtype, "device mps has none; float32.")
+
+
+def check_precision(config: LanguageModelSAERunnerConfig) -> None:
+    """What an SAE is kept in, and what its products are made in."""
+    if config.dtype in ("float16", "bfloat16"):
+        raise bad_value(
+            "dtype",
+            config.dtype,
+            "weights, sums and Adam's moments in half precision train badly or not at all. "
+            "compute_dtype: bfloat16 has the same speed, with those in float32.",
+        )
+    one_of("dtype", config.dtype, FLOAT_DTYPES)
+    if config.compute_dtype == "float16":
+        raise bad_value(
+            "compute_dtype", config.compute_dtype, "gradients underflow there; bfloat16."
+        )
+    one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
+    if config.dtype == "float64" and config.compute_dtype in ("tf32", "bfloat16"):
+        raise bad_value(
+            "compute_dtype",
+            config.compute_dtype,
+            "dtype: float64 would be for nothing; dtype: float32, or compute_dtype: auto.",
+        )
 
 
 def one_of(name: str, value: str | None, choices: tuple[str, ...]) -> None:

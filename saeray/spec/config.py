@@ -59,7 +59,9 @@ class LanguageModelSAERunnerConfig:
     expansion_factor: int | float = 4  # d_sae = d_in * expansion_factor
     b_dec_init_method: str | None = None  # geometric_median, mean or zeros; None: the recipe's
     b_dec_init_rows: int = 4096  # saeray: rows sampled from the first half buffer for it
-    dtype: str = "float32"  # of the SAE; a torch dtype or its name
+    dtype: str = "float32"  # of the SAE's weights, sums and Adam: float32 or float64
+    # saeray: of the step's matrix products. auto: bfloat16 on cuda, float32 elsewhere.
+    compute_dtype: str = "auto"
     seed: int = 42
 
     # saeray: how it starts and what it minimises. None: as the recipe says (saeray.spec.recipes).
@@ -126,6 +128,7 @@ class LanguageModelSAERunnerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "compute_dtype", dtype_name(self.compute_dtype))
         object.__setattr__(self, "activation_dtype", dtype_name(self.activation_dtype))
         if not isinstance(self.device, (str, list, tuple)):
             object.__setattr__(self, "device", str(self.device))  # a torch.device

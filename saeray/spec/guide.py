@@ -29,7 +29,11 @@ class Foreign(NamedTuple):
 
 CACHE = Foreign((False, None), "activation_cache: PATH keeps activations and reads them again.")
 HEAD = Foreign((None,), "one head is no hook point; hook_z has all heads of a layer.")
-PRECISION = Foreign((False,), "activation_dtype and dtype say in which precision it runs.")
+PRECISION = Foreign(
+    (False,),
+    "compute_dtype says in which precision an SAE is trained, activation_dtype in which the "
+    "language model runs.",
+)
 START = Foreign((False,), "write encoder_init, decoder_init_norm or a recipe.")
 FOREIGN = {
     "use_cached_activations": CACHE,

@@ -20,10 +20,12 @@ from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import SAETrainer
 from saeray.spec.messages import Bos
 
+CPU = torch.device("cpu")
+
 
 def trained(c, steps=3, scale=1.0):
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
-    trainer = SAETrainer(sae, options_of(c), scale)
+    trainer = SAETrainer(sae, options_of(c, CPU), scale)
     for i in range(steps):
         PackStep().step([trainer], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     return trainer
@@ -78,7 +80,7 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, recipe, scale):
     folder = Folder.at(tmp_path)
     save_checkpoint(folder / "24", c, t)
     found, _ = newest_checkpoint(folder)
-    resumed = found.trainer(options_of(c), torch.device("cpu"))
+    resumed = found.trainer(options_of(c, CPU), CPU)
     for i in range(3, 6):
         PackStep().step([resumed], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):

@@ -31,7 +31,7 @@ def config():
 def new_trainer(config, device):
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
     sae.b_enc[:6] = -100.0  # these never fire
-    return SAETrainer(sae.to(device), options_of(config))
+    return SAETrainer(sae.to(device), options_of(config, torch.device(device)))
 
 
 def steps(trainer, first, last, device):
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_written_and_gone_on_from(config, tmp_path):
         steps(trainer, 0, 6, DEVICE)
         save_checkpoint(Folder.at(tmp_path / "checkpoints" / "48"), config, trainer)
         found, passed_over = newest_checkpoint(Folder.at(tmp_path / "checkpoints"))
-        resumed = found.trainer(options_of(config), DEVICE)
+        resumed = found.trainer(options_of(config, DEVICE), DEVICE)
         assert steps(resumed, 6, 10, DEVICE) == steps(trainer, 6, 10, DEVICE)
     assert passed_over == []
 

@@ -76,7 +76,11 @@ def test_final_loads_in_sae_lens_with_the_same_reconstruction(tiny, tmp_path, py
 def test_heads_are_one_vector_in_sae_lens_too(tmp_path, python, hook, joined_there):
     config = short_run(hook_point=f"blocks.2.attn.{hook}")
     sae = initial_sae(32, 64, seed=0, b_dec=torch.randn(32), dtype=torch.float32)
-    save_final(Folder.at(tmp_path / "final"), config, SAETrainer(sae, options_of(config)))
+    save_final(
+        Folder.at(tmp_path / "final"),
+        config,
+        SAETrainer(sae, options_of(config, torch.device("cpu"))),
+    )
     x = torch.randn(2, 8, 4, 8, generator=torch.Generator().manual_seed(0))  # 4 heads of 8
     given = x if joined_there else x.flatten(2)
     _, theirs = in_sae_lens(python, tmp_path / "final", given, tmp_path)

@@ -22,6 +22,8 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, WAITING
 from saeray.text.tokens import TokenWindows
 
+CPU = torch.device("cpu")
+
 WRITTEN = Path(__file__).parent / "written_by_0.1"
 SAES = ["lr=0.001", "lr=0.003"]
 
@@ -106,7 +108,7 @@ def test_a_checkpoint_is_valid_and_gone_on_from(name):
     found, passed_over = newest_checkpoint(trial / "checkpoints")
     assert passed_over == []
     assert found.numbers["n_training_tokens"] == 64_000
-    trainer = found.trainer(options_of(config), torch.device("cpu"))
+    trainer = found.trainer(options_of(config, CPU), CPU)
     last = json.loads(trial.read("metrics.jsonl").splitlines()[-1])
     assert trainer.adam.param_groups[0]["lr"] == last["details/current_learning_rate"]
     PackStep().step([trainer], torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))

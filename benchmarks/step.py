@@ -1,0 +1,84 @@
+"""One SAE's training step on one CPU core: dense and from active entries, float32 and bfloat16.
+
+    python benchmarks/step.py                      # some minutes; only torch and numba are needed
+    python benchmarks/step.py --shapes 128x4096 --l0 8 32
+
+Whole optimizer steps of `PackStep` (gradient, firing counts, Adam, unit rows) on batches of 1,024
+rows. The SAE has the L0 that is asked for: its encoder's bias is set to that quantile of its
+pre-activations, and lr is 0. Ways are timed in turns; the table has the fastest round of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from saeray.sae.pack_step import PackStep
+from saeray.sae.standard import StandardSAE, initial_sae
+from saeray.sae.trainer import SAETrainer, TrainingOptions
+
+ROWS = 1024
+SHAPES = ["128x1024", "128x4096", "768x24576"]
+L0 = [8, 32, 128, 256]
+WAYS = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+
+
+def sae_with(d_in: int, d_sae: int, l0: float, x: torch.Tensor) -> StandardSAE:
+    sae = initial_sae(
+        d_in, d_sae, seed=0, b_dec=torch.zeros(d_in), dtype=torch.float32,
+        encoder_init="decoder_transpose",
+    )  # fmt: skip
+    rows = x[:256]
+    h = ((rows - sae.b_dec) @ sae.W_enc).flatten()
+    at = max(1, round(len(rows) * l0))
+    sae.b_enc.fill_(-float(torch.topk(h, at).values[-1]))
+    return sae
+
+
+def measure(d_in: int, d_sae: int, l0: float, rounds: int) -> dict[tuple[str, bool], float]:
+    """Milliseconds of a step, by way."""
+    x = torch.randn(ROWS, d_in, generator=torch.Generator().manual_seed(1))
+    times: dict[tuple[str, bool], list[float]] = {way: [] for way in WAYS}
+    steps = {}
+    for compute_dtype, sparse in WAYS:
+        options = TrainingOptions(
+            lr=0.0, l1_coefficient=1e-3, total_steps=10**6, compute_dtype=compute_dtype
+        )
+        one = SAETrainer(sae_with(d_in, d_sae, l0, x), options)
+        step = PackStep(1, sparse=sparse)
+        steps[compute_dtype, sparse] = (step, one)
+        one.active_share = 0.0  # so it begins with the sparse step, and ends before the next look
+        step.step([one], x)
+    for _ in range(rounds):
+        for way, (step, one) in steps.items():
+            began = time.perf_counter()
+            step.step([one], x)
+            times[way].append((time.perf_counter() - began) * 1e3)
+    return {way: min(t) for way, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="d_in x d_sae")
+    parser.add_argument("--l0", nargs="+", type=float, default=L0)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    columns = [f"{dtype} {'sparse' if sparse else 'dense'} ms" for dtype, sparse in WAYS]
+    columns += [f"{dtype}: dense / sparse" for dtype in ("float32", "bfloat16")]
+    columns += ["float32 sparse / bfloat16 sparse"]
+    print("| d_in, d_sae | L0 | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (len(columns) + 2))
+    for shape in arguments.shapes:
+        d_in, d_sae = map(int, shape.split("x"))
+        for l0 in arguments.l0:
+            ms = measure(d_in, d_sae, l0, arguments.rounds)
+            dense, sparse, narrow, both = (ms[way] for way in WAYS)
+            figures = [f"{ms[way]:.1f}" for way in WAYS]
+            figures += [f"{x:.2f}" for x in (dense / sparse, narrow / both, sparse / both)]
+            print(f"| {d_in}, {d_sae} | {l0:g} | " + " | ".join(figures) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

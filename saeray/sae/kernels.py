@@ -1,0 +1,255 @@
+"""Loops over active entries for the CPU, compiled by Numba: what `sparse_step` is made of.
+
+An *entry* is one feature that is active in one row: its row, its feature j, its value f. Entries of
+a lane lie row after row (`offsets`), those of a batch feature after feature. All loops run in that
+order, so the same entries give the same bits, on however many threads.
+
+Compiled at the first call in a process, from a cache on disk where another process on the same
+machine has compiled them before.  R rows, L = d_sae, D = d_in, n entries.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+# Sums may be reordered to fill vector registers, but NaN and infinity stay what they are: a loss
+# that is not finite has to be seen.
+REORDERED = {"reassoc", "contract", "nsz"}
+GROUP = 8  # pre-activations looked at together
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """numba.njit without the interpreter's lock; cached on disk where there is a place for it."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's can be written to
+            return numba.njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+@compiled()
+def select_active(bits, floor, first, offsets, feature, n):
+    """Appends the features of a block of pre-activations above 0 to n others: (rows done, n then).
+
+    bits [R, L]: the block's bits as signed whole numbers, floor those of minus infinity. In that
+    order negative numbers lie below it, and above it 0, positive numbers and NaN: an SAE with a
+    weight that is not a number must not look like one that is silent.
+
+    offsets[first + r + 1] becomes the end of row r. Ends before a row that might not fit.
+    """
+    n_rows, n_features = bits.shape
+    in_groups = n_features - n_features % GROUP
+    room = len(feature)
+    for r in range(n_rows):
+        if n + n_features > room:
+            return r, n
+        row = bits[r]
+        for a in range(0, in_groups, GROUP):
+            some = False  # most groups have no active feature
+            for k in range(GROUP):
+                some = some | (row[a + k] > floor)
+            if some:
+                for j in range(a, a + GROUP):  # without a branch: the next one overwrites it
+                    feature[n] = j
+                    n += (row[j] > floor) & (row[j] != 0)
+        for j in range(in_groups, n_features):
+            feature[n] = j
+            n += (row[j] > floor) & (row[j] != 0)
+        offsets[first + r + 1] = n
+    return n_rows, n
+
+
+@compiled()
+def take_values(h, first, n_rows, offsets, feature, value):
+    """The values of a block's entries, out of its first n_rows pre-activations h [R, L]."""
+    for r in range(n_rows):
+        for i in range(offsets[first + r], offsets[first + r + 1]):
+            value[i] = h[r, feature[i]]
+
+
+@compiled(fastmath=REORDERED)
+def exact_values(offsets, feature, value, x_centred, W_enc, b_enc):
+    """Values of candidates in full precision; those that are not above 0 after all are dropped.
+
+    x_centred [R, D], W_enc a row per feature [L, D]. Returns how many entries are left.
+    """
+    n_rows, d_in = x_centred.shape
+    n = 0
+    begin = offsets[0]
+    for r in range(n_rows):
+        end = offsets[r + 1]
+        x = x_centred[r]
+        for i in range(begin, end):
+            j = feature[i]
+            w = W_enc[j]
+            total = b_enc[j]
+            for d in range(d_in):
+                total += x[d] * w[d]
+            feature[n] = j
+            value[n] = total
+            n += not (total <= 0)
+        begin = end
+        offsets[r + 1] = n
+    return n
+
+
+@compiled(fastmath=REORDERED)
+def decode_rows(offsets, feature, value, W_dec, b_dec, x, scale, errors, dx_hat, df):
+    """errors = x̂ - x, dx_hat = scale * errors, df [n] = ⟨dx_hat, W_dec[j]⟩ of each entry.
+
+    W_dec [L, D], b_dec [D]; x, errors, dx_hat [R, D]; scale [R].
+    """
+    n_rows, d_in = x.shape
+    zero = df.dtype.type(0)
+    for r in range(n_rows):
+        begin, end = offsets[r], offsets[r + 1]
+        error = errors[r]
+        for d in range(d_in):
+            error[d] = b_dec[d] - x[r, d]
+        i = begin
+        while i + 4 <= end:  # four at a time: the row is read and written a quarter as often
+            w0, w1, w2, w3 = (
+                W_dec[feature[i]],
+                W_dec[feature[i + 1]],
+                W_dec[feature[i + 2]],
+                W_dec[feature[i + 3]],
+            )
+            f0, f1, f2, f3 = value[i], value[i + 1], value[i + 2], value[i + 3]
+            for d in range(d_in):
+                error[d] += f0 * w0[d] + f1 * w1[d] + f2 * w2[d] + f3 * w3[d]
+            i += 4
+        while i < end:
+            w, f = W_dec[feature[i]], value[i]
+            for d in range(d_in):
+                error[d] += f * w[d]
+            i += 1
+        dx = dx_hat[r]
+        for d in range(d_in):
+            dx[d] = error[d] * scale[r]
+        for i in range(begin, end):
+            w = W_dec[feature[i]]
+            total = zero
+            for d in range(d_in):
+                total += dx[d] * w[d]
+            df[i] = total
+
+
+@compiled()
+def count_features(feature, n, starts):
+    """Adds to starts [L + 1] how often each feature occurs among the first n, one place up."""
+    for i in range(n):
+        starts[feature[i] + 1] += 1
+
+
+@compiled()
+def place_by_feature(offsets, feature, value, dh, first, places, by_row, by_value, by_dh):
+    """Copies a lane's entries to where their feature's lie; places [L] moves on."""
+    for r in range(len(offsets) - 1):
+        for i in range(offsets[r], offsets[r + 1]):
+            p = places[feature[i]]
+            places[feature[i]] = p + 1
+            by_row[p] = first + r
+            by_value[p] = value[i]
+            by_dh[p] = dh[i]
+
+
+@compiled(fastmath=REORDERED)
+def weight_gradients(
+    first, last, starts, row, value, dh, x_centred, dx_hat, dW_enc, dW_dec, db_enc, fired, f
+):
+    """Of features first to last: dW_enc, dW_dec rows [L, D]; db_enc = Σ dh, fired, f = Σ f [L].
+
+    Entries feature after feature (starts [L + 1]), each feature's in the order of its rows.
+    x_centred, dx_hat [B, D].
+    """
+    d_in = x_centred.shape[1]
+    zero = f.dtype.type(0)
+    for j in range(first, last):
+        to_enc, to_dec = dW_enc[j], dW_dec[j]
+        for d in range(d_in):
+            to_enc[d] = 0
+            to_dec[d] = 0
+        begin, end = starts[j], starts[j + 1]
+        sum_dh, sum_f = zero, zero
+        i = begin
+        while i + 2 <= end:
+            x0, x1, e0, e1 = (
+                x_centred[row[i]],
+                x_centred[row[i + 1]],
+                dx_hat[row[i]],
+                dx_hat[row[i + 1]],
+            )
+            f0, f1, h0, h1 = value[i], value[i + 1], dh[i], dh[i + 1]
+            for d in range(d_in):
+                to_dec[d] += f0 * e0[d] + f1 * e1[d]
+            for d in range(d_in):
+                to_enc[d] += h0 * x0[d] + h1 * x1[d]
+            sum_dh += h0 + h1
+            sum_f += f0 + f1
+            i += 2
+        if i < end:
+            x0, e0 = x_centred[row[i]], dx_hat[row[i]]
+            for d in range(d_in):
+                to_dec[d] += value[i] * e0[d]
+                to_enc[d] += dh[i] * x0[d]
+            sum_dh += dh[i]
+            sum_f += value[i]
+        db_enc[j] = sum_dh
+        f[j] = sum_f
+        fired[j] = end - begin
+
+
+@compiled(fastmath=REORDERED)
+def remove_parallel(first, last, gradient, W_dec):
+    """Of rows first to last: subtracts the component along the (unit) row of W_dec; both [L, D]."""
+    d_in = W_dec.shape[1]
+    zero = W_dec.dtype.type(0)
+    for j in range(first, last):
+        g, w = gradient[j], W_dec[j]
+        along = zero
+        for d in range(d_in):
+            along += g[d] * w[d]
+        for d in range(d_in):
+            g[d] -= along * w[d]
+
+
+def warm_up() -> None:
+    """Compiles every kernel for float32, or has it from the cache; one process at a time.
+
+    The others on this machine wait for the first and then find what it has compiled.
+    """
+    lock = Path(tempfile.gettempdir()) / f"saeray-kernels-{os.getuid()}.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for compute_dtype in (np.int32, np.int16):
+            one_entry(np.float32, compute_dtype)
+
+
+def one_entry(dtype: Any, bits: Any) -> None:
+    """Through every kernel."""
+    unit, n = np.ones((1, 1), dtype), np.zeros(1, dtype)
+    offsets, feature = np.zeros(2, np.int64), np.zeros(2, np.int32)
+    select_active(np.ones((1, 1), bits), bits(-1), 0, offsets, feature, 0)
+    take_values(unit, 0, 1, offsets, feature, n)
+    exact_values(offsets, feature, n, unit, unit, unit[0])
+    decode_rows(offsets, feature, n, unit, unit[0], unit, unit[0], unit.copy(), unit.copy(), n)
+    starts = np.zeros(2, np.int64)
+    count_features(feature, 1, starts)
+    row, places = np.zeros(1, np.int32), np.zeros(1, np.int64)
+    place_by_feature(offsets, feature, n, n, 0, places, row, n.copy(), n.copy())
+    fired = np.zeros(1, np.float32)
+    weight_gradients(
+        0, 1, starts, row, n, n, unit, unit, unit.copy(), unit.copy(), n.copy(), fired, n.copy()
+    )
+    remove_parallel(0, 1, unit.copy(), unit)

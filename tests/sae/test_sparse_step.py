@@ -1,0 +1,161 @@
+"""The step from active entries alone: the dense step's sums, whatever the threads and the ranks."""
+
+import pytest
+import torch
+
+from saeray.sae import sparse_step
+from saeray.sae.pack_step import PackStep
+from saeray.sae.standard import StandardSAE, initial_sae
+from saeray.sae.trainer import (
+    PARAMETERS,
+    SPARSE_BELOW,
+    STEPS_PER_DECISION,
+    SAETrainer,
+    TrainingOptions,
+)
+
+D, L = 13, 203  # no multiple of what is looked at together
+ROWS = 2 * 1024 + 77  # two lanes and a part of one
+
+
+def trainer(dtype=torch.float64, sparse=True, bias=-0.5, **changes):
+    values = dict(lr=1e-2, l1_coefficient=3e-2, total_steps=100, lr_scheduler_name="constant")
+    sae = initial_sae(
+        D, L, seed=3, b_dec=torch.linspace(-0.2, 0.3, D), dtype=dtype, encoder_init_scale=0.5
+    )
+    sae.b_enc.fill_(bias)
+    sae.b_enc[5] = 50.0  # fires in every row
+    sae.b_enc[7:40] = -50.0  # never fire
+    t = SAETrainer(sae, TrainingOptions(**(values | changes)))
+    t.active_share = 0.0 if sparse else 1.0
+    return t
+
+
+def batch(seed=0, rows=ROWS, dtype=torch.float64):
+    x = torch.randn(rows, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    x[3] = -0.02  # a row in which nearly nothing fires
+    return x
+
+
+def bits(t):
+    return [getattr(t.sae, name).numpy().tobytes() for name in PARAMETERS]
+
+
+def figures(metrics):
+    *scalars, reconstruction = metrics
+    return torch.stack([*scalars, *reconstruction]).double()
+
+
+@pytest.mark.parametrize("normalization", ["centred_norm", "sum"])
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+@pytest.mark.parametrize("ghosts", [False, True])
+def test_steps_are_those_of_the_dense_step(normalization, decoder_norm, ghosts):
+    options = dict(mse_normalization=normalization, decoder_norm=decoder_norm,
+                   use_ghost_grads=ghosts, dead_feature_window=2, gradient_clip=0.5)  # fmt: skip
+    dense, sparse = trainer(sparse=False, **options), trainer(**options)
+    for i in range(5):
+        a, b = (PackStep().step([t], batch(i), want_metrics=True)[0] for t in (dense, sparse))
+        torch.testing.assert_close(figures(b), figures(a), rtol=1e-9, atol=1e-12)
+    assert sparse.sparse and not dense.sparse
+    assert bits(sparse) != bits(dense)  # or both took the same way
+    for name in PARAMETERS:
+        theirs = getattr(dense.sae, name)
+        torch.testing.assert_close(getattr(sparse.sae, name), theirs, rtol=1e-7, atol=1e-9)
+    assert torch.equal(sparse.fired_in_window, dense.fired_in_window)
+    assert sparse.fired_in_window[5] == 5 * ROWS and sparse.fired_in_window[7:40].sum() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 63, 1024])
+@pytest.mark.parametrize("bias", [-60.0, 60.0])
+def test_none_and_all_active(rows, bias):
+    """All of them are many more entries than the buffers are made for."""
+    dense, sparse = trainer(sparse=False, bias=bias), trainer(bias=bias)
+    for t in (dense, sparse):
+        PackStep().step([t], batch(rows=max(4, rows))[:rows])
+    for name in PARAMETERS:
+        theirs = getattr(dense.sae, name)
+        torch.testing.assert_close(getattr(sparse.sae, name), theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_neither_threads_nor_packing_change_a_bit(compute_dtype):
+    def trained(threads, together):
+        made = [
+            trainer(torch.float32, l1_coefficient=l1, lr=1e-3, compute_dtype=compute_dtype)
+            for l1 in (1e-2, 3e-2, 1e-1)
+        ]
+        step = PackStep(threads)
+        for i in range(4):
+            x = batch(i, dtype=torch.float32)
+            for group in [made] if together else [[t] for t in made]:
+                step.step(group, x)
+        assert all(t.sparse for t in made)
+        return [bits(t) for t in made]
+
+    alone = trained(1, together=False)
+    assert trained(2, together=True) == alone
+    assert trained(5, together=False) == alone
+
+
+def test_bfloat16_finds_the_features_and_float32_their_values():
+    """Weights may differ by what a feature near 0 does that bfloat16 sees on the other side."""
+    exact, narrow = trainer(torch.float32), trainer(torch.float32, compute_dtype="bfloat16")
+    for t in (exact, narrow):
+        (metrics,) = PackStep().step([t], batch(dtype=torch.float32), want_metrics=True)
+        t.metrics = metrics
+    # bfloat16 has 8 bits: of 163 features per row some are within 1/256 of their bias.
+    assert abs(float(narrow.metrics.l0 - exact.metrics.l0)) < 0.01 * float(exact.metrics.l0)
+    torch.testing.assert_close(narrow.metrics.mse, exact.metrics.mse, rtol=2e-4, atol=0)
+    torch.testing.assert_close(narrow.metrics.l1, exact.metrics.l1, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["W_enc", "W_dec", "b_enc", "b_dec", "x"])
+def test_what_is_not_a_number_shows_in_the_loss(compute_dtype, where):
+    t = trainer(torch.float32, compute_dtype=compute_dtype)
+    x = batch(dtype=torch.float32)
+    not_a_number = torch.tensor(float("inf")) - float("inf")  # with the sign the processor gives it
+    (x if where == "x" else getattr(t.sae, where))[1 if where != "b_enc" else 5] = not_a_number
+    (metrics,) = PackStep().step([t], x, want_metrics=True)
+    assert not torch.isfinite(metrics.overall)
+
+
+def test_the_way_is_chosen_by_what_was_active_and_goes_on_after_a_resume():
+    """Early steps are dense; a run that is resumed in between changes its way at the same step."""
+
+    def ways(t, steps, seed=0):
+        taken = []
+        for i in range(seed, seed + steps):
+            PackStep().step([t], batch(i, rows=64, dtype=torch.float32))
+            taken.append(t.sparse)
+        return taken
+
+    options = dict(l1_coefficient=2.0, lr=2e-2)
+    whole = trainer(torch.float32, sparse=False, bias=0.0, **options)
+    taken = ways(whole, 60)
+    assert not any(taken[:STEPS_PER_DECISION])
+    assert taken[-1]
+    changes = [i for i in range(1, 60) if taken[i] != taken[i - 1]]
+    assert all(i % STEPS_PER_DECISION == 0 for i in changes)
+
+    first = trainer(torch.float32, sparse=False, bias=0.0, **options)
+    stop = changes[0] - 1  # what it is decided by is of the step that comes then
+    ways(first, stop)
+    tensors, numbers = first.state()
+    weights = {k: v.detach().clone() for k, v in first.sae.named_parameters()}
+    resumed = SAETrainer.resumed(StandardSAE(**weights), first.options, tensors, numbers)
+    assert ways(resumed, 60 - stop, seed=stop) == taken[stop:]
+    assert bits(resumed) == bits(whole)
+    assert max(SPARSE_BELOW.values()) < 0.5
+
+
+def test_without_numba_the_dense_step_is_made(monkeypatch):
+    monkeypatch.setattr(sparse_step.importlib.util, "find_spec", lambda name: None)
+    sparse_step.available.cache_clear()
+    try:
+        without, dense = trainer(), trainer(sparse=False)
+        for t in (without, dense):
+            PackStep().step([t], batch())
+        assert bits(without) == bits(dense)
+    finally:
+        sparse_step.available.cache_clear()
