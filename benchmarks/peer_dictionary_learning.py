@@ -58,8 +58,18 @@ configs = [
     }
     for l1 in settings["l1"]
 ]
+seconds = []  # when each SAE's step had been made
+update = StandardTrainer.update
+
+
+def after_step(self, *arguments):
+    update(self, *arguments)
+    seconds.append(time.time() - training)
+
+
+StandardTrainer.update = after_step
 training = time.time()
 with tempfile.TemporaryDirectory() as folder:
     trainSAE(buffer, configs, steps=steps, save_dir=folder, device="cpu")
-ended = time.time()
-print("RESULT", json.dumps({"training_s": ended - training, "start_s": training - started}))
+seconds = seconds[len(configs) - 1 :: len(configs)]
+print("RESULT", json.dumps({"step_seconds": seconds, "start_s": training - started}))

@@ -12,7 +12,18 @@ from sae_lens import (  # noqa: E402
     MultiSAETrainingRunnerConfig,
     StandardTrainingSAEConfig,
 )
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer  # noqa: E402
 
+seconds = []  # when each step of all SAEs had been made
+update_pbar = MultiSAETrainer._update_pbar
+
+
+def after_step(self, *arguments):
+    seconds.append(time.time() - training)
+    update_pbar(self, *arguments)
+
+
+MultiSAETrainer._update_pbar = after_step
 settings = json.loads(sys.argv[1])
 # In its units: coefficient * d_in * mean norm of the centred activations.
 in_its_units = [x * settings["d_in"] * settings["mean_norm"] for x in settings["l1"]]
@@ -47,5 +58,4 @@ runner = MultiSAETrainingRunner(
 )
 training = time.time()
 runner.run()
-ended = time.time()
-print("RESULT", json.dumps({"training_s": ended - training, "start_s": training - started}))
+print("RESULT", json.dumps({"step_seconds": seconds, "start_s": training - started}))
