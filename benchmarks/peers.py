@@ -6,8 +6,8 @@ Eight L1 coefficients, d_in 128, batch 4096, 1M tokens each, on the bundled mode
 1024 and 4096. Each system harvests for itself, on the CPU, in its own process; nothing else should
 run on the machine. The peers get environments of their own beside the project's (`.venv-sae-lens`,
 `.venv-dictionary-learning`), made at the first run. saeray trains with sae_lens's loss (recipe:
-sae_lens) in float32, and once more with compute_dtype: bfloat16. All minimise the summed squared error plus
-the same coefficients times the L1, so their SAEs have about the same sparsity at every step.
+sae_lens) in float32, and once more with compute_dtype: bfloat16. All minimise the summed squared
+error plus the same coefficients times the L1, so they are about as sparse at every step.
 
 Prints medians of the rounds: SAE-tokens/s (harvesting included) in the first fifth of the training,
 when most features are active, and in its last two fifths, when few are; wall time of the whole
