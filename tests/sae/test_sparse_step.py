@@ -1,5 +1,6 @@
 """The step from active entries alone: the dense step's sums, whatever the threads and the ranks."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,18 +110,59 @@ def test_bfloat16_finds_the_features_and_float32_their_values():
     torch.testing.assert_close(narrow.metrics.l1, exact.metrics.l1, rtol=2e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "whole", "nan"),
+    [(torch.float32, torch.int32, 0x7FC00000), (torch.bfloat16, torch.int16, 0x7FC0)],
+)
+def test_entries_are_what_is_above_zero_or_not_a_number(dtype, whole, nan):
+    """Each in a group of eight that has nothing else, and in what is left of the row."""
+    from saeray.sae.kernels import select_active
+
+    inf = torch.inf
+    h = torch.full((2, 5 * 8 + 3), -1.0)
+    h[0, [21, 30, 38]] = torch.tensor([1e-30, inf, -inf])
+    h[1, [0, 1, 42]] = torch.tensor([0.0, -0.0, 2.0])
+    h = h.to(dtype)
+    lowest = torch.iinfo(whole).min  # the sign bit
+    h.view(whole)[0, [3, 9, 41]] = torch.tensor([nan, nan + lowest, nan + lowest], dtype=whole)
+    assert h.isnan().sum() == 3
+    floor = torch.tensor([-inf], dtype=dtype).view(whole).numpy()[0]
+    offsets, feature = np.zeros(3, np.int64), np.empty(100, np.int32)
+    done, n = select_active(h.view(whole).numpy(), floor, 0, offsets, feature, 0)
+    assert (done, n, offsets.tolist()) == (2, 6, [0, 5, 6])
+    assert feature[:6].tolist() == [3, 9, 21, 30, 41, 42]
+
+
+def test_a_candidate_that_is_not_above_zero_after_all_is_none():
+    from saeray.sae.kernels import exact_values
+
+    x = np.array([[1.0, 2.0], [1.0, -1.0]], np.float32)
+    W_enc = np.array([[1.0, 1.0], [0.5, -0.5], [-1.0, 0.5]], np.float32)
+    b_enc = np.array([0.25, 0.0, 0.0], np.float32)
+    offsets, feature = np.array([0, 3, 5]), np.array([0, 1, 2, 0, 1], np.int32)
+    value = np.zeros(5, np.float32)
+    # Row 0: 1 + 2 + 0.25; 0.5 - 1 < 0; -1 + 1 = 0. Row 1: 1 - 1 + 0.25; 0.5 + 0.5.
+    assert exact_values(offsets, feature, value, x, W_enc, b_enc) == 3
+    assert offsets.tolist() == [0, 1, 3]
+    assert feature[:3].tolist() == [0, 0, 1]
+    assert value[:3].tolist() == [3.25, 0.25, 1.0]
+
+
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["W_enc", "W_dec", "b_enc", "b_dec", "x"])
 def test_what_is_not_a_number_shows_in_the_loss(compute_dtype, where):
     t = trainer(torch.float32, compute_dtype=compute_dtype)
     x = batch(dtype=torch.float32)
-    not_a_number = torch.tensor(float("inf")) - float("inf")  # with the sign the processor gives it
+    # With the sign bit, as the processor makes it of 0 * inf: as a number it would lie below 0.
+    not_a_number = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)
+    assert torch.isnan(not_a_number)
     (x if where == "x" else getattr(t.sae, where))[1 if where != "b_enc" else 5] = not_a_number
     (metrics,) = PackStep().step([t], x, want_metrics=True)
     assert not torch.isfinite(metrics.overall)
 
 
-def test_the_way_is_chosen_by_what_was_active_and_goes_on_after_a_resume():
+@pytest.mark.parametrize("after", [-1, 0, 3])
+def test_the_way_is_chosen_by_what_was_active_and_goes_on_after_a_resume(after):
     """Early steps are dense; a run that is resumed in between changes its way at the same step."""
 
     def ways(t, steps, seed=0):
@@ -139,7 +181,7 @@ def test_the_way_is_chosen_by_what_was_active_and_goes_on_after_a_resume():
     assert all(i % STEPS_PER_DECISION == 0 for i in changes)
 
     first = trainer(torch.float32, sparse=False, bias=0.0, **options)
-    stop = changes[0] - 1  # what it is decided by is of the step that comes then
+    stop = changes[0] + after
     ways(first, stop)
     tensors, numbers = first.state()
     weights = {k: v.detach().clone() for k, v in first.sae.named_parameters()}
