@@ -52,21 +52,12 @@ def options_of(config: LanguageModelSAERunnerConfig, device: torch.device) -> Tr
         l1_warm_up_steps=filled(config.l1_warm_up_steps),
         lr_decay_steps=filled(config.lr_decay_steps),
         gradient_clip=filled(config.gradient_clip),
-        compute_dtype=compute_dtype(config, device),
+        compute_dtype=config.computes_in(device.type),
         use_ghost_grads=config.use_ghost_grads,
         feature_sampling_window=config.feature_sampling_window,
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
     )
-
-
-def compute_dtype(config: LanguageModelSAERunnerConfig, device: torch.device) -> str:
-    """Of the step's products on this device; only NVIDIA's GPUs have tf32."""
-    if config.compute_dtype == "auto":
-        return "bfloat16" if device.type == "cuda" and config.dtype == "float32" else "float32"
-    if config.compute_dtype == "tf32" and device.type != "cuda":
-        return "float32"
-    return config.compute_dtype
 
 
 T = TypeVar("T")

@@ -194,6 +194,9 @@ class Streams:
         self.running.append(stream)
         if stream.memory:
             self.placement += f"; {stream.memory}"
+        device = "cuda" if fitted.trainer_gpus else "cpu"
+        formats = dict.fromkeys(c.computes_in(device) for c in configs)
+        self.placement += f"; SAEs compute in {', '.join(formats)}"
         self.own[name] = Own(fitted, stream.nodes or fitted.harvester_nodes)
         for text in stream.warnings:
             await self.state.warn(text)

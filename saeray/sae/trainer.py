@@ -26,12 +26,11 @@ from saeray.sae.schedules import l1_multiplier, lr_multiplier
 from saeray.sae.standard import StandardSAE, scale_rows_to_unit_norm
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
-COMPUTE_DTYPES = ("float32", "tf32", "bfloat16")
 
 # Which of the two ways a step is computed is decided anew every so many steps, by the share of
 # features active in the step before. Part of what a run is a function of.
 STEPS_PER_DECISION = 10
-SPARSE_BELOW = {"float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1 / 16}
+SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1 / 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class TrainingOptions:
     l1_warm_up_steps: int = 0
     lr_decay_steps: int = 0
     gradient_clip: float = 0.0  # of the norm of all parameters' gradient; 0: none
-    compute_dtype: str = "float32"  # of the products: float32, tf32 or bfloat16
+    compute_dtype: str = "float32"  # of the products: dtype, tf32 or bfloat16
     use_ghost_grads: bool = False
     feature_sampling_window: int = 2000
     dead_feature_window: int = 1000

@@ -184,6 +184,18 @@ class LanguageModelSAERunnerConfig:
         every = self.resolved_eval_every
         return step == self.steps or (bool(every) and step % every == 0)
 
+    def computes_in(self, device: str) -> str:
+        """What the products of an SAE's step are made in on a kind of device.
+
+        auto is bfloat16 on cuda where dtype is float32; only cuda has tf32. Elsewhere `dtype`.
+        """
+        wanted = self.compute_dtype
+        if wanted == "auto" and device == "cuda" and self.dtype == "float32":
+            return "bfloat16"
+        if wanted == "bfloat16" or (wanted == "tf32" and device == "cuda"):
+            return wanted
+        return self.dtype
+
     def d_sae(self, d_in: int) -> int:
         """Width of the SAE: d_in * expansion_factor."""
         return round(d_in * self.expansion_factor)

@@ -180,3 +180,19 @@ def test_what_changes_the_stream_changes_its_key():
     for changes in (dict(lr=1.0), dict(seed=5), dict(hook_point="blocks.1.hook_resid_pre")):
         changed = base.replace(hook_point_layer=None, **changes)
         assert stream_key(changed) == stream_key(base)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "on_cpu", "on_cuda"),
+    [
+        ("auto", "float32", "float32", "bfloat16"),
+        ("auto", "float64", "float64", "float64"),
+        ("tf32", "float32", "float32", "tf32"),
+        ("bfloat16", "float32", "bfloat16", "bfloat16"),
+        ("float32", "float32", "float32", "float32"),
+    ],
+)
+def test_what_products_are_made_in_is_a_matter_of_the_device(given, dtype, on_cpu, on_cuda):
+    c = config(compute_dtype=given, dtype=dtype)
+    assert c.computes_in("cpu") == on_cpu
+    assert c.computes_in("cuda") == on_cuda
