@@ -32,10 +32,11 @@ from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.standard import StandardSAE
 
 # The first two decide how sums are made, so they are constants, and not tuned while a run runs.
-HOT_ENTRIES = 512  # a feature with more of them in a batch is summed in chunks of as many
+HOT_ENTRIES = 256  # a feature with more of them in a batch is summed in chunks of as many
 CHUNK_BYTES = 96 << 20  # of h, a chunk of rows at a time
 FIRST_ENTRIES_PER_ROW = 64  # room at the start; more is made where it is needed
 N_WORKERS = 1024  # programs that share the chunks of hot features
+GROUPS_AT_ONCE, WORDS_AT_ONCE = 128, 512  # of the bits
 LOW = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 # How far the product may be off, relative to h: what is rounded is x and W_enc (sums of D such
 # errors, of all signs) and h itself, to 2^-9 in bfloat16. Costs some entries that turn out silent.
@@ -83,7 +84,7 @@ def product_precision(compute_dtype: str) -> Iterator[None]:
 
 
 class CudaSpace:
-    """Buffers of a step on B rows: about 3/8 of a byte for each of B·L, and 40 for an entry.
+    """Buffers of a step on B rows: 3/8 of a byte for each of B·L and 16 + 64 D / 1024 for an entry.
 
     One for all SAEs of a shape that are stepped one after another on a stream.
     """
@@ -240,9 +241,9 @@ def select(sae: StandardSAE, batch: Batch, space: CudaSpace, half: HalfWeights |
     run(
         kernels.count_by_feature, (-(-L // 32),),
         space.by_feature, space.before, space.count, space.n_chunks, G, L,
-        HOT=space.hot, GROUPS=128, COLS=32, num_warps=4,
+        HOT=space.hot, GROUPS=GROUPS_AT_ONCE, COLS=32, num_warps=4,
     )  # fmt: skip
-    words = min(1024, power_of_two(N))
+    words = min(WORDS_AT_ONCE, power_of_two(N))
     run(kernels.count_by_row, (B,), space.by_row, space.row_count, N, WORDS=words, num_warps=4)
     for counts, start in (
         (space.count, space.start),
@@ -278,7 +279,7 @@ def differentiate(
     run(
         kernels.list_features, (B,),
         s.by_row, s.by_feature, s.before, s.start, s.row_start, s.features, s.places, L, N, room,
-        WORDS=min(512, power_of_two(N)), num_warps=4,
+        WORDS=min(WORDS_AT_ONCE, power_of_two(N)), num_warps=4,
     )  # fmt: skip
     run(
         kernels.list_chunks, (-(-L // 256),),

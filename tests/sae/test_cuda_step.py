@@ -64,8 +64,10 @@ def test_only_a_gpu_has_the_sparse_step():
 
 
 @pytest.fixture(autouse=True)
-def few_workers(monkeypatch):
-    monkeypatch.setattr(cuda_step, "N_WORKERS", 2)  # each is a loop in Python here
+def few_at_once(monkeypatch):
+    """So that every loop has more than one turn."""
+    for name, n in dict(N_WORKERS=2, GROUPS_AT_ONCE=1, WORDS_AT_ONCE=2).items():
+        monkeypatch.setattr(cuda_step, name, n)
 
 
 def an_sae(threshold=-1.5):
@@ -158,11 +160,12 @@ def test_rows_without_an_active_feature_are_reconstructed_as_b_dec(threshold):
 
 
 @interpreted
-def test_room_and_how_the_product_is_made_do_not_change_a_bit():
+def test_room_and_how_entries_are_found_do_not_change_a_bit(monkeypatch):
     sae, x = an_sae(), rows_of_x()
     out, errors, space = step(sae, x)
     assert 16 < int(space.total) <= space.capacity
     # float32: the interpreter multiplies bfloat16 as the integers that it keeps them in.
+    monkeypatch.setattr(cuda_step, "WORDS_AT_ONCE", 1)
     again, again_errors, space = step(sae, x, room=1, fused_encoder=True)  # for 16 entries
     assert int(space.total) <= space.capacity < 2 * int(space.total)
     assert bits(again, again_errors) == bits(out, errors)
@@ -171,27 +174,41 @@ def test_room_and_how_the_product_is_made_do_not_change_a_bit():
 @interpreted
 def test_bfloat16_agrees_with_the_reference_to_its_precision():
     sae, x = an_sae(), rows_of_x()
+    expected = reference(sae, x, "none")
     out, errors, _ = step(sae, x, compute_dtype="bfloat16", half=HalfWeights(sae))
     # bfloat16 has 2^-9, the interpreter's 2^-8; but f, and so who fires, is float32's.
-    assert_agree(sae, x, out, errors, reference(sae, x, "none"), tolerance=2e-2)
-    f, fired = step(sae, x)[0].f, (reference(sae, x, "none").f > 0).sum(0)
-    torch.testing.assert_close(out.f, f)
-    assert torch.equal(out.fired.long(), fired)
+    assert_agree(sae, x, out, errors, expected, tolerance=2e-2)
+    torch.testing.assert_close(out.f.double(), expected.f.sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.fired.long(), (expected.f > 0).sum(0))
+
+
+def unpacked(words, axis):
+    """Bits [.., 32 n, ..] of int32 words [.., n, ..]."""
+    lanes = (words.unsqueeze(axis + 1) >> torch.arange(32).view((32,) + (1,) * (1 - axis))) & 1
+    return lanes.flatten(axis, axis + 1).bool()
 
 
 @interpreted
-def test_a_batch_in_chunks_of_rows_is_the_same():
-    generator = torch.Generator().manual_seed(1)
-    sae, x = an_sae(), torch.randn(140, D, generator=generator)  # 128 and 12 rows
-    sae.b_enc[EVERYWHERE] = -1.5
-    whole = CudaSpace(sae, len(x), "float32")
-    chunks = CudaSpace(sae, len(x), "float32", chunk_bytes=1)
-    for space in (whole, chunks):
+def test_bits_and_counts_of_several_blocks_of_rows_and_features():
+    rows, features = 140, 150  # 128 and 12, 128 and 22
+    generator = torch.Generator().manual_seed(2)
+    W, x = torch.randn(features, D, generator=generator), torch.randn(rows, D, generator=generator)
+    sae = StandardSAE(W.t(), W.clone(), torch.full((features,), -4.0), torch.zeros(D))
+    h = (x @ sae.W_enc + sae.b_enc).double()
+    for more in (dict(chunk_bytes=1), dict(fused_encoder=True)):
+        space = CudaSpace(sae, rows, "float32", **more)
+        assert space.chunk_rows == (128 if more.get("chunk_bytes") else rows)
         cuda_step.select(sae, Batch.of(x, "none"), space, None)
-    assert (whole.chunk_rows, chunks.chunk_rows) == (140, 128)
-    for name in ("by_feature", "by_row", "start", "row_start"):
-        assert torch.equal(getattr(whole, name), getattr(chunks, name)), name
-    assert int(whole.start[-1]) >= int(reference(sae, x, "none").f.count_nonzero())
+        active = unpacked(space.by_feature, 0)[:rows]
+        assert torch.equal(active, unpacked(space.by_row, 1)[:, :features])
+        assert active[h > 1e-4].all() and not active[h < -1e-4].any()
+        for counts, start, axis in (
+            (space.count, space.start, 0), (space.row_count, space.row_start, 1)
+        ):  # fmt: skip
+            assert torch.equal(counts.long(), active.sum(axis))
+            assert torch.equal(start.diff(), active.sum(axis))
+        before = active[:128].view(4, 32, features).sum(1).cumsum(0)
+        assert torch.equal(space.before[1:].long(), before)
 
 
 @interpreted
