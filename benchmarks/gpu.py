@@ -295,6 +295,7 @@ def table(batch: Batch, sizes: Sizes, device: str, ends: float) -> None:
     print("## Steps\n")
     heading("step", "d_sae", "L0", "SAEs", "ms a step of one SAE", "SAE-tokens/s", "peak GiB")
     quick = device == "cpu"
+    seen: dict[tuple[object, ...], str] = {}
     for n_saes in sizes.n_saes:
         for d_sae in sizes.widths:
             for l0 in sizes.l0:
@@ -313,6 +314,25 @@ def table(batch: Batch, sizes: Sizes, device: str, ends: float) -> None:
                         return
                     cells = measured(make, batch, sizes, (d_sae, l0, n_saes), dtype, device)
                     row(name, d_sae, l0, n_saes, *cells)
+                    seen[name, d_sae, l0, n_saes] = cells[0]
+    print()
+    for dtype in ("bfloat16", "tf32"):
+        for d_sae in sizes.widths:
+            break_even(seen, dtype, d_sae, sizes.l0)
+
+
+def break_even(
+    seen: dict[tuple[object, ...], str], dtype: str, d_sae: int, l0: tuple[int, ...]
+) -> None:
+    """Up to which L0 the sparse step is the faster one, from two L0 in a straight line."""
+    try:
+        few, many = (float(seen[f"sparse, {dtype}", d_sae, n, 1]) for n in (l0[0], l0[-1]))
+        dense = float(seen[f"dense, {dtype}", d_sae, l0[0], 1])
+        at = l0[0] + (dense - few) * (l0[-1] - l0[0]) / (many - few)
+    except (KeyError, ValueError, ZeroDivisionError):  # not measured, or no room for it
+        return
+    print(f"{dtype}, d_sae {d_sae}: sparse is faster below L0 of about {at:.0f}, ", end="")
+    print(f"{at / d_sae:.2%} of the features")
 
 
 def measured(
