@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeray.sae import cuda_step
+from saeray.sae.cuda_step import CudaSpace
 from saeray.sae.gradients import (
     Batch,
     Factors,
@@ -74,10 +76,11 @@ class PackStep:
     ) -> None:
         """ranks: with others that step the same SAEs on the same batches; None: alone.
 
-        sparse: an SAE with few active features is stepped by those alone, where Numba is installed.
+        sparse: an SAE with few active features is stepped by those alone, where Numba is installed,
+        or Triton for a GPU.
         """
         self.ranks = ranks or Ranks()
-        self.sparse = sparse and available()
+        self.sparse = sparse
         if threads < 1:
             raise ValueError(f"threads = {threads}: at least 1")
         self.threads = threads
@@ -102,13 +105,19 @@ class PackStep:
         def advance(t: SAETrainer, run_lanes: RunLanes) -> StepMetrics | None:
             return self.advance(t, batches[batch_key(t)], run_lanes, want_metrics)
 
+        if x.device.type == "cuda":
+            results = []
+            for t in trainers:
+                with cuda_step.product_precision(t.options.compute_dtype):
+                    results.append(advance(t, map))
+            return results
         if x.device.type != "cpu" or self.threads == 1:
             return [advance(t, map) for t in trainers]
         if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
             return [advance(t, self.pool.map) for t in trainers]
         whole = len(trainers) - len(trainers) % self.threads
-        results = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
-        return results + [advance(t, self.pool.map) for t in trainers[whole:]]
+        first = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
+        return first + [advance(t, self.pool.map) for t in trainers[whole:]]
 
     def advance(
         self, t: SAETrainer, batch: Batch, run_lanes: RunLanes, want_metrics: bool
@@ -124,8 +133,11 @@ class PackStep:
         norms = None if t.unit else torch.linalg.vector_norm(t.sae.W_dec, dim=1)
         per_row = t.l1_coefficient / len(batch.x)
         penalty = per_row if norms is None else norms * per_row
-        sparse = self.sparse and t.sparse and batch.x.device.type == "cpu"
-        if sparse:
+        wanted = self.sparse and t.sparse
+        sparse = wanted and not t.on_gpu and batch.x.device.type == "cpu" and available()
+        if wanted and t.on_gpu:
+            total = self.sum_on_gpu(t, batch, penalty, grads, errors, want_metrics)
+        elif sparse:
             total = self.sum_of_entries(t, batch, penalty, run_lanes, grads, errors)
         else:
             total = self.sum_over_lanes(t, batch, penalty, run_lanes, grads, errors, want_metrics)
@@ -154,7 +166,9 @@ class PackStep:
                 l0=total.fired.sum() / len(batch.x),
                 reconstruction=reconstruction(batch.x, errors),
             )
-        if t.unit and sparse:
+        if t.on_gpu:
+            pass  # Adam's kernel does it
+        elif t.unit and sparse:
             remove_parallel(t.sae.W_dec, total.W_dec, run_lanes)
         elif t.unit:
             remove_parallel_component(total.W_dec, t.sae.W_dec)
@@ -226,6 +240,42 @@ class PackStep:
             t.sae, batch, penalty=penalty, errors=errors, out=total, space=space, run=run_lanes,
             ranks=self.ranks,
         )  # fmt: skip
+        spaces.put(space)
+        return total
+
+    def sum_on_gpu(
+        self,
+        t: SAETrainer,
+        batch: Batch,
+        penalty: float | Tensor,
+        grads: FreeList,
+        errors: Tensor,
+        want_l1: bool,
+    ) -> Gradients:
+        """The same on a GPU: this rank's rows at once."""
+        total = grads.take()
+        lanes = self.ranks.own(lanes_of(len(batch.x), batch.x.device, self.ranks.size))
+        if not lanes:
+            total.zero_()
+            return total
+        rows = slice(lanes[0][0], lanes[-1][1])
+        mine = batch._replace(
+            x=batch.x[rows], normaliser=batch.normaliser[rows], scale=batch.scale[rows]
+        )
+        make = lambda: CudaSpace(t.sae, len(mine.x), t.options.compute_dtype)  # noqa: E731
+        spaces = self.free("entries " + t.options.compute_dtype, t, mine, make)
+        space = spaces.take()
+        cuda_step.sparse_gradients(
+            t.sae,
+            mine,
+            penalty=penalty,
+            weighted=not t.unit,
+            want_l1=want_l1,
+            errors=errors[rows],
+            out=total,
+            space=space,
+            half=t.half,
+        )
         spaces.put(space)
         return total
 

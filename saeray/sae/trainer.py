@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeray.sae import cuda_step
+from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.schedules import l1_multiplier, lr_multiplier
@@ -31,6 +33,7 @@ PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 # features active in the step before. Part of what a run is a function of.
 STEPS_PER_DECISION = 10
 SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1 / 16}
+SPARSE_BELOW_ON_GPU = 1 / 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,11 @@ class SAETrainer:
             fused=sae.W_enc.device.type in ("cpu", "cuda"),
         )
         device = sae.W_enc.device
+        # On a GPU with Triton, Adam and what belongs to it are one kernel, from the first step on.
+        self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
+        self.half: HalfWeights | None = None
+        if self.on_gpu and options.compute_dtype == "bfloat16":
+            self.half = HalfWeights(sae)
         self.step = 0
         self.sparse = False  # whether the step is computed from active entries alone
         self.active_share = 1.0  # of features and rows, in the step before the next decision
@@ -136,7 +144,8 @@ class SAETrainer:
 
     def begin_step(self) -> None:
         if self.step % STEPS_PER_DECISION == 0:
-            self.sparse = self.active_share < SPARSE_BELOW[self.options.compute_dtype]
+            below = SPARSE_BELOW[self.options.compute_dtype]
+            self.sparse = self.active_share < (SPARSE_BELOW_ON_GPU if self.on_gpu else below)
         window = self.options.feature_sampling_window
         if self.step and self.step % window == 0:
             self.last_frequency = self.firing_frequency
@@ -156,6 +165,13 @@ class SAETrainer:
             self.active_share = float(grad.fired.sum()) / (n_rows * self.sae.d_sae)
         self.steps_since_fired.masked_fill_(grad.fired > 0, 0)
 
+        if self.on_gpu:
+            self.adam_on_gpu(grad)
+        else:
+            self.adam_in_torch(grad)
+        self.step += 1
+
+    def adam_in_torch(self, grad: Gradients) -> None:
         for name in PARAMETERS:
             getattr(self.sae, name).grad = getattr(grad, name)
         if self.options.gradient_clip:
@@ -166,7 +182,29 @@ class SAETrainer:
             getattr(self.sae, name).grad = None  # the buffers belong to the step, not to the SAE
         if self.unit:
             scale_rows_to_unit_norm(self.sae.W_dec)
-        self.step += 1
+
+    def adam_on_gpu(self, grad: Gradients) -> None:
+        """On the moments where torch keeps them, so that a checkpoint is the same."""
+        moments = {}
+        for name in PARAMETERS:
+            parameter = getattr(self.sae, name)
+            state = self.adam.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.zeros_like(parameter)
+            moments[name] = (state["exp_avg"], state["exp_avg_sq"])
+        fused_adam_rows(
+            self.sae,
+            grad,
+            moments,
+            lr=self.lr,
+            beta1=self.options.adam_beta1,
+            beta2=self.options.adam_beta2,
+            step=self.step + 1,
+            unit=self.unit,
+            gradient_clip=self.options.gradient_clip,
+            half=self.half,
+        )
 
     def feature_metrics(self) -> dict[str, float]:
         """Counts over features, keyed as in wandb."""
