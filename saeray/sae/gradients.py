@@ -128,10 +128,14 @@ class Factors:
 
     def product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """a b + bias into `out`, which is float32 or wider whatever the product is made in."""
-        if self.bfloat16:
+        if self.bfloat16 and bias is not None:
+            # A bias that is large cancels most of the product. So it is in the sum that is rounded,
+            # as far as bfloat16 holds it, and the rest of it is added in full precision.
+            coarse = bias.bfloat16()
+            out.copy_(torch.addmm(coarse, a.bfloat16(), b.bfloat16()))
+            out.add_(bias - coarse)
+        elif self.bfloat16:
             out.copy_(torch.mm(a.bfloat16(), b.bfloat16()))
-            if bias is not None:
-                out.add_(bias)
         elif bias is None:
             torch.mm(a, b, out=out)
         else:
