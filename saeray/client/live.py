@@ -207,9 +207,12 @@ class LiveView:
             return  # the roster is busy; the next look will tell
         live.update(draw(self.status, self.rates, time.monotonic() - self.started), refresh=True)
 
-    def wait_for_stream(self) -> None:
-        """Until model, hook points and dataset are found to be right, or not."""
-        while not self.status.gauges and self.status.error is None and self.thread.is_alive():
+    def wait_for_training(self) -> None:
+        """Until the first optimizer step is done, or it is known that there will be none."""
+        while self.thread.is_alive():
+            begun = self.status.training_since is not None or self.status.error is not None
+            if begun or all(row.state in ENDS for row in self.status.rows):
+                return
             time.sleep(0.1)
 
     def wait_for_end(self, limit_s: float) -> None:

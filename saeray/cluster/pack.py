@@ -220,6 +220,8 @@ class Pack:
                 wants = any(m.config.logs_at(step) for m in due)
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
 
+                if step == first + 1 and self.ranks.is_first:
+                    self.tell([], reader)  # that the training has begun
                 if wants:
                     gone = self.ranks.first_says(
                         self.report(due, metrics, step, reader) if self.ranks.is_first else None

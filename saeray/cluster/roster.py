@@ -269,7 +269,7 @@ class Roster:
         if state is None:  # launched by a former incarnation, and given up by it
             return Answer(self.state.incarnation, [r.name for r in reports], {})
         state.reader = reader
-        if reports and not self.state.over:
+        if not self.state.over:
             self.state.phase = "training"
             if self.state.training_since is None:
                 self.state.training_since = time.time()

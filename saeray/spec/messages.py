@@ -25,6 +25,17 @@ class Bos(NamedTuple):
     token: str
 
 
+class ModelFacts(NamedTuple):
+    """What the rest of a sweep needs to know about the language model."""
+
+    d_in: dict[str, int]  # per hook point
+    d_vocab: int
+    fast_path: bool
+    device: str  # kind: cpu, cuda or mps
+    parameter_bytes: int  # of the weights
+    warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
+
+
 class Report(NamedTuple):
     """One SAE at one optimizer step, from its pack."""
 
