@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ class SweepResult:
     folder: Folder
     rows: list[dict[str, Any]]  # results.csv, row by row
     status: SweepStatus
+    began: float | None = None  # time.time() of this session, and of its end
+    ended: float = 0.0
+    trained_before: int = 0  # SAE-tokens, in earlier sessions
 
     @property
     def ok(self) -> bool:
@@ -47,7 +51,7 @@ class SweepResult:
 
     def summary(self) -> str:
         """A table of the SAEs, the account of tokens, and where everything is."""
-        from saeray.client.live import human
+        from saeray.client.speed import account, human
 
         lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
         for row in self.rows:
@@ -78,6 +82,8 @@ class SweepResult:
                 f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
                 "tokens, held out."
             )
+        if self.began is not None:
+            lines += account(status, self.began, self.ended, self.trained_before)
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):
             lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
@@ -101,11 +107,12 @@ def run(
     resuming: bool = False,
     versions: Mapping[str, Any] | None = None,
     watched: Callable[[SweepStatus], None] | None = None,
+    began: float | None = None,
 ) -> SweepResult:
     """One sweep on the Ray instance this process is connected to.
 
     ends_ray: Ray ends with it. versions: what the sweep was begun with, if not here. watched: is
-    told how it stands, about once a second.
+    told how it stands, about once a second. began: time.time() of the command.
     """
     import ray
 
@@ -124,7 +131,7 @@ def run(
         watched or (note.write if note is not None else None),
     )
     view.update()
-    keep_keys_out_of_logs()  # and Tune is imported while the language model is being loaded
+    trained_before = view.status.trained_tokens
     try:
         with view:
             # Trials only wait for reports, and a process for each takes seconds of a few cores.
@@ -148,7 +155,7 @@ def run(
     rows = SweepFolder(folder, name).read_rows()
     if note is not None:
         note.write(status, rows)
-    return SweepResult(name, folder, rows, status)
+    return SweepResult(name, folder, rows, status, began, time.time(), trained_before)
 
 
 def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
@@ -158,6 +165,8 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
     from ray import tune
 
     from saeray.cluster.trial import INTERNAL, SAETrial
+
+    keep_keys_out_of_logs()
 
     # A failed SAE is in the results with its reason; Tune would print its traceback too.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

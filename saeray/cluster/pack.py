@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
+from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
@@ -112,6 +113,7 @@ def train_pack(settings: dict[str, Any]) -> None:
     sparse_step.prepare()
     roster, pack = settings["roster"], settings["pack"]
     limit = settings["wait_limit_s"]
+    warm_up()
     plan = waiting.poll(lambda: roster.plan.remote(pack), limit, "roster")
     if not plan.configs:
         return
@@ -145,6 +147,7 @@ class Pack:
         self.incarnation: str | None = None  # of the roster that was told all of them
         self.withdrawn: set[str] = set()
         self.started = 0.0  # when the first batch was asked for
+        self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
@@ -218,7 +221,9 @@ class Pack:
                 # One that was resumed from a later checkpoint waits until the others are there.
                 due = [m for m in active if m.trainer.step == step - 1]
                 wants = any(m.config.logs_at(step) for m in due)
+                began = time.perf_counter()
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
+                self.stepped += time.perf_counter() - began
 
                 if step == first + 1 and self.ranks.is_first:
                     self.tell([], reader)  # that the training has begun
@@ -284,7 +289,8 @@ class Pack:
     def tell(self, reports: list[Report], reader: Reader) -> None:
         """Sends reports; they are kept until they are settled."""
         self.reports += reports
-        self.call = self.roster.report.remote(self.plan.pack, reports, reader.gauges())
+        gauges = reader.gauges()._replace(step_seconds=self.stepped)
+        self.call = self.roster.report.remote(self.plan.pack, reports, gauges)
 
     def take_answer(self) -> set[str]:
         """SAEs that their trials have withdrawn, as of the last report.

@@ -219,6 +219,8 @@ class Roster:
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
             training_since=self.state.training_since,
+            training_until=self.state.training_until,
+            milestones=self.state.milestones,
             placement=self.streams.placement,
         )
 
@@ -268,11 +270,12 @@ class Roster:
         state = self.state.packs.get(pack)
         if state is None:  # launched by a former incarnation, and given up by it
             return Answer(self.state.incarnation, [r.name for r in reports], {})
-        state.reader = reader
+        state.reader = reader or state.reader
         if not self.state.over:
             self.state.phase = "training"
+            self.state.training_until = time.time()
             if self.state.training_since is None:
-                self.state.training_since = time.time()
+                self.state.training_since = self.state.training_until
         for r in reports:
             self.reports.take(state, r)
         return self.reports.answer(state)

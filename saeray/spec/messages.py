@@ -120,10 +120,11 @@ class Gauges(NamedTuple):
 
 
 class ReaderGauges(NamedTuple):
-    """One rank of a pack."""
+    """One rank of a pack, since its first batch came."""
 
     waited_seconds: float  # for activations
-    busy_seconds: float  # training
+    busy_seconds: float  # with what is done with them
+    step_seconds: float = 0.0  # of these: in the SAEs' step
 
 
 @dataclass
@@ -161,3 +162,6 @@ class SweepStatus:
     pass_tokens: list[int] = field(default_factory=list)
     placement: str = ""  # what was chosen of the cluster, and why
     training_since: float | None = None  # time.time() of the first optimizer step's report
+    training_until: float | None = None  # the same, of the newest report
+    # What of the start was there when, time.time(); for `benchmarks/startup.py`.
+    milestones: dict[str, float] = field(default_factory=dict)
