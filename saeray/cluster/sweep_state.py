@@ -153,6 +153,12 @@ class SweepState:
             kind = type(self.error) if isinstance(self.error, SaerayError) else SaerayError
             raise kind(str(self.error))
 
+    def trains(self) -> None:
+        """A pack has reported."""
+        self.phase, self.training_until = "training", time.time()
+        if self.training_since is None:
+            self.training_since = self.training_until
+
     def reached(self, milestone: str) -> None:
         """Notes when something of the start was there first."""
         self.milestones.setdefault(milestone, time.time())
