@@ -84,8 +84,7 @@ def sweep(
     refuse_existing(folder, config.name)
     with connected(address, namespace) as ends_ray:
         result = run(expand(config), folder, config.name, scheduler, live, ends_ray, began=began)
-    result.ended = time.time()
-    return result
+    return result.with_all_ended()
 
 
 def resume(
@@ -132,8 +131,7 @@ def resume(
     saes = saes_of(place)
     with connected(address, namespace) as ends_ray:
         result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
-    result.ended = time.time()
-    return result
+    return result.with_all_ended()
 
 
 def language_model_sae_runner(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeray.client.speed import Times, account, human
 from saeray.client.status_file import StatusFile
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.storage import Folder
@@ -40,19 +41,21 @@ class SweepResult:
     folder: Folder
     rows: list[dict[str, Any]]  # results.csv, row by row
     status: SweepStatus
-    began: float | None = None  # time.time() of this session, and of its end
-    ended: float = 0.0
-    trained_before: int = 0  # SAE-tokens, in earlier sessions
+    times: Times | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every SAE finished."""
         return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
 
+    def with_all_ended(self) -> SweepResult:
+        """The same, Ray's own end included in its times."""
+        if self.times is not None:
+            self.times = self.times._replace(ended=time.time())
+        return self
+
     def summary(self) -> str:
         """A table of the SAEs, the account of tokens, and where everything is."""
-        from saeray.client.speed import account, human
-
         lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
         for row in self.rows:
             figures = [
@@ -82,8 +85,8 @@ class SweepResult:
                 f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
                 "tokens, held out."
             )
-        if self.began is not None:
-            lines += account(status, self.began, self.ended, self.trained_before)
+        if self.times is not None:
+            lines += account(status, self.times)
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):
             lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
@@ -112,7 +115,7 @@ def run(
     """One sweep on the Ray instance this process is connected to.
 
     ends_ray: Ray ends with it. versions: what the sweep was begun with, if not here. watched: is
-    told how it stands, about once a second. began: time.time() of the command.
+    told how it stands, about once a second. began: time.time() of the command, if before.
     """
     import ray
 
@@ -120,7 +123,7 @@ def run(
     from saeray.actors.head_folder import seen_from_here
     from saeray.client.live import LiveView
 
-    limit = saes[0].config.wait_limit_s
+    began, limit = began or time.time(), saes[0].config.wait_limit_s
     versions = versions or provenance()
     roster, marker = begun(saes, folder, name, limit, resuming, versions)
     folder = seen_from_here(folder.uri, marker)
@@ -153,9 +156,10 @@ def run(
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     rows = SweepFolder(folder, name).read_rows()
+    times = Times(began, time.time(), trained_before)
     if note is not None:
-        note.write(status, rows)
-    return SweepResult(name, folder, rows, status, began, time.time(), trained_before)
+        note.write(status, rows, times)
+    return SweepResult(name, folder, rows, status, times)
 
 
 def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:

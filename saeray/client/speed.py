@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from saeray.spec.messages import Gauges, SweepStatus
 
 WAITS = 0.1  # of the trainers' time: with more waiting for activations, these are the limit
@@ -53,24 +55,29 @@ def harvesters_busy(gauges: Gauges) -> float:
     return min(1.0, gauges.harvest_seconds / elapsed) if elapsed > 0 else 0.0
 
 
-def account(status: SweepStatus, began: float, ended: float, trained_before: int) -> list[str]:
-    """Lines on a sweep that is over: wall time, start-up, speed, and what limited it.
+class Times(NamedTuple):
+    """Of one session of a sweep; time.time() where its driver runs."""
 
-    began, ended: time.time() of the command. trained_before: SAE-tokens of earlier sessions.
-    """
+    began: float
+    ended: float
+    trained_before: int = 0  # SAE-tokens, in earlier sessions
+
+
+def account(status: SweepStatus, times: Times) -> list[str]:
+    """Lines on a sweep that is over: wall time, start-up, speed, and what limited it."""
     if status.training_since is None or status.training_until is None:
         return []
-    wall = ended - began
-    start_up = status.training_since - began
+    wall = times.ended - times.began
+    start_up = status.training_since - times.began
     training = status.training_until - status.training_since
     rest = wall - start_up - training
-    saes = status.trained_tokens - trained_before
-    times = f"{duration(wall)} in all: {start_up:.1f} s to the first step, "
+    saes = status.trained_tokens - times.trained_before
+    words = f"{duration(wall)} in all: {start_up:.1f} s to the first step, "
     if training <= 0 or saes <= 0:
-        return [f"{times}the rest for evaluation and the end."]
+        return [f"{words}the rest for evaluation and the end."]
     one = sum(status.pass_tokens) * saes / max(1, status.trained_tokens)
     lines = [
-        f"{times}{training:.1f} s of training at {human(saes / training)} SAE-tokens/s "
+        f"{words}{training:.1f} s of training at {human(saes / training)} SAE-tokens/s "
         f"({human(one / training)} tokens/s), {rest:.1f} s for evaluation and the end."
     ]
     limit = bottleneck(status)

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from saeray.client.live import Rates, draw, summary, time_left
-from saeray.client.speed import account, bottleneck, duration, human
+from saeray.client.speed import Times, account, bottleneck, duration, human
 from saeray.spec.messages import DONE, TRAINING, Gauges, ReaderGauges, SAERow, SweepStatus
 
 
@@ -52,17 +52,17 @@ def test_what_limits_it():
 def test_the_account_of_a_sweep_that_is_over():
     over = status()
     over.pass_tokens = [75_000]
-    assert account(over, began=100.0, ended=160.0, trained_before=0) == []  # it never trained
+    assert account(over, Times(100.0, 160.0)) == []  # it never trained
     # 12 s to the first step, 40 s of training 150,000 SAE-tokens, 8 s for the rest.
     over.training_since, over.training_until = 112.0, 152.0
-    assert account(over, began=100.0, ended=160.0, trained_before=0) == [
+    assert account(over, Times(100.0, 160.0)) == [
         "1m00s in all: 12.0 s to the first step, 40.0 s of training at 3.75k SAE-tokens/s "
         "(1.88k tokens/s), 8.0 s for evaluation and the end.",
         "limit: the SAEs' step (100% of the time; harvesters idle 80%)",
     ]
     # Resumed: an earlier session had trained two thirds of them; and the start took the longest.
     over.training_since = 142.0
-    assert account(over, began=100.0, ended=160.0, trained_before=100_000) == [
+    assert account(over, Times(100.0, 160.0, 100_000)) == [
         "1m00s in all: 42.0 s to the first step, 10.0 s of training at 5k SAE-tokens/s "
         "(2.5k tokens/s), 8.0 s for evaluation and the end.",
         "limit: start-up, which was longer than the training; then the SAEs' step (100% of the "
