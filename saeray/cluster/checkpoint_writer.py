@@ -57,8 +57,8 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something that `wait` would wait for, or raise."""
-        return self.thread is not None
+        """Whether it is still at it."""
+        return self.thread is not None and self.thread.is_alive()
 
     def write(self, checkpoints: Sequence[ToWrite], reported: Mapping[str, int]) -> None:
         """Begins with it. Not before `wait` has ended what it was at.

@@ -248,10 +248,11 @@ class Pack:
         """The checkpoints of this step: those `n_checkpoints` wants, and all when time is up.
 
         All at the same step, so that SAEs that go on from them go on together. They are copied
-        here, and written while the training goes on.
+        here, and written while the training goes on, which time alone does not hold up.
         """
         every = self.shared.checkpoint_every_s
         time_is_up = every is not None and time.monotonic() - self.saved > every
+        time_is_up = time_is_up and not self.writer.busy
         wanted = due if time_is_up else [m for m in due if step in m.checkpoints]
         if wanted:
             self.wait_until_saved()
@@ -266,7 +267,7 @@ class Pack:
         """Until the checkpoints that are being written are."""
         if self.writer.busy:
             self.wait_until_settled()  # they wait for that, and a new roster must be told
-            self.writer.wait()
+        self.writer.wait()
 
     # --- telling the roster -----------------------------------------------------------------
 
