@@ -38,7 +38,7 @@ def titles(process: psutil.Process) -> str:
 
 
 def one_round(arguments: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds from the command to each milestone, and each process's on the CPU by the first step."""
+    """Seconds from the command to each milestone, and of the CPU by process, to the first step."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "status.json"
         command = [sys.executable, "-m", "saeray", "sweep", *arguments, "--storage-path", folder]

@@ -112,7 +112,6 @@ class Member:
 
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
-    sparse_step.prepare()
     roster, pack = settings["roster"], settings["pack"]
     limit = settings["wait_limit_s"]
     warm_up()
@@ -228,8 +227,10 @@ class Pack:
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
                 self.stepped += time.perf_counter() - began
 
-                if step == first + 1 and self.ranks.is_first:
-                    self.tell([], reader)  # that the training has begun
+                if step == first + 1:
+                    sparse_step.prepare()  # beside the first steps, which are dense
+                    if self.ranks.is_first:
+                        self.tell([], reader)  # that the training has begun
                 if wants:
                     gone = self.ranks.first_says(
                         self.report(due, metrics, step, reader) if self.ranks.is_first else None

@@ -18,12 +18,12 @@ from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import PARAMETERS, SAETrainer
 from saeray.spec.messages import Answer
 
-CONFIG = short_run()
+CONFIG, CPU = short_run(), torch.device("cpu")
 
 
 def trainer():
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
-    return SAETrainer(sae, options_of(CONFIG))
+    return SAETrainer(sae, options_of(CONFIG, CPU))
 
 
 def step(t):
@@ -74,7 +74,7 @@ def test_it_is_of_its_step_and_counts_when_its_reports_are_settled(roster, tmp_p
     writer.wait()
     assert not writer.busy
     found, _ = newest_checkpoint(folder)
-    again = found.trainer(options_of(CONFIG), torch.device("cpu"))
+    again = found.trainer(options_of(CONFIG, CPU), CPU)
     assert again.step == 3
     assert all(torch.equal(getattr(again.sae, n), at_three[n]) for n in PARAMETERS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["24", "8"]
