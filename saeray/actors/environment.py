@@ -6,6 +6,8 @@ import os
 
 # Set for the Ray that a sweep starts on its machine for itself: `client.own_ray`.
 OWN_RAY = "SAERAY_OWN_RAY"
+# The Ray that `client.own_ray` and `cluster.lean_trainer` know from the inside.
+TRIED_WITH = "2.60."
 
 
 def in_own_ray() -> bool:

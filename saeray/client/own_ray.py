@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from saeray.actors.environment import OWN_RAY
+from saeray.actors.environment import OWN_RAY, TRIED_WITH
 
 NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")  # methods of Ray's Node
 
@@ -45,10 +45,12 @@ def start_own_ray(**options: Any) -> None:
 
 @contextmanager
 def without_what_is_not_needed() -> Iterator[None]:
-    """With a Node that does not start those processes; other versions of Ray may start them all."""
+    """With a Node that does not start those processes; other versions of Ray start them all."""
+    import ray
     from ray._private.node import Node
 
-    kept = {name: getattr(Node, name) for name in NOT_NEEDED if hasattr(Node, name)}
+    tried = ray.__version__.startswith(TRIED_WITH)
+    kept = {name: getattr(Node, name) for name in NOT_NEEDED} if tried else {}
     for name in kept:
         setattr(Node, name, nothing)
     try:

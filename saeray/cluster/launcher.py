@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from saeray.actors.environment import in_own_ray, quieten_train
+from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train
 from saeray.actors.make import actor
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
@@ -19,7 +19,6 @@ from saeray.spec.placement import Fitted
 from saeray.stream.launch import Stream, running_stream
 
 RESTARTS = 3  # of a pack's worker group, by Ray Train
-TRIED_WITH = "2.60."  # the Ray that `lean_trainer` knows from the inside
 
 
 class AboutPack(NamedTuple):

@@ -6,7 +6,7 @@ the controller is alive (there is none), a manager of Ray Data sets (there are n
 controller and workers a runtime_env of variables that all processes have inherited anyway, so that
 none of them can be one that Ray has started in advance. `client.own_ray` does the like to Ray.
 
-All of this is done by private means, so only with the version it was tried with (`launcher`).
+All of this is done by private means, so only with the version it was tried with (`TRIED_WITH`).
 Imported by launchers and, when it unpickles what they hand on, by Ray Train's controller.
 """
 

@@ -1,10 +1,14 @@
-"""What the pack loop takes from a config."""
+"""What the pack loop takes from a config, and gives away."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.configs import short_run
 
-from saeray.cluster.pack import checkpoint_steps, compute_dtype
+from saeray.cluster.pack import Pack, checkpoint_steps, compute_dtype
+from saeray.sae.standard import initial_sae
+from saeray.sae.trainer import PARAMETERS
 
 
 def test_checkpoints_come_at_the_guides_tokens():
@@ -27,3 +31,16 @@ def test_what_products_are_made_in_is_a_matter_of_the_device(given, dtype, on_cp
     config = short_run(compute_dtype=given, dtype=dtype)
     assert compute_dtype(config, torch.device("cpu")) == on_cpu
     assert compute_dtype(config, torch.device("cuda")) == on_cuda
+
+
+def test_a_snapshot_stays_what_it_was_while_the_training_goes_on(ray_instance):
+    import ray
+
+    sae = initial_sae(64, 2048, seed=0, b_dec=torch.zeros(64), dtype=torch.float32)
+    before = {name: getattr(sae, name).clone() for name in PARAMETERS}
+    member = SimpleNamespace(trainer=SimpleNamespace(published=sae))
+    snapshot = Pack.snapshot(None, member)
+    for name in PARAMETERS:
+        getattr(sae, name).add_(1.0)  # in place, as the step does
+    got = ray.get(snapshot)
+    assert all(torch.equal(torch.from_numpy(got[name].copy()), before[name]) for name in PARAMETERS)
