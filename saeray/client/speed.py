@@ -8,6 +8,7 @@ from saeray.spec.messages import Gauges, SweepStatus
 
 WAITS = 0.1  # of the trainers' time: with more waiting for activations, these are the limit
 AROUND = 0.2  # the same, for what they do around the step
+EARLY = 2.0  # seconds, in which the first steps load this and that
 BUSY = 0.5  # of the harvesters' time: with less, it is not the language model that is waited for
 
 
@@ -28,12 +29,15 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def bottleneck(status: SweepStatus) -> str:
-    """What limits the training, and by which figures; before it begins, what is waited for."""
+def bottleneck(status: SweepStatus, after: float = EARLY) -> str:
+    """What limits the training, and by which figures; before it begins, what is waited for.
+
+    after: seconds of the trainers' time, before which nothing is said of it.
+    """
     waited = sum(r.waited_seconds for r in status.readers.values())
     busy = sum(r.busy_seconds for r in status.readers.values())
     stepped = sum(r.step_seconds for r in status.readers.values())
-    if waited + busy <= 0:
+    if waited + busy <= after:
         return status.phase
     waits, around = waited / (waited + busy), max(0.0, busy - stepped) / (waited + busy)
     harvesting = max((harvesters_busy(g) for g in status.gauges), default=0.0)
@@ -80,7 +84,7 @@ def account(status: SweepStatus, times: Times) -> list[str]:
         f"{words}{training:.1f} s of training at {human(saes / training)} SAE-tokens/s "
         f"({human(one / training)} tokens/s), {rest:.1f} s for evaluation and the end."
     ]
-    limit = bottleneck(status)
+    limit = bottleneck(status, 0.0).removeprefix("limit: ")
     if start_up > training:
-        limit = f"limit: start-up, which was longer than the training; then {limit[7:]}"
-    return [*lines, limit]
+        limit = f"start-up, which was longer than the training; then {limit}"
+    return [*lines, f"limit: {limit}"]

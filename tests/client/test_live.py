@@ -47,6 +47,7 @@ def test_what_limits_it():
         "limit: what is around the SAEs' step (30% of the trainers' time)"
     )
     assert bottleneck(SweepStatus([], "starting trainers")) == "starting trainers"
+    assert bottleneck(status(busy=1.5, stepped=0.5)) == "training"  # too early to say
 
 
 def test_the_account_of_a_sweep_that_is_over():
