@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from saeray.actors.environment import quieten_train
+from saeray.client.own_ray import runs_here, start_own_ray
 from saeray.errors import ConfigError, bad_value
 from saeray.lm.hub import PACKAGE
 from saeray.spec.messages import NAMESPACE
@@ -60,9 +62,7 @@ def settings() -> dict[str, str]:
 
 def quieten() -> None:
     """Settings of Ray Train and Tune that processes of a sweep have, before these are imported."""
-    # Without the two processes Train would start to watch for preemption.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    quieten_train()
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables; the live view is ours
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # we write the metrics
@@ -90,13 +90,12 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
         "namespace": namespace or NAMESPACE,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": settings()},
     }
-    if address in (None, LOCAL):
-        # The history of every call, for a dashboard: there is none, and it takes 8 KB a block.
-        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-        ray.init(address=address, include_dashboard=False, **options)
+    if address == LOCAL or (address is None and not runs_here()):
+        start_own_ray(**options)
         return True
+    address = address or "auto"
+    options["runtime_env"] = {"env_vars": settings()}
     if address.startswith(CLIENT):
         options["runtime_env"] = runtime_env()
     for tries_left in reversed(range(CONNECT_TRIES)):

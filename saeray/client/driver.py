@@ -109,7 +109,7 @@ class Driver:
                 versions=self.versions,
                 watched=note,
             )
-            self.ended = Outcome(result.rows, result.status)
+            self.ended = Outcome(result.rows, result.status, times=result.times)
         except Exception as error:
             text = str(error) if isinstance(error, SaerayError) else repr(error)
             self.ended = Outcome([], self.status, text, isinstance(error, ConfigError))
@@ -197,7 +197,7 @@ def drive(
     if home is not None:
         fetch_folder(folder, home)
         folder = home
-    return SweepResult(folder.name, folder, outcome.rows, outcome.status)
+    return SweepResult(folder.name, folder, outcome.rows, outcome.status, outcome.times)
 
 
 def driver_of(

@@ -22,6 +22,7 @@ from saeray.actors.waiting import NotYet
 from saeray.client.connect import runtime_env, why_not
 from saeray.client.driver import home_copy
 from saeray.client.session import SweepResult, absolute
+from saeray.client.speed import Times
 from saeray.client.status_file import STATUS_FILE, status_from
 from saeray.client.watch import Outcome, watch
 from saeray.errors import SaerayError
@@ -100,7 +101,8 @@ class Job:
         status = status_from(data) if data else SweepStatus(rows=[], phase="ended")
         if "results" not in data:
             return Outcome([], status, f"the job {self.id} failed:\n{last_words(self.output())}")
-        return Outcome(data["results"], status)
+        times = data.get("times")  # none from a cluster with an earlier version
+        return Outcome(data["results"], status, times=None if times is None else Times(*times))
 
 
 def last_words(output: str) -> str:
@@ -161,7 +163,8 @@ def follow(
     outcome = watch(job.look, job.outcome, stop, name, live)
     if outcome.error is not None:
         raise SaerayError(outcome.error)
-    return SweepResult(name, Folder.at(folder_of(outcome, name)), outcome.rows, outcome.status)
+    place = Folder.at(folder_of(outcome, name))
+    return SweepResult(name, place, outcome.rows, outcome.status, outcome.times)
 
 
 def folder_of(outcome: Outcome, name: str) -> str:

@@ -13,28 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from saeray.client.speed import bottleneck, duration, human
 from saeray.errors import Late, printable
 from saeray.spec.messages import ENDS, SweepStatus
 
 LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
-
-
-def human(n: float) -> str:
-    """1234567 -> 1.23M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
-def duration(seconds: float) -> str:
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 class Rates:
@@ -53,22 +37,6 @@ class Rates:
             return 0.0, 0.0
         (t0, h0, s0), (t1, h1, s1) = self.looks[0], self.looks[-1]
         return (h1 - h0) / (t1 - t0), (s1 - s0) / (t1 - t0)
-
-
-def bottleneck(status: SweepStatus) -> str:
-    """Who waits for whom, in words."""
-    waited = sum(r.waited_seconds for r in status.readers.values())
-    busy = sum(r.busy_seconds for r in status.readers.values())
-    if waited + busy <= 0:
-        return status.phase
-    share = waited / (waited + busy)
-    idle = 1.0
-    for g in status.gauges:
-        if g.elapsed_seconds > 0:
-            idle = min(idle, 1 - g.harvest_seconds / (g.elapsed_seconds * g.n_harvesters))
-    if share > 0.1:
-        return f"trainers wait for activations {share:.0%} of the time"
-    return f"harvesters idle {max(0.0, idle):.0%} of the time: training is the limit"
 
 
 def time_left(status: SweepStatus, trained_per_second: float) -> float | None:
@@ -167,11 +135,17 @@ class LiveView:
         self.thread.join(timeout=10)
 
     def update(self) -> None:
-        self.status = self.look()
+        self.take_a_look()
         self.status.warnings = [printable(w) for w in self.status.warnings]
         self.rates.add(time.monotonic(), self.status)
         if self.watched is not None:
             self.watched(self.status)
+
+    def take_a_look(self) -> None:
+        since = self.status.training_since
+        self.status = self.look()
+        if since is not None:  # a roster that was started again does not know
+            self.status.training_since = since
 
     def run(self) -> None:
         if self.live and self.console.is_terminal:
@@ -207,16 +181,19 @@ class LiveView:
             return  # the roster is busy; the next look will tell
         live.update(draw(self.status, self.rates, time.monotonic() - self.started), refresh=True)
 
-    def wait_for_stream(self) -> None:
-        """Until model, hook points and dataset are found to be right, or not."""
-        while not self.status.gauges and self.status.error is None and self.thread.is_alive():
+    def wait_for_training(self) -> None:
+        """Until the first optimizer step is done, or it is known that there will be none."""
+        while self.thread.is_alive():
+            begun = self.status.training_since is not None or self.status.error is not None
+            if begun or all(row.state in ENDS for row in self.status.rows):
+                return
             time.sleep(0.1)
 
     def wait_for_end(self, limit_s: float) -> None:
         """Until every SAE has reached an end (those Tune stopped are still being evaluated)."""
         deadline = time.monotonic() + limit_s
         while True:
-            self.status = self.look()
+            self.take_a_look()
             if all(row.state in ENDS for row in self.status.rows):
                 return
             if time.monotonic() > deadline:

@@ -54,6 +54,7 @@ def sweep(
     Raises:
         ConfigError: bad input, before anything is spent.
     """
+    began = time.time()
     if not isinstance(config, LanguageModelSAERunnerConfig):
         config = LanguageModelSAERunnerConfig.from_dict(config)
     config = config.replace(
@@ -82,7 +83,8 @@ def sweep(
     folder = Folder.at(config.storage_path) / config.name
     refuse_existing(folder, config.name)
     with connected(address, namespace) as ends_ray:
-        return run(expand(config), folder, config.name, scheduler, live, ends_ray)
+        result = run(expand(config), folder, config.name, scheduler, live, ends_ray, began=began)
+    return result.with_all_ended()
 
 
 def resume(
@@ -106,7 +108,7 @@ def resume(
     Raises:
         ConfigError: no sweep is there, or its sweep.yaml is damaged.
     """
-    address = chosen(address)
+    began, address = time.time(), chosen(address)
     if is_jobs(address):
         from saeray.client.jobs import resume_as_job
 
@@ -128,7 +130,8 @@ def resume(
         return done
     saes = saes_of(place)
     with connected(address, namespace) as ends_ray:
-        return run(saes, place, place.name, scheduler, live, ends_ray, resuming=True)
+        result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
+    return result.with_all_ended()
 
 
 def language_model_sae_runner(

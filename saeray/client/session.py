@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeray.client.speed import Times, account, human
 from saeray.client.status_file import StatusFile
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.storage import Folder
@@ -39,16 +41,21 @@ class SweepResult:
     folder: Folder
     rows: list[dict[str, Any]]  # results.csv, row by row
     status: SweepStatus
+    times: Times | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every SAE finished."""
         return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
 
+    def with_all_ended(self) -> SweepResult:
+        """The same, Ray's own end included in its times."""
+        if self.times is not None:
+            self.times = self.times._replace(ended=time.time())
+        return self
+
     def summary(self) -> str:
         """A table of the SAEs, the account of tokens, and where everything is."""
-        from saeray.client.live import human
-
         lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
         for row in self.rows:
             figures = [
@@ -78,6 +85,8 @@ class SweepResult:
                 f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
                 "tokens, held out."
             )
+        if self.times is not None:
+            lines += account(status, self.times)
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):
             lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
@@ -101,11 +110,12 @@ def run(
     resuming: bool = False,
     versions: Mapping[str, Any] | None = None,
     watched: Callable[[SweepStatus], None] | None = None,
+    began: float | None = None,
 ) -> SweepResult:
     """One sweep on the Ray instance this process is connected to.
 
     ends_ray: Ray ends with it. versions: what the sweep was begun with, if not here. watched: is
-    told how it stands, about once a second.
+    told how it stands, about once a second. began: time.time() of the command, if before.
     """
     import ray
 
@@ -113,7 +123,7 @@ def run(
     from saeray.actors.head_folder import seen_from_here
     from saeray.client.live import LiveView
 
-    limit = saes[0].config.wait_limit_s
+    began, limit = began or time.time(), saes[0].config.wait_limit_s
     versions = versions or provenance()
     roster, marker = begun(saes, folder, name, limit, resuming, versions)
     folder = seen_from_here(folder.uri, marker)
@@ -124,14 +134,13 @@ def run(
         watched or (note.write if note is not None else None),
     )
     view.update()
-    keep_keys_out_of_logs()  # and Tune is imported while the language model is being loaded
-    ended = {row.name for row in view.status.rows if row.state in ENDS}
+    trained_before = view.status.trained_tokens
     try:
         with view:
-            # Trials only wait for reports, and on few cores their start takes a while from the
-            # others: after what may yet turn out to be bad input, before the training.
-            view.wait_for_stream()
+            # Trials only wait for reports, and a process for each takes seconds of a few cores.
+            view.wait_for_training()
             if view.status.error is None:
+                ended = {row.name for row in view.status.rows if row.state in ENDS}
                 run_trials([s for s in saes if s.name not in ended], folder, name, scheduler)
                 view.wait_for_end(limit)
     finally:
@@ -147,16 +156,21 @@ def run(
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     rows = SweepFolder(folder, name).read_rows()
+    times = Times(began, time.time(), trained_before)
     if note is not None:
-        note.write(status, rows)
-    return SweepResult(name, folder, rows, status)
+        note.write(status, rows, times)
+    return SweepResult(name, folder, rows, status, times)
 
 
 def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
     """Tune, from the first trial of these SAEs to the end of the last."""
+    if not saes:
+        return
     from ray import tune
 
     from saeray.cluster.trial import INTERNAL, SAETrial
+
+    keep_keys_out_of_logs()
 
     # A failed SAE is in the results with its reason; Tune would print its traceback too.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -179,12 +193,13 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
 def keep_keys_out_of_logs() -> None:
     """Keeps Tune from handing on AWS keys in a runtime_env, which Ray writes into its logs.
 
-    On this machine trials inherit them; a cluster's nodes need their own anyway.
+    On this machine trials inherit them; a cluster's nodes need their own anyway. Nor does Tune hand
+    on anything else: a process with a runtime_env takes half a second more of a core to start.
     """
     from ray.tune.execution import class_cache
 
-    handed_on: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
-    handed_on -= {name for name in handed_on if name.startswith("AWS_")}
+    for handed_on in ("ENV_VARS_TO_PROPAGATE", "DEFAULT_ENV_VARS"):
+        getattr(class_cache, handed_on, set()).clear()
 
 
 def begun(

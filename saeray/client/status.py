@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeray.client.live import bottleneck, duration
+from saeray.client.speed import bottleneck, duration
 from saeray.cluster import registry
 from saeray.cluster.dispatch import CLOSE_SECONDS
 from saeray.files import strict_json
@@ -33,7 +33,7 @@ class Listed:
     progress: float  # 0 to 1, of all optimizer steps
     began: float  # time.time()
     seconds_left: float | None
-    limit: str  # of a running one: who waits for whom
+    limit: str  # of a running one: what limits it
     folder: str
     error: str | None
     warnings: list[str]
@@ -94,7 +94,7 @@ def with_status(one: Listed, status: SweepStatus) -> None:
     one.progress = steps / total if total else 0.0
     one.n_saes = len(status.rows)
     one.n_ended = sum(row.state in (DONE, STOPPED, FAILED, INTERRUPTED) for row in status.rows)
-    one.limit = bottleneck(status)
+    one.limit = bottleneck(status).removeprefix("limit: ")
     one.error = status.error or next((r.error for r in status.rows if r.error), None)
     one.warnings = list(status.warnings)
     if status.training_since is not None and steps:

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from saeray.client.speed import Times
 from saeray.files import strict_json
 from saeray.spec.messages import Gauges, ReaderGauges, SAERow, SweepStatus
 
@@ -32,8 +33,15 @@ class StatusFile:
         name, node = os.environ.get(STATUS_FILE), worker._global_node
         return cls(Path(node.get_logs_dir_path()) / name) if name and node is not None else None
 
-    def write(self, status: SweepStatus, rows: list[dict[str, Any]] | None = None) -> None:
-        data = status_as_data(status) | ({} if rows is None else {"results": rows})
+    def write(
+        self,
+        status: SweepStatus,
+        rows: list[dict[str, Any]] | None = None,
+        times: Times | None = None,
+    ) -> None:
+        data = status_as_data(status)
+        if rows is not None:
+            data |= {"results": rows, "times": times}
         part = self.path.with_suffix(".part")
         part.write_text(strict_json.dumps(data), encoding="utf-8")
         os.replace(part, self.path)

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 
 from saeray.actors.waiting import NotYet
 from saeray.client.live import LiveView
+from saeray.client.speed import Times
 from saeray.spec.messages import SweepStatus
 
 
@@ -25,6 +26,7 @@ class Outcome:
     status: SweepStatus
     error: str | None = None
     bad_input: bool = False
+    times: Times | None = None
 
 
 class LeftRunning(KeyboardInterrupt):

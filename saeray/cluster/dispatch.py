@@ -230,6 +230,7 @@ class Dispatch:
         if state is None:
             return NOTHING
         state.heard_of = True
+        self.state.reached("trainer")
         deadline = time.monotonic() + POLL_SECONDS
         while state.stream is None and time.monotonic() < deadline:
             if self.state.over or self.state.error is not None or state.nothing_to_do:

@@ -1,4 +1,4 @@
-"""Launcher: the actor that runs one pack's TorchTrainer to its end, `<roster>/<pack>` by name.
+"""Launcher: the actor that runs one pack's Ray Train run to its end, `<roster>/<pack>` by name.
 
 It belongs to no process, like the actors of streams: a roster that was started again finds it.
 """
@@ -6,12 +6,12 @@ It belongs to no process, like the actors of streams: a roster that was started 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from typing import Any, NamedTuple
 
 import ray
 
+from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train
 from saeray.actors.make import actor
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
@@ -31,7 +31,7 @@ class AboutPack(NamedTuple):
 
 
 class Launcher:
-    """The actor that runs one pack's TorchTrainer to its end."""
+    """The actor that runs one pack's trainer to its end."""
 
     def __init__(self, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float):
         self.about = about
@@ -70,18 +70,14 @@ def start_launcher(
 
 
 def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
-    """Runs one pack's TorchTrainer to its end."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    """Runs one pack's trainer to its end."""
+    quieten_train()
     from ray import train
-    from ray.train.torch import TorchTrainer
-
-    from saeray.cluster.pack import train_pack
 
     fitted = about.fitted
     per_worker = dict(fitted.trainer.resources)
-    TorchTrainer(
-        train_pack,
+    trainer_class(fitted.num_workers)(
+        in_each_worker,
         train_loop_config={"roster": roster, "pack": about.name, "wait_limit_s": wait_limit_s},
         scaling_config=train.ScalingConfig(
             num_workers=fitted.num_workers,
@@ -95,6 +91,30 @@ def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: flo
             failure_config=train.FailureConfig(max_failures=RESTARTS),
         ),
     ).fit()
+
+
+def trainer_class(n_ranks: int) -> Any:
+    """Ray Train's, for a pack of so many ranks.
+
+    One rank has no process group, and so no need of `TorchTrainer`: that imports torch here and in
+    Ray Train's controller, where nobody else does, before any worker starts.
+    """
+    if n_ranks > 1:
+        from ray.train.torch import TorchTrainer as Trainer
+    else:
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Trainer
+    if in_own_ray() and ray.__version__.startswith(TRIED_WITH):
+        from saeray.cluster.lean_trainer import lean
+
+        return lean(Trainer)
+    return Trainer
+
+
+def in_each_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs. The pack's loop needs torch, which the launcher does without."""
+    from saeray.cluster.pack import train_pack
+
+    train_pack(settings)
 
 
 async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:

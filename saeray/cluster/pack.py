@@ -20,8 +20,16 @@ from torch import Tensor
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
+from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
+from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
-from saeray.files.checkpoint import delete_others, newest_checkpoint, save_checkpoint, save_final
+from saeray.files.checkpoint import (
+    delete_others,
+    newest_checkpoint,
+    save_checkpoint,
+    save_final,
+    taken,
+)
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
@@ -69,20 +77,6 @@ def filled(value: T | None) -> T:
     return value
 
 
-def kept_tokens(config: LanguageModelSAERunnerConfig) -> set[int]:
-    """Tokens at which `n_checkpoints` wants a checkpoint; any other is deleted in time."""
-    return {step * config.train_batch_size for step in checkpoint_steps(config)}
-
-
-def checkpoint_steps(config: LanguageModelSAERunnerConfig) -> set[int]:
-    """Steps after which a checkpoint is due: at range(0, total, total // n)[1:] tokens."""
-    n, total = config.n_checkpoints, config.training_tokens
-    if n == 0:
-        return set()
-    tokens = range(0, total, max(1, total // n))[1:]
-    return {max(1, round(t / config.train_batch_size)) for t in tokens} - {config.steps}
-
-
 @dataclass
 class Member:
     """One SAE of the pack."""
@@ -97,12 +91,21 @@ class Member:
     def n_training_tokens(self) -> int:
         return self.trainer.step * self.config.train_batch_size
 
+    @property
+    def checkpoints_at(self) -> Folder:
+        return self.folder / "checkpoints"
+
+    @property
+    def kept(self) -> set[int]:
+        """Tokens at which `n_checkpoints` wants a checkpoint; any other is deleted in time."""
+        return {step * self.config.train_batch_size for step in self.checkpoints}
+
 
 def train_pack(settings: dict[str, Any]) -> None:
     """Trains the pack's SAEs to their end; runs in each Ray Train worker."""
-    sparse_step.prepare()
     roster, pack = settings["roster"], settings["pack"]
     limit = settings["wait_limit_s"]
+    warm_up()
     plan = waiting.poll(lambda: roster.plan.remote(pack), limit, "roster")
     if not plan.configs:
         return
@@ -136,6 +139,8 @@ class Pack:
         self.incarnation: str | None = None  # of the roster that was told all of them
         self.withdrawn: set[str] = set()
         self.started = 0.0  # when the first batch was asked for
+        self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.bos)
+        self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
@@ -209,8 +214,14 @@ class Pack:
                 # One that was resumed from a later checkpoint waits until the others are there.
                 due = [m for m in active if m.trainer.step == step - 1]
                 wants = any(m.config.logs_at(step) for m in due)
+                began = time.perf_counter()
                 metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
+                self.stepped += time.perf_counter() - began
 
+                if step == first + 1:
+                    sparse_step.prepare()  # beside the first steps, which are dense
+                    if self.ranks.is_first:
+                        self.tell([], reader)  # that the training has begun
                 if wants:
                     gone = self.ranks.first_says(
                         self.report(due, metrics, step, reader) if self.ranks.is_first else None
@@ -221,29 +232,34 @@ class Pack:
                 if self.ranks.is_first:
                     self.save([m for m in due if m in active], step)
             self.wait_until_settled()
+            self.writer.wait()
         finally:
             reader.close()
 
     def save(self, due: list[Member], step: int) -> None:
         """The checkpoints of this step: those `n_checkpoints` wants, and all when time is up.
 
-        All at the same step, so that SAEs that go on from them go on together; and only when what
-        was reported up to this step is written down, since nobody will report it again.
+        All at the same step, so that SAEs that go on from them go on together. They are copied
+        here, and written while the training goes on, which time alone does not hold up.
         """
         every = self.shared.checkpoint_every_s
         time_is_up = every is not None and time.monotonic() - self.saved > every
+        time_is_up = time_is_up and not self.writer.busy
         wanted = due if time_is_up else [m for m in due if step in m.checkpoints]
         if wanted:
-            self.wait_until_settled()
-        for m in wanted:
-            self.save_one(m)
+            self.wait_until_saved()
+            self.writer.write(
+                [ToWrite(m.checkpoints_at, m.config, taken(m.trainer), m.kept) for m in wanted],
+                {r.name: r.step for r in self.reports},
+            )
         if time_is_up:
             self.saved = time.monotonic()
 
-    def save_one(self, m: Member) -> None:
-        folder = m.folder / "checkpoints"
-        save_checkpoint(folder / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos)
-        delete_others(folder, kept_tokens(m.config) | {m.n_training_tokens})
+    def wait_until_saved(self) -> None:
+        """Until the checkpoints that are being written are."""
+        if self.writer.busy:
+            self.wait_until_settled()  # they wait for that, and a new roster must be told
+        self.writer.wait()
 
     # --- telling the roster -----------------------------------------------------------------
 
@@ -273,7 +289,8 @@ class Pack:
     def tell(self, reports: list[Report], reader: Reader) -> None:
         """Sends reports; they are kept until they are settled."""
         self.reports += reports
-        self.call = self.roster.report.remote(self.plan.pack, reports, reader.gauges())
+        gauges = reader.gauges()._replace(step_seconds=self.stepped)
+        self.call = self.roster.report.remote(self.plan.pack, reports, gauges)
 
     def take_answer(self) -> set[str]:
         """SAEs that their trials have withdrawn, as of the last report.
@@ -343,13 +360,17 @@ class Pack:
         )
 
     def publish(self, m: Member, report: Report, state: str) -> Report:
+        self.wait_until_saved()
         if state == STOPPED:  # a paused trial may come back to it
             self.wait_until_settled()
-            self.save_one(m)
+            save_checkpoint(
+                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos
+            )
+            delete_others(m.checkpoints_at, m.kept | {m.n_training_tokens})
         final = m.folder / "final"
         save_final(final, m.config, m.trainer, self.plan.bos)
         if state == DONE:
-            delete_others(m.folder / "checkpoints", kept_tokens(m.config))
+            delete_others(m.checkpoints_at, m.kept)
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)
 
     def snapshot(self, m: Member) -> Any:
@@ -358,7 +379,7 @@ class Pack:
         The roster's hold on it keeps it alive, as long as this process, its owner, lives.
         """
         sae = m.trainer.published
-        return ray.put({k: to_array(getattr(sae, k).detach()).copy() for k in PARAMETERS})
+        return ray.put({k: to_array(getattr(sae, k).detach()) for k in PARAMETERS})  # copies
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)

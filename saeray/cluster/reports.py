@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -114,11 +115,20 @@ class Reports:
     async def note_settled(self, entry: Entry, written: Any) -> None:
         entry.settled = max(entry.settled, await asyncio.wrap_future(written) or 0)
 
-    async def settled(self, pack: PackState) -> NotYet | None:
-        """Returns None once nothing of the pack waits for its evaluation any more."""
-        entries = [self.state.entries[n] for n in pack.members]
+    async def settled(
+        self, pack: PackState, upto: Mapping[str, int] | None = None
+    ) -> NotYet | None:
+        """Returns None once nothing of the pack waits for its evaluation any more.
+
+        upto: no report of these SAEs up to these steps; later ones may.
+        """
+        entries = [self.state.entries[n] for n in (pack.members if upto is None else upto)]
+
+        def waits(e: Entry) -> bool:
+            return bool(e.pending) and (upto is None or e.pending[0][0].step <= upto[e.name])
+
         deadline = time.monotonic() + POLL_SECONDS
-        while any(e.pending for e in entries):
+        while any(map(waits, entries)):
             if time.monotonic() > deadline:
                 return NotYet("the harvesters (evaluation)")
             await asyncio.sleep(0.05)

@@ -219,6 +219,8 @@ class Roster:
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
             training_since=self.state.training_since,
+            training_until=self.state.training_until,
+            milestones=self.state.milestones,
             placement=self.streams.placement,
         )
 
@@ -268,22 +270,20 @@ class Roster:
         state = self.state.packs.get(pack)
         if state is None:  # launched by a former incarnation, and given up by it
             return Answer(self.state.incarnation, [r.name for r in reports], {})
-        state.reader = reader
-        if reports and not self.state.over:
-            self.state.phase = "training"
-            if self.state.training_since is None:
-                self.state.training_since = time.time()
+        state.reader = reader or state.reader
+        if not self.state.over:
+            self.state.trains()
         for r in reports:
             self.reports.take(state, r)
         return self.reports.answer(state)
 
-    async def settled(self, pack: str) -> Answer | NotYet:
-        """An answer once nothing of the pack waits for its evaluation any more."""
+    async def settled(self, pack: str, upto: dict[str, int] | None = None) -> Answer | NotYet:
+        """An answer once nothing of the pack (upto: of these SAEs, to these steps) is pending."""
         await self.ready
         state = self.state.packs.get(pack)
         if state is None:
             return Answer(self.state.incarnation, [], {})
-        return await self.reports.settled(state) or self.reports.answer(state)
+        return await self.reports.settled(state, upto) or self.reports.answer(state)
 
     async def broken(self, pack: str, problem: str) -> None:
         """A pack says why it can't go on; starting it again would not help."""

@@ -191,6 +191,7 @@ class Streams:
         except Exception as error:
             self.reports.give_up(error)
             raise
+        self.state.reached("language model and text")
         self.running.append(stream)
         if stream.memory:
             self.placement += f"; {stream.memory}"

@@ -12,6 +12,7 @@ share. An SAE's life:
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
@@ -123,6 +124,8 @@ class SweepState:
         # LM tokens harvested and read from cache by each incarnation of a buffer.
         self.tokens: dict[str, tuple[int, int]] = {}
         self.training_since: float | None = None
+        self.training_until: float | None = None
+        self.milestones: dict[str, float] = {"roster": time.time()}
         self.interrupted = False  # nothing more is to be trained
         self.closed = False  # closing, or closed
         self.remembering = asyncio.Lock()
@@ -149,6 +152,16 @@ class SweepState:
         if self.error is not None:
             kind = type(self.error) if isinstance(self.error, SaerayError) else SaerayError
             raise kind(str(self.error))
+
+    def trains(self) -> None:
+        """A pack has reported."""
+        self.phase, self.training_until = "training", time.time()
+        if self.training_since is None:
+            self.training_since = self.training_until
+
+    def reached(self, milestone: str) -> None:
+        """Notes when something of the start was there first."""
+        self.milestones.setdefault(milestone, time.time())
 
     def do(self, work: Any) -> asyncio.Task[Any]:
         """Work in the background; asyncio itself keeps no hold on it."""

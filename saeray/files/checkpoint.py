@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load, save
@@ -93,6 +93,35 @@ def save_final(
     folder.publish(sae_files(config, trainer.published, trainer.firing_frequency, bos))
 
 
+class Taken(NamedTuple):
+    """An SAE in training as it was at one step: a copy, so that its training may go on."""
+
+    step: int
+    published: StandardSAE
+    frequency: Tensor  # [L], of firing
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def taken(trainer: SAETrainer) -> Taken:
+    """All that a checkpoint of it is written from, in main memory."""
+
+    def copy(t: Tensor) -> Tensor:
+        return t.detach().to("cpu", copy=True)
+
+    tensors, numbers = trainer.state()
+    if trainer.activation_scale != 1.0:  # sae_lens loads what is folded; training needs what is not
+        tensors |= {f"sae.{name}": getattr(trainer.sae, name) for name in PARAMETERS}
+    published = trainer.published
+    return Taken(
+        trainer.step,
+        StandardSAE(**{name: copy(getattr(published, name)) for name in PARAMETERS}),
+        copy(trainer.firing_frequency),
+        {name: copy(t) for name, t in tensors.items()},
+        numbers,
+    )
+
+
 def save_checkpoint(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
@@ -100,17 +129,22 @@ def save_checkpoint(
     bos: Bos | None = None,
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
-    tensors, numbers = trainer.state()
-    files = sae_files(config, trainer.published, trainer.firing_frequency, bos)
-    if trainer.activation_scale != 1.0:  # sae_lens loads what is folded; training needs what is not
-        tensors |= {f"sae.{name}": getattr(trainer.sae, name) for name in PARAMETERS}
-    files["train_state.safetensors"] = save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    )
+    save_taken(folder, config, taken(trainer), bos)
+
+
+def save_taken(
+    folder: Folder,
+    config: LanguageModelSAERunnerConfig,
+    state: Taken,
+    bos: Bos | None = None,
+) -> None:
+    """`save_checkpoint` of what was taken earlier."""
+    files = sae_files(config, state.published, state.frequency, bos)
+    files["train_state.safetensors"] = save({n: t.contiguous() for n, t in state.tensors.items()})
     files[STATE_MARKER] = json_bytes(
         {
-            **numbers,
-            "n_training_tokens": trainer.step * config.train_batch_size,
+            **state.numbers,
+            "n_training_tokens": state.step * config.train_batch_size,
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
     )

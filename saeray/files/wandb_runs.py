@@ -102,6 +102,7 @@ class WandbRuns:
         self.warn = warn
         self.off = os.environ.get("WANDB_MODE") == "disabled"
         self.runs: dict[str, WandbRun] = {}
+        self.wanted = False  # by any SAE
         self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
         # wandb writes to a local folder; a sweep's on object storage is kept beside the process.
@@ -113,15 +114,18 @@ class WandbRuns:
         def call() -> None:
             self.runs[name] = WandbRun(config, name, self.folder, self.directory, "allow")
 
+        # wandb is imported and told of them with the first line: until then an SAE has better uses
+        # for the time.
         if config.log_to_wandb:
-            self.later(call)
+            self.wanted = True
+            self.in_line(call)
 
     def log(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
         def call() -> None:
             if name in self.runs:
                 self.runs[name].log(metrics, step)
 
-        if self.thread is not None:
+        if self.wanted:
             self.later(call)
 
     def finish(self, name: str, failed: bool) -> None:
@@ -129,7 +133,7 @@ class WandbRuns:
             if name in self.runs:
                 self.runs.pop(name).finish(failed)
 
-        if self.thread is not None:
+        if self.wanted:
             self.later(call)
 
     def close(self) -> None:
@@ -144,6 +148,14 @@ class WandbRuns:
     # --- the thread -------------------------------------------------------------------------
 
     def later(self, call: Callable[[], None]) -> None:
+        """Has a call made, after those that are in line."""
+        self.in_line(call)
+        if self.thread is None and not self.off:
+            # Not a pool's: Python waits for those at its exit, however long they hang.
+            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+            self.thread.start()
+
+    def in_line(self, call: Callable[[], None]) -> None:
         """Puts a call in line; none that is still in line is made once wandb is given up."""
 
         def unless_off() -> None:
@@ -152,13 +164,8 @@ class WandbRuns:
 
         if self.calls.qsize() >= MOST_IN_LINE:
             self.give_up(f"it is too slow for this sweep, {MOST_IN_LINE:,} lines wait for it")
-        if self.off:
-            return
-        if self.thread is None:
-            # Not a pool's: Python waits for those at its exit, however long they hang.
-            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
-            self.thread.start()
-        self.calls.put(unless_off)
+        if not self.off:
+            self.calls.put(unless_off)
 
     def work(self) -> None:
         while True:

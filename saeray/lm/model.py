@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,23 +31,13 @@ from saeray.lm.load import (
     sampled_fingerprint,
 )
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import ModelFacts
 
 logger = logging.getLogger(__name__)
 
 # The two paths add in another order. Largest difference seen on GPT-2 shapes is 1e-5 of the
 # activations' scale in float32 and about one unit in the last place of the half formats.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class ModelFacts(NamedTuple):
-    """What the rest of a sweep needs to know about the model."""
-
-    d_in: dict[str, int]  # per hook point
-    d_vocab: int
-    fast_path: bool
-    device: str  # kind: cpu, cuda or mps
-    parameter_bytes: int  # of the weights
-    warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
 
 
 class _Reached(Exception):

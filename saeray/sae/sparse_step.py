@@ -40,7 +40,7 @@ def prepare() -> None:
     """Compiles the loops, or loads them, beside whatever the caller does next."""
 
     def warm_up() -> None:
-        from saeray.sae import kernels
+        from saeray.sae import numba_kernels as kernels
 
         kernels.warm_up()
 
@@ -119,7 +119,7 @@ def sparse_gradients(
 
     penalty: of an active feature in one row, as it enters the gradient; [L] where it is weighted.
     """
-    from saeray.sae import kernels
+    from saeray.sae import numba_kernels as kernels
 
     torch.sub(batch.x, sae.b_dec, out=space.x_centred)
     b_enc: Tensor = sae.b_enc
@@ -201,7 +201,7 @@ def select(
     sae: StandardSAE, b_enc: Tensor, space: SparseSpace, lane: Lane, entries: Entries
 ) -> None:
     """Finds the lane's active entries, a block of pre-activations at a time."""
-    from saeray.sae import kernels
+    from saeray.sae import numba_kernels as kernels
 
     n = 0
     for a in range(*lane, entries.rows):
@@ -226,7 +226,7 @@ def select(
 
 def remove_parallel(W_dec: Tensor, gradient: Tensor, run: RunLanes) -> None:
     """`standard.remove_parallel_component` in one pass over memory."""
-    from saeray.sae import kernels
+    from saeray.sae import numba_kernels as kernels
 
     def rows(task: Lane) -> None:
         kernels.remove_parallel(*task, gradient.numpy(), W_dec.numpy())

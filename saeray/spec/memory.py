@@ -22,8 +22,10 @@ PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
 TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
 # Of an SAE in training, in numbers per parameter: weights, two moments of Adam and the gradient;
-# and a copy of the first three, which a checkpoint is written from.
-NUMBERS_PER_PARAMETER = 4 + 3
+# and a copy of the first three, which a checkpoint is written from. Of one SAE at a time this copy
+# is there once more, as the bytes of the files.
+COPIED = 3
+NUMBERS_PER_PARAMETER = 4 + COPIED
 
 
 class Memory(NamedTuple):
@@ -61,11 +63,12 @@ def memory_of(
     each = sorted(sae_bytes(c, widths[c.resolved_hook_point], on_gpu) for c in configs)
     per_pack = min(fitted.saes_per_trainer, len(each))
     n_packs = -(-len(each) // per_pack)
+    as_bytes = max(sae_bytes(c, widths[c.resolved_hook_point], on_gpu=True) for c in configs)
     return Memory(
         buffer_bytes,
         int(HARVESTER) + parameter_bytes,
         fitted.harvesters,
-        fitted.num_workers * int(WORKER) + sum(each[-per_pack:]) * fitted.num_workers,
+        fitted.num_workers * (int(WORKER) + sum(each[-per_pack:])) + as_bytes,
         min(n_packs, fitted.packs or n_packs),
         int(TRIAL) * len(each),
     )
@@ -75,7 +78,7 @@ def sae_bytes(config: LanguageModelSAERunnerConfig, d_in: int, on_gpu: bool = Fa
     """Main memory of one SAE in training; on a GPU only the copy for a checkpoint is in it."""
     d_sae = config.d_sae(d_in)
     parameters = 2 * d_in * d_sae + d_in + d_sae
-    numbers = 3 if on_gpu else NUMBERS_PER_PARAMETER
+    numbers = COPIED if on_gpu else NUMBERS_PER_PARAMETER
     return parameters * numbers * DTYPE_BYTES[config.dtype]
 
 

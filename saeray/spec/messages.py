@@ -25,6 +25,17 @@ class Bos(NamedTuple):
     token: str
 
 
+class ModelFacts(NamedTuple):
+    """What the rest of a sweep needs to know about the language model."""
+
+    d_in: dict[str, int]  # per hook point
+    d_vocab: int
+    fast_path: bool
+    device: str  # kind: cpu, cuda or mps
+    parameter_bytes: int  # of the weights
+    warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
+
+
 class Report(NamedTuple):
     """One SAE at one optimizer step, from its pack."""
 
@@ -109,10 +120,11 @@ class Gauges(NamedTuple):
 
 
 class ReaderGauges(NamedTuple):
-    """One rank of a pack."""
+    """One rank of a pack, since its first batch came."""
 
     waited_seconds: float  # for activations
-    busy_seconds: float  # training
+    busy_seconds: float  # with what is done with them
+    step_seconds: float = 0.0  # of these: in the SAEs' step
 
 
 @dataclass
@@ -150,3 +162,6 @@ class SweepStatus:
     pass_tokens: list[int] = field(default_factory=list)
     placement: str = ""  # what was chosen of the cluster, and why
     training_since: float | None = None  # time.time() of the first optimizer step's report
+    training_until: float | None = None  # the same, of the newest report
+    # What of the start was there when, time.time(); for `benchmarks/startup.py`.
+    milestones: dict[str, float] = field(default_factory=dict)

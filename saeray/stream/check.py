@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.messages import ModelFacts
 from saeray.spec.plan import hook_points_of
 from saeray.text.tokens import TokenWindows
-
-if TYPE_CHECKING:
-    from saeray.lm.model import ModelFacts
 
 Configs = Sequence[LanguageModelSAERunnerConfig]
 

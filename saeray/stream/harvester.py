@@ -15,13 +15,13 @@ import numpy as np
 import ray
 
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import CacheKey
+from saeray.spec.messages import CacheKey, ModelFacts
 from saeray.spec.order import permutation
 
 if TYPE_CHECKING:
     from saeray.files.cache import ActivationCache
     from saeray.lm.evaluate import Evaluator
-    from saeray.lm.model import LanguageModel, ModelFacts
+    from saeray.lm.model import LanguageModel
 
 
 class Harvested(NamedTuple):

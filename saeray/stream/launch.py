@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -31,16 +31,13 @@ from saeray.errors import ConfigError, Late
 from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.memory import check_memory, memory_of
-from saeray.spec.messages import Bos, CacheKey
+from saeray.spec.messages import Bos, CacheKey, ModelFacts
 from saeray.spec.placement import Fitted, store_of
 from saeray.spec.plan import StreamPlan, check_fits, hook_points_of, plan_stream
 from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenServer
-
-if TYPE_CHECKING:
-    from saeray.lm.model import ModelFacts
 
 Config = LanguageModelSAERunnerConfig
 

@@ -66,8 +66,8 @@ class Reader:
         self.wait_limit_s = wait_limit_s
         self.queue: queue.Queue[Tensor | Exception | None] = queue.Queue(maxsize=AHEAD)
         self.stopped = threading.Event()
-        self.waited = 0.0
-        self.started = time.perf_counter()
+        self.waited = 0.0  # since the first batch came
+        self.started: float | None = None  # when it did
         self.thread = threading.Thread(target=self.run, name="reader", daemon=True)
         self.thread.start()
 
@@ -75,7 +75,11 @@ class Reader:
         while True:
             started = time.perf_counter()
             item = self.queue.get()  # the thread limits its own waits and passes errors on
-            self.waited += time.perf_counter() - started
+            now = time.perf_counter()
+            if self.started is None:
+                self.started = now
+            else:
+                self.waited += now - started
             if item is None:
                 return
             if isinstance(item, Exception):
@@ -83,7 +87,7 @@ class Reader:
             yield item.to(self.device, non_blocking=self.device.type == "cuda")
 
     def gauges(self) -> ReaderGauges:
-        elapsed = time.perf_counter() - self.started
+        elapsed = 0.0 if self.started is None else time.perf_counter() - self.started
         return ReaderGauges(self.waited, elapsed - self.waited)
 
     def close(self) -> None:

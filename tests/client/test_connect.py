@@ -1,10 +1,12 @@
 """A Ray of this process's own, and its end."""
 
+import os
 import subprocess
 
 import psutil
 
 from saeray.client.connect import connected
+from saeray.client.own_ray import NOT_NEEDED
 
 
 def test_a_process_that_does_not_end_by_itself_is_ended_with_ray():
@@ -19,3 +21,26 @@ def test_a_process_that_does_not_end_by_itself_is_ended_with_ray():
         left = psutil.Process(ray.get(stays.remote()))
         assert left.is_running()
     assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_ray_of_its_own_has_no_process_without_use_and_its_workers_no_runtime_env():
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in NOT_NEEDED}
+    with connected("local"):
+        import ray
+
+        @ray.remote(num_cpus=0)
+        def worker():
+            from saeray.actors.environment import in_own_ray
+
+            env = ray.get_runtime_context().runtime_env
+            return in_own_ray(), dict(env), os.environ["RAY_TRAIN_METRICS_ENABLED"]
+
+        running = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        assert ray.get(worker.remote()) == (True, {}, "0")
+    assert "SAERAY_OWN_RAY" not in os.environ  # of other Rays this process may use
+    assert any("raylet" in command for command in running)
+    for script in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py"):
+        assert not any(script in command for command in running), script
+    assert {name: getattr(Node, name) for name in NOT_NEEDED} == before

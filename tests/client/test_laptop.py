@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
-from support.running import Ended, assert_same, config
+from support.running import Ended, assert_same, config, harvesters_below, held
 
 import saeray
 from saeray.client.connect import all_ended, connected
@@ -70,31 +68,11 @@ def wait_for(condition, what, limit=150.0):
         time.sleep(0.05)
 
 
-@contextmanager
 def harvest_held(cluster):
-    """No block is made meanwhile, so what runs can't end, however long one looks at it.
-
-    To connect another client takes seconds, in which a whole sweep of these tests may end.
-    """
-    raylets = [psutil.Process(n.all_processes["raylet"][0].process.pid) for n in nodes(cluster)]
-    held = [
-        process
-        for raylet in raylets
-        for process in raylet.children(recursive=True)
-        if process.name().startswith("ray::Harvester")
-    ]
-    assert held
-    for process in held:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in held:
-            process.resume()
-
-
-def nodes(cluster):
-    return [n for n in cluster.list_all_nodes() if "raylet" in n.all_processes]
+    """No block is made meanwhile, so what runs can't end, however long one looks at it."""
+    nodes = [n for n in cluster.list_all_nodes() if "raylet" in n.all_processes]
+    raylets = [n.all_processes["raylet"][0].process.pid for n in nodes]
+    return held(pid for raylet in raylets for pid in harvesters_below(raylet))
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ import io
 
 from rich.console import Console
 
-from saeray.client.live import Rates, bottleneck, draw, duration, human, summary, time_left
+from saeray.client.live import Rates, draw, summary, time_left
+from saeray.client.speed import Times, account, bottleneck, duration, human
 from saeray.spec.messages import DONE, TRAINING, Gauges, ReaderGauges, SAERow, SweepStatus
 
 
-def status(waited=0.0, busy=10.0, harvest=2.0, error=None):
+def status(waited=0.0, busy=10.0, harvest=2.0, error=None, stepped=None):
+    stepped = busy if stepped is None else stepped
     metrics = {"losses/overall_loss": 0.125, "metrics/l0": 31.5, "metrics/explained_variance": 0.75}
     return SweepStatus(
         rows=[
@@ -19,7 +21,7 @@ def status(waited=0.0, busy=10.0, harvest=2.0, error=None):
         harvested_tokens=60_000,
         trained_tokens=150_000,
         gauges=[Gauges(60_000, 24, 20, 18, harvest, 10.0, 1, {"pack-001": 3}, [])],
-        readers={"pack-001": ReaderGauges(waited, busy)},
+        readers={"pack-001": ReaderGauges(waited, busy, stepped)},
         warnings=["wandb is not installed"],
         error=error,
     )
@@ -30,11 +32,43 @@ def test_numbers_for_people():
     assert [duration(x) for x in (5, 65, 3661)] == ["5s", "1m05s", "1h01m"]
 
 
-def test_who_waits_for_whom():
-    # 4 of 10 seconds waited; or the one harvester busy for 2 of 10 seconds.
-    assert bottleneck(status(waited=4, busy=6)) == "trainers wait for activations 40% of the time"
-    assert bottleneck(status()) == "harvesters idle 80% of the time: training is the limit"
+def test_what_limits_it():
+    # 4 of 10 seconds waited for the one harvester, which was busy for 8 of 10, or for 2.
+    assert bottleneck(status(waited=4, busy=6, harvest=8)) == (
+        "limit: the language model (trainers wait for activations 40% of the time)"
+    )
+    assert bottleneck(status(waited=4, busy=6)) == (
+        "limit: the text, or a pack that is slower than others (trainers wait for activations 40% "
+        "of the time, harvesters are idle 80%)"
+    )
+    assert bottleneck(status()) == ("limit: the SAEs' step (100% of the time; harvesters idle 80%)")
+    # 0.5 of 10 seconds waited, 6.5 in the step: 3 with reports, snapshots and checkpoints.
+    assert bottleneck(status(waited=0.5, busy=9.5, stepped=6.5)) == (
+        "limit: what is around the SAEs' step (30% of the trainers' time)"
+    )
     assert bottleneck(SweepStatus([], "starting trainers")) == "starting trainers"
+    assert bottleneck(status(busy=1.5, stepped=0.5)) == "training"  # too early to say
+
+
+def test_the_account_of_a_sweep_that_is_over():
+    over = status()
+    over.pass_tokens = [75_000]
+    assert account(over, Times(100.0, 160.0)) == []  # it never trained
+    # 12 s to the first step, 40 s of training 150,000 SAE-tokens, 8 s for the rest.
+    over.training_since, over.training_until = 112.0, 152.0
+    assert account(over, Times(100.0, 160.0)) == [
+        "1m00s in all: 12.0 s to the first step, 40.0 s of training at 3.75k SAE-tokens/s "
+        "(1.88k tokens/s), 8.0 s for evaluation and the end.",
+        "limit: the SAEs' step (100% of the time; harvesters idle 80%)",
+    ]
+    # Resumed: an earlier session had trained two thirds of them; and the start took the longest.
+    over.training_since = 142.0
+    assert account(over, Times(100.0, 160.0, 100_000)) == [
+        "1m00s in all: 42.0 s to the first step, 10.0 s of training at 5k SAE-tokens/s "
+        "(2.5k tokens/s), 8.0 s for evaluation and the end.",
+        "limit: start-up, which was longer than the training; then the SAEs' step (100% of the "
+        "time; harvesters idle 80%)",
+    ]
 
 
 def test_rates_and_what_is_left():

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from support.configs import short_run
 
+from saeray.actors.waiting import NotYet
 from saeray.cluster import sweep_state
 from saeray.cluster.reports import Reports
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.files import strict_json
-from saeray.spec.messages import DONE
+from saeray.spec.messages import DONE, Report
 
 
 class Harvester:
@@ -54,3 +55,22 @@ def test_a_figure_without_meaning_is_null_and_its_reason_is_said_once(reports, t
     assert [r["ce_loss_score"] for r in reports.state.files.read_rows()] == [None, None]
     memory = strict_json.loads((tmp_path / ".ray" / "roster.json").read_text())
     assert memory["warnings"] == reports.state.warnings  # also after the roster's death
+
+
+def test_a_pack_may_ask_for_its_reports_up_to_a_step(reports, monkeypatch):
+    """It writes a checkpoint of step 8, say, while reports of later steps wait to be evaluated."""
+    monkeypatch.setattr("saeray.cluster.reports.POLL_SECONDS", 0.1)
+    entry = reports.state.entries["a"] = Entry("a", short_run())
+    pack = SimpleNamespace(members=["a"])
+
+    async def asked():
+        reports.open(entry)
+        await asyncio.wrap_future(reports.track(reports.tracker.log, "a", 8, {"metrics/l0": 1.0}))
+        entry.pending.append((Report("a", 12, 96, {}), None))
+        early = await reports.settled(pack, {"a": 8})
+        return early, dict(reports.answer(pack).settled), await reports.settled(pack, {"a": 12})
+
+    early, settled, late = asyncio.run(asked())
+    assert early is None
+    assert settled == {"a": 8}
+    assert isinstance(late, NotYet)

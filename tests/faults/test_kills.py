@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 import yaml
-from support.running import Ended, Running, assert_same, command, config, pids
+from support.running import Ended, Running, assert_same, command, config, held, pids
 
 import saeray
 
@@ -18,6 +18,13 @@ VICTIMS = ["Harvester", "TokenServer", "ActivationBuffer", "SAETrial", "Roster",
 
 
 def kill(kind):
+    """SIGKILL of one of them. Trials come up while the training goes on: it waits for them."""
+    if not pids(kind):
+        with held(pids("Harvester")):
+            deadline = time.monotonic() + 60
+            while not pids(kind):
+                assert time.monotonic() < deadline, f"there is no {kind}"
+                time.sleep(0.1)
     (victim, *_) = pids(kind)
     os.kill(victim, signal.SIGKILL)
     return victim

@@ -5,7 +5,7 @@ import time
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support.running import QUICK_HEALTH_CHECKS, Running, assert_same
+from support.running import QUICK_HEALTH_CHECKS, Running, assert_same, held, pids
 
 from saeray.client.connect import all_ended, start_ray
 
@@ -44,9 +44,10 @@ def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, undisturbed, 
     first = cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
     running = Running(tmp_path, "lost")
     running.wait_for(40)
-    assert node_of("Harvester") == node_of("RayTrainWorker") == first.node_id
-    assert node_of("ActivationBuffer") == node_of("Roster") == cluster.head_node.node_id
-    cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
+    with held(pids("Harvester")):
+        assert node_of("Harvester") == node_of("RayTrainWorker") == first.node_id
+        assert node_of("ActivationBuffer") == node_of("Roster") == cluster.head_node.node_id
+        cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
     reached, killed = running.steps(), time.monotonic()
     cluster.remove_node(first, allow_graceful=False)
     while any(n["Alive"] and n["NodeID"] == first.node_id for n in ray.nodes()):

@@ -71,6 +71,17 @@ def test_wandb_that_is_missing_is_one_warning(monkeypatch, tmp_path):
     assert len((tmp_path / "trials" / "b" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_wandb_is_left_alone_until_there_is_a_line_for_it(offline, tmp_path):
+    tracker = Tracker(Folder.at(tmp_path))
+    tracker.open("a", LOGGED)
+    assert tracker.wandb.thread is None
+    assert not (tmp_path / "wandb").exists()
+    tracker.log("a", 4, {"losses/mse_loss": 0.5})
+    tracker.close()
+    assert tracker.warnings == []
+    assert (tmp_path / "wandb").is_dir()
+
+
 @pytest.mark.parametrize(
     ("mode", "config"), [("disabled", LOGGED), ("offline", short_run(log_to_wandb=False))]
 )

@@ -19,7 +19,7 @@ import yaml
 from support import hosts
 from support.bundled import ROOT
 from support.hosts import listens, wait_for
-from support.running import DISTURBED, QUICK_HEALTH_CHECKS, Ended, assert_same, config
+from support.running import DISTURBED, QUICK_HEALTH_CHECKS, Ended, assert_same, config, held
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,6 +106,17 @@ class Cluster:
         found = json.loads(said.splitlines()[-1])
         return found if len(found.get(kind, [])) >= n else None
 
+    def phases(self):
+        """The phase of each sweep that runs."""
+        self.head.path("~/phases.py").write_text(PHASES)
+        said = self.head.run("python phases.py 2> /dev/null", env={"RAY_AUTH_MODE": "token"}).stdout
+        return json.loads(said.splitlines()[-1])
+
+    def harvest_held(self):
+        """No block is made meanwhile, so what runs can't end: connecting to look takes seconds."""
+        lines = [item for host in self.hosts.values() for item in host.processes().items()]
+        return held(pid for pid, line in lines if line.startswith("ray::Harvester"))
+
     def fetched(self, name, path=None):
         """A sweep's folder on the laptop, under the name that the sweep had."""
         folder = self.laptop.path(f"~/{path or name}")
@@ -163,6 +174,15 @@ for a in actors().values():
         kind = a["ActorClassName"].split(".")[-1]
         found.setdefault(kind, []).append(names[a["Address"]["NodeID"]])
 print(json.dumps({kind: sorted(hosts) for kind, hosts in found.items()}))
+"""
+
+PHASES = """
+import json, ray
+from saeray.client.status import look
+from saeray.cluster.registry import read_all
+ray.init("auto", log_to_driver=False)
+running = {r.name: look(r) for r in read_all() if not r.ended}
+print(json.dumps({name: status.phase for name, status in running.items() if status is not None}))
 """
 
 IN_PYTHON = """
@@ -272,20 +292,21 @@ def test_tune_run_over_ray_client(cluster, undisturbed):
 
 def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
     """(c) Harvesters on one machine, trainers on the other. It goes on by its name."""
-    # So many checkpoints slow it down: it must still run once its actors have been found.
     cluster.write_sweep("~/sweep.yaml", LABELLED, checkpoint_every_s=0.2)
     address = f"--address http://127.0.0.1:{DASHBOARD}"
     sweep = cluster.start_saeray(f"sweep sweep.yaml --name c {address}")
     there = Ended(cluster.head.path("~/results"), "c")
     wait_for(lambda: there.steps() >= 40, "the training", 120)
-    where = wait_for(lambda: cluster.where("SAETrial", 2), "the trials", 60)
-    assert where["Harvester"] == ["worker1"]
-    assert where["RayTrainWorker"] == ["worker2"]
-    assert where["ActivationBuffer"] == where["Roster"] == ["head"]
-    assert where["SAETrial"] == ["head", "head"]
-    (pid,) = [p for p, line in cluster.laptop.processes().items() if "saeray sweep" in line
-              and "python" in line.split()[0]]  # fmt: skip
-    os.kill(pid, signal.SIGINT)
+    with cluster.harvest_held():
+        where = wait_for(lambda: cluster.where("SAETrial", 2), "the trials", 60)
+        assert where["Harvester"] == ["worker1"]
+        assert where["RayTrainWorker"] == ["worker2"]
+        assert where["ActivationBuffer"] == where["Roster"] == ["head"]
+        assert where["SAETrial"] == ["head", "head"]
+        (pid,) = [p for p, line in cluster.laptop.processes().items() if "saeray sweep" in line
+                  and "python" in line.split()[0]]  # fmt: skip
+        os.kill(pid, signal.SIGINT)
+        wait_for(lambda: cluster.phases().get("c") == "stopping", "the word to stop", 60)
     said = cluster.laptop.path("~/said")
     assert sweep.wait(timeout=90) == 130, said.read_text()
     assert "submitted as raysubmit_" in said.read_text()
@@ -349,10 +370,11 @@ def test_a_machine_is_lost_in_mid_sweep_and_the_results_are_the_same(cluster, un
     sweep = cluster.start_saeray(f"sweep sweep.yaml --name e --address {cluster.client}")
     there = Ended(cluster.head.path("~/results"), "e")
     wait_for(lambda: there.steps() >= 40, "the training", 120)
-    (name,) = cluster.where("RayTrainWorker")["RayTrainWorker"]
-    lost = cluster.hosts[name]
-    killed, reached = time.monotonic(), there.steps()
-    lost.kill()
+    with cluster.harvest_held():
+        (name,) = cluster.where("RayTrainWorker")["RayTrainWorker"]
+        lost = cluster.hosts[name]
+        killed, reached = time.monotonic(), there.steps()
+        lost.kill()
     assert not lost.processes()
     wait_for(lambda: there.steps() > reached + 30, "it to go on", 180)
     with capsys.disabled():

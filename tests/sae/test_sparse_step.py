@@ -116,7 +116,7 @@ def test_bfloat16_finds_the_features_and_float32_their_values():
 )
 def test_entries_are_what_is_above_zero_or_not_a_number(dtype, whole, nan):
     """Each in a group of eight that has nothing else, and in what is left of the row."""
-    from saeray.sae.kernels import select_active
+    from saeray.sae.numba_kernels import select_active
 
     inf = torch.inf
     h = torch.full((2, 5 * 8 + 3), -1.0)
@@ -134,7 +134,7 @@ def test_entries_are_what_is_above_zero_or_not_a_number(dtype, whole, nan):
 
 
 def test_a_candidate_that_is_not_above_zero_after_all_is_none():
-    from saeray.sae.kernels import exact_values
+    from saeray.sae.numba_kernels import exact_values
 
     x = np.array([[1.0, 2.0], [1.0, -1.0]], np.float32)
     W_enc = np.array([[1.0, 1.0], [0.5, -0.5], [-1.0, 0.5]], np.float32)

@@ -129,3 +129,16 @@ def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
         Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"
     ):
         next(iter(r))
+
+
+def test_its_time_counts_from_the_first_batch_on(stream):
+    """What it waits for before is the sweep's start, which has an account of its own."""
+    r = reader(stream())
+    assert r.gauges() == (0.0, 0.0, 0.0)
+    batches = iter(r)
+    next(batches)
+    assert r.gauges().waited_seconds == 0.0
+    assert r.gauges().busy_seconds > 0.0
+    next(batches)
+    assert r.gauges().waited_seconds > 0.0
+    r.close()

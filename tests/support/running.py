@@ -1,12 +1,16 @@
 """Sweeps that run beside a test, which disturbs them, and one that nobody disturbs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
+import psutil
 import yaml
 from support.bundled import fields
 
@@ -69,6 +73,40 @@ def pids(kind):
     }
 
 
+@contextmanager
+def held(pids):
+    """These processes do nothing meanwhile. With a sweep's harvesters held it can't end.
+
+    For whatever takes seconds beside it, as to connect or to add a node: on a fast machine a whole
+    sweep of these tests ends meanwhile.
+    """
+    pids = list(pids)
+    assert pids
+
+    def send(number):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT)
+
+
+def harvesters_below(pid):
+    """Of the Rays that a process has started."""
+    return [p.pid for p in psutil.Process(pid).children(recursive=True) if is_harvester(p)]
+
+
+def is_harvester(process):
+    try:
+        return process.name().startswith("ray::Harvester")
+    except psutil.Error:
+        return False  # it has ended
+
+
 class Ended:
     """The files of a sweep."""
 
@@ -127,7 +165,7 @@ class Running(Ended):
         while self.steps() < steps:
             assert self.thread.is_alive(), self.error or "it ended before it was killed"
             assert time.monotonic() < deadline, f"stands at {self.steps()} steps"
-            time.sleep(0.05)
+            time.sleep(0.02)
         return self.steps()
 
     def end(self, limit=200.0):

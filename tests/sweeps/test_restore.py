@@ -9,6 +9,7 @@ import time
 
 import pytest
 import yaml
+from support.running import harvesters_below, held
 
 from saeray.files.checkpoint import load_sae
 
@@ -57,8 +58,9 @@ def test_a_restored_tune_run_keeps_the_saes_that_had_finished(tiny, tmp_path):
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    first.send_signal(signal.SIGINT)
-    said = first.communicate(timeout=200)[0]
+    with held(harvesters_below(first.pid)):  # Tune takes its time
+        first.send_signal(signal.SIGINT)
+        said = first.communicate(timeout=200)[0]
     before = {r["trial"]: r for r in rows(folder)}
     done = {name for name, r in before.items() if r["status"] == "done"}
     assert len(before) == 4

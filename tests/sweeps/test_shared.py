@@ -5,14 +5,17 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 import ray
 import yaml
 from ray.cluster_utils import Cluster
-from support.running import Ended, config
+from support.running import Ended, config, held, pids
 
 from saeray.client.connect import all_ended, connected
+from saeray.client.status import look
+from saeray.cluster.registry import read_all
 from saeray.stream.launch import held_by_buffers
 
 pytestmark = pytest.mark.slow
@@ -73,7 +76,7 @@ class Sweep(Ended):
         while self.steps() < steps:
             assert self.process.poll() is None, self.process.stdout.read()
             assert time.monotonic() < deadline, f"stands at {self.steps()} steps"
-            time.sleep(0.2)
+            time.sleep(0.05)
 
 
 def alive(kind):
@@ -82,6 +85,20 @@ def alive(kind):
 
     kinds = [a["ActorClassName"] for a in actors().values() if a["State"] == "ALIVE"]
     return sum(k.split(".")[-1] == kind for k in kinds)
+
+
+def wait_for(condition, what, limit=120.0):
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def phase(namespace, name):
+    """What the roster of a sweep that runs says it is at."""
+    (record,) = [r for r in read_all() if (r.namespace, r.name) == (namespace, name)]
+    status = look(record)
+    return None if status is None else status.phase
 
 
 def harvested(text):
@@ -100,27 +117,39 @@ def assert_like(mine, undisturbed):
 
 @pytest.mark.cluster
 def test_two_sweeps_share_a_stream_and_clean_up_separately(cluster, undisturbed, tmp_path):
-    with connected(cluster.address):
+    with connected(cluster.address), ExitStack() as others_held:
+        # Each is held as soon as it trains, or it might have ended before the next one does.
         a = Sweep(cluster, tmp_path, "a", 1e-3, "team")
-        b = Sweep(cluster, tmp_path, "b", 3e-3, "team")
-        same_name = Sweep(cluster, tmp_path / "other", "a", 1e-3, "other-team")
-        for sweep in (a, b, same_name):
-            sweep.wait_for(20)
-        assert alive("Roster") == 3
-        assert alive("Harvester") == alive("ActivationBuffer") == 2  # one a namespace
+        a.wait_for(20)
+        of_team = pids("Harvester")
+        with held(of_team):
+            same_name = Sweep(cluster, tmp_path / "other", "a", 1e-3, "other-team")
+            same_name.wait_for(20)
+            others_held.enter_context(held(pids("Harvester") - of_team))
+            b = Sweep(cluster, tmp_path, "b", 3e-3, "team")
+            wait_for(lambda: alive("RayTrainWorker") == 3, "the trainer of b")
+            assert alive("Roster") == 3
+            assert alive("Harvester") == alive("ActivationBuffer") == 2  # one a namespace
 
-        # 3 half buffers of 4 blocks of 16 * 64 rows of 128 floats for each of the two streams, on
-        # the node that harvests.
-        held = asyncio.run(held_by_buffers())
-        assert list(held.values()) == [2 * 12 * 16 * 64 * 128 * 4]
-        assert next(iter(held)) in {n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")}
+            # 3 half buffers of 4 blocks of 16 * 64 rows of 128 floats for each of the two streams,
+            # on the node that harvests.
+            in_store = asyncio.run(held_by_buffers())
+            assert list(in_store.values()) == [2 * 12 * 16 * 64 * 128 * 4]
+            (node,) = in_store
+            assert node in {n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU")}
 
-        # A name that is in two namespaces is asked back for; its full name is not.
-        assert "which of them?" in said(command(cluster, "stop", "a"), 2)
-        assert "is stopped" in said(command(cluster, "stop", "team/b"))
-        said(b.process, 1)
-        assert [r["status"] for r in b.rows] == ["interrupted"]
-        assert alive("Harvester") == 2  # `a` still reads
+            # A name that is in two namespaces is asked back for; its full name is not.
+            assert "which of them?" in said(command(cluster, "stop", "a"), 2)
+        b.wait_for(20)
+        with held(of_team):
+            stopped = command(cluster, "stop", "team/b")
+            wait_for(lambda: phase("team", "b") == "stopping", "the word to stop")
+        wait_for(lambda: [r["status"] for r in b.rows] == ["interrupted"], "the end of b")
+        with held(of_team):
+            assert "is stopped" in said(stopped)
+            said(b.process, 1)
+            assert alive("Harvester") == 2  # `a` still reads
+        others_held.close()
 
         listed = json.loads(said(command(cluster, "status", "--json")))
         states = {(s["namespace"], s["name"]): s["state"] for s in listed}

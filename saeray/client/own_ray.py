@@ -1,0 +1,64 @@
+"""Starts a Ray of this process's own: with the processes that one machine's sweep has a use for.
+
+`ray.init()` starts three more beside Ray's core, each of which takes a second of a core while the
+language model wants to be loaded: an autoscaler (of no nodes), a monitor that sends logs to a
+driver (ours wants none), and what is left of a dashboard that is switched off (a reporter of usage
+statistics, which `ray.init()` switches off as well).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from saeray.actors.environment import OWN_RAY, TRIED_WITH
+
+NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")  # methods of Ray's Node
+
+
+def runs_here() -> bool:
+    """Whether a cluster runs on this machine that `ray.init()` would join."""
+    from ray._private import services
+
+    return services.canonicalize_bootstrap_address(None) is not None
+
+
+def start_own_ray(**options: Any) -> None:
+    """Starts Ray on this machine, for this process; options: of `ray.init()`.
+
+    Its processes inherit this one's environment, so there is no runtime_env: a worker with one is
+    started by another, which imports Ray for that alone.
+    """
+    import ray
+
+    # The history of every call, for a dashboard: there is none, and it takes 8 KB a block.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    os.environ[OWN_RAY] = "1"
+    try:
+        with without_what_is_not_needed():
+            ray.init(address="local", include_dashboard=False, **options)
+    finally:
+        del os.environ[OWN_RAY]
+
+
+@contextmanager
+def without_what_is_not_needed() -> Iterator[None]:
+    """With a Node that does not start those processes; other versions of Ray start them all."""
+    import ray
+    from ray._private.node import Node
+
+    tried = ray.__version__.startswith(TRIED_WITH)
+    kept = {name: getattr(Node, name) for name in NOT_NEEDED} if tried else {}
+    for name in kept:
+        setattr(Node, name, nothing)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of a method."""
