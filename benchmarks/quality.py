@@ -1,223 +1,212 @@
 """FVU and CE loss score over L0: saeray's recipes beside sae_lens, judged by one evaluator.
 
-    python benchmarks/quality.py --output quality          # on 2 cores about half an hour
-    python benchmarks/quality.py --output quality --tokens 200000 --lr 2e-3    # a quick look
+    python benchmarks/quality.py --output quality/bundled
+    python benchmarks/quality.py --output quality/second --model second
+    python benchmarks/quality.py --output quality/seeds --seeds 0 1 2 --lr 2e-3 --l1 1.5 3 6 \
+        --systems "sae_lens 6.54.12" "recipe sae_lens"
+    python benchmarks/quality.py --output quality/look --tokens 200000 --lr 2e-3     # a quick look
 
 Each system trains the same grid of learning rates and L1 coefficients on the same model, text,
 width and number of tokens. Coefficients are given in the unit of the summed squared error; where a
-recipe has the guide's loss they are divided by d_in and the mean norm of centred activations, which
+system has the guide's loss they are divided by d_in and the mean norm of centred activations, which
 makes them count as much. All SAEs are then loaded and evaluated by saeray on text that none was
-trained on.
+trained on. A seed stands for initial weights, the order of rows and which documents are read.
 
-sae_lens gets an environment of its own (`.venv-sae-lens`, see peers.py).
+sae_lens gets an environment of its own (`.venv-sae-lens`, see peers.py), and the second model is
+made at its first use (`.second-model`, see second_model.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import quality_report
 from peers import MODEL, ROOT, SETTINGS, environment
+from second_model import D_MODEL, second_model
 
-PEER = "sae_lens 6.54.12"
-RECIPES = ["guide", "guide-2024", "sae_lens", "anthropic-april"]
-HOOK = "blocks.2.hook_resid_pre"
 L1 = [0.7, 1.5, 3.0, 6.0, 12.0]
 LR = [1e-3, 2e-3, 4e-3]
 BATCH = 1024
-GUIDES_UNIT = SETTINGS["d_in"] * SETTINGS["mean_norm"]
-COLUMNS = ("system", "lr", "l1", "l0", "fvu", "ce_loss_score", "never_fired")
+EXPANSION = 8
+CONTEXT = SETTINGS["context_size"]
 
 
-def train_saeray(recipe: str, arguments: argparse.Namespace, folder: Path) -> None:
-    """A sweep with one recipe; `recipe` may set fields: guide,l1_warm_up_steps=50."""
-    name, *settings = recipe.split(",")
-    guides = name.startswith("guide")
-    sweep = {
-        "recipe": name,
-        "model_name": str(MODEL),
-        "hook_point": HOOK,
-        "dataset_path": SETTINGS["dataset"],
-        "context_size": SETTINGS["context_size"],
-        "expansion_factor": arguments.d_sae // SETTINGS["d_in"],
-        "l1_coefficient": [x / GUIDES_UNIT if guides else x for x in arguments.l1],
-        "lr": arguments.lr,
-        "training_tokens": arguments.tokens,
-        "train_batch_size": BATCH,
-        "store_batch_size": SETTINGS["store_batch_size"],
-        "n_batches_in_buffer": SETTINGS["n_batches_in_buffer"],
-        "eval_windows": 8,
-        "eval_every": 0,
-        "log_to_wandb": False,
-        "device": "cpu",
-        "storage_path": str(folder),
-    }
-    file = folder / "sweep.yaml"
-    file.write_text(json.dumps(sweep))  # JSON is YAML
-    command = [sys.executable, "-m", "saeray", "sweep", str(file), "--name", "saes"]
-    for setting in settings:
-        command += ["--set", setting]
-    subprocess.run(command, check=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+class Subject(NamedTuple):
+    """A language model with its text and the place where SAEs are trained."""
+
+    folder: Callable[[], Path]
+    d_in: int
+    hook: str
+    hf_module: str  # whose output is the same activation
 
 
-def train_sae_lens(arguments: argparse.Namespace, folder: Path) -> None:
-    for lr in arguments.lr:
-        settings = SETTINGS | {
-            "d_sae": arguments.d_sae,
-            "l1_of_sum": arguments.l1,
-            "lr": lr,
-            "tokens": arguments.tokens,
-            "batch": BATCH,
-            "output": str(folder / f"lr={lr:g}"),
-        }
-        script = str(ROOT / "benchmarks" / "peer_sae_lens.py")
-        command = [str(environment("sae_lens")), script, json.dumps(settings)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+SUBJECTS = {
+    "bundled": Subject(lambda: MODEL, 128, "blocks.2.hook_resid_pre", "transformer.h.1"),
+    "second": Subject(second_model, D_MODEL, "blocks.1.hook_resid_pre", "transformer.h.0"),
+}
+
+# Fields of a system's config; steps below 1 are a share of the training's.
+SCHEDULES = {"l1_warm_up_steps": 0.05, "lr_decay_steps": 0.2}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "sae_lens 6.54.12": {},
+    "sae_lens 6.54.12, schedules": SCHEDULES,
+    "recipe guide": {"recipe": "guide"},
+    "recipe sae_lens": {"recipe": "sae_lens"},
+    "recipe sae_lens, schedules": {"recipe": "sae_lens", **SCHEDULES},
+    "recipe guide-2024": {"recipe": "guide-2024"},
+    "recipe anthropic-april": {"recipe": "anthropic-april"},
+}
+DEFAULT = [
+    "sae_lens 6.54.12",
+    "sae_lens 6.54.12, schedules",
+    "recipe guide",
+    "recipe sae_lens, schedules",
+]
 
 
-def trained(system: str, arguments: argparse.Namespace) -> list[tuple[float, float, Path]]:
-    """(lr, L1 coefficient as given, folder) of each SAE; trains them if they are not there."""
-    folder = arguments.output / system
-    found = []
-    if not (folder / "complete").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        if system == PEER:
-            train_sae_lens(arguments, folder)
-        else:
-            train_saeray(system.removeprefix("recipe "), arguments, folder)
-        (folder / "complete").touch()
-    if system == PEER:
-        for lr in arguments.lr:
-            found += [(lr, l1, folder / f"lr={lr:g}" / f"l1={l1:g}") for l1 in arguments.l1]
+class Sae(NamedTuple):
+    system: str
+    seed: int
+    lr: float
+    l1: float  # in the unit of the summed squared error
+    folder: Path
+
+
+class Benchmark:
+    """What all systems are given, and where their SAEs are kept."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.subject = SUBJECTS[arguments.model]
+        self.model = self.subject.folder()
+        self.mean_norm = quality_report.mean_centred_norm(self.model, self.subject.hook)
+
+    def trained(self, system: str, seed: int) -> list[Sae]:
+        """A system's SAEs of one seed; trains them if they are not there."""
+        folder = self.arguments.output / f"{system} seed {seed}"
+        ours = system.startswith("recipe")
+        if not (folder / "complete").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            steps = self.arguments.tokens // BATCH
+            fields = {
+                k: int(v * steps) if k.endswith("_steps") and v < 1 else v
+                for k, v in SYSTEMS[system].items()
+            }
+            print(f"{system}, seed {seed} …", flush=True)
+            (self.train_saeray if ours else self.train_sae_lens)(fields, seed, folder)
+            (folder / "complete").touch()
+        if not ours:
+            return [
+                Sae(system, seed, lr, l1, folder / f"lr={lr:g}" / f"l1={l1:g}")
+                for lr in self.arguments.lr
+                for l1 in self.arguments.l1
+            ]
+        found = []
+        for row in csv.DictReader((folder / "saes" / "results.csv").open()):
+            given = float(row["l1_coefficient"]) * self.unit(SYSTEMS[system]["recipe"])
+            l1 = min(self.arguments.l1, key=lambda x: abs(x - given))
+            found.append(Sae(system, seed, float(row["lr"]), l1, Path(row["path"])))
         return found
-    unit = GUIDES_UNIT if system.startswith("recipe guide") else 1.0
-    for row in csv.DictReader((folder / "saes" / "results.csv").open()):
-        l1 = min(arguments.l1, key=lambda x: abs(x - float(row["l1_coefficient"]) * unit))
-        found.append((float(row["lr"]), l1, Path(row["path"])))
-    return found
+
+    def unit(self, recipe: str) -> float:
+        """What a coefficient of the recipe's loss counts in that of the summed error."""
+        return self.subject.d_in * self.mean_norm if recipe.startswith("guide") else 1.0
+
+    def train_saeray(self, fields: dict[str, Any], seed: int, folder: Path) -> None:
+        sweep = {
+            "model_name": str(self.model),
+            "hook_point": self.subject.hook,
+            "dataset_path": str(self.model / "text" / "train.parquet"),
+            "context_size": CONTEXT,
+            "expansion_factor": EXPANSION,
+            "l1_coefficient": [x / self.unit(fields["recipe"]) for x in self.arguments.l1],
+            "lr": self.arguments.lr,
+            "seed": seed,
+            "training_tokens": self.arguments.tokens,
+            "train_batch_size": BATCH,
+            "store_batch_size": SETTINGS["store_batch_size"],
+            "n_batches_in_buffer": SETTINGS["n_batches_in_buffer"],
+            "eval_windows": 8,
+            "eval_every": 0,
+            "log_to_wandb": False,
+            "device": "cpu",
+            "storage_path": str(folder),
+            **fields,
+        }
+        file = folder / "sweep.yaml"
+        file.write_text(json.dumps(sweep))  # JSON is YAML
+        command = [sys.executable, "-m", "saeray", "sweep", str(file), "--name", "saes"]
+        env = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        run(command, folder / "log.txt", env)
+
+    def train_sae_lens(self, fields: dict[str, Any], seed: int, folder: Path) -> None:
+        for lr in self.arguments.lr:
+            settings = SETTINGS | {
+                "model": str(self.model),
+                "dataset_folder": str(shuffled_text(self.model, seed, self.arguments.output)),
+                "hf_module": self.subject.hf_module,
+                "d_in": self.subject.d_in,
+                "d_sae": EXPANSION * self.subject.d_in,
+                "l1_of_sum": self.arguments.l1,
+                "lr": lr,
+                "seed": seed,
+                "tokens": self.arguments.tokens,
+                "batch": BATCH,
+                "output": str(folder / f"lr={lr:g}"),
+                **fields,
+            }
+            script = str(ROOT / "benchmarks" / "peer_sae_lens.py")
+            command = [str(environment("sae_lens")), script, json.dumps(settings)]
+            run(command, folder / "log.txt")
 
 
-def judged(saes: dict[str, list[tuple[float, float, Path]]]) -> list[dict[str, Any]]:
-    """Every SAE on held-out text, by one evaluator."""
-    import torch
-
-    from saeray.files.checkpoint import load_sae
-    from saeray.lm.evaluate import Evaluator
-    from saeray.lm.hub import load_tokenizer
-    from saeray.lm.model import LanguageModel
-    from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
-    from saeray.text.tokens import TokenWindows
-
-    config = resolve(
-        LanguageModelSAERunnerConfig(
-            model_name=str(MODEL),
-            hook_point=HOOK,
-            dataset_path=str(MODEL / "text" / "held_out.parquet"),
-            context_size=SETTINGS["context_size"],
-            eval_windows=64,
-            device="cpu",
-        )
-    )
-    windows = TokenWindows(config, load_tokenizer(config)).evaluation()
-    evaluator = Evaluator(LanguageModel(config, [HOOK]), torch.from_numpy(windows.copy()))
-    rows = []
-    for system, members in saes.items():
-        for lr, l1, folder in members:
-            found = evaluator.evaluate(load_sae(str(folder)), HOOK)
-            fvu = 1 - found["metrics/explained_variance"]
-            score, never = found["metrics/CE_loss_score"], found["eval/features_never_fired"]
-            values = (system, lr, l1, found["metrics/l0"], fvu, score, never)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{command[:4]} failed: see {log}")
 
 
-def envelope(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(L0, FVU) of the SAEs that no other beats in both, by L0."""
-    best: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda r: (r["l0"], r["fvu"])):
-        if not best or row["fvu"] < best[-1][1]:
-            best.append((row["l0"], row["fvu"]))
-    return best
+def shuffled_text(model: Path, seed: int, output: Path) -> Path:
+    """The training text with its documents in a seed's order: sae_lens reads them as they come."""
+    import numpy as np
+    import pyarrow.parquet as pq
 
-
-def at(l0: float, line: Sequence[tuple[float, float]]) -> float | None:
-    """FVU of an envelope at this L0, linear between its points in logarithms; None outside."""
-    for (a, fa), (b, fb) in itertools.pairwise(line):
-        if a <= l0 <= b:
-            share = math.log(l0 / a) / math.log(b / a)
-            return math.exp(math.log(fa) + share * math.log(fb / fa))
-    return None
-
-
-def report(rows: list[dict[str, Any]], output: Path) -> str:
-    """The tables, in Markdown."""
-    by_system: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_system.setdefault(row["system"], []).append(row)
-    lines = ["| system | lr | λ (of the summed error) | L0 | FVU | CE score | never fired |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        lines.append(
-            f"| {row['system']} | {row['lr']:g} | {row['l1']:g} | {row['l0']:.1f} | "
-            f"{row['fvu']:.4f} | {row['ce_loss_score']:.4f} | {row['never_fired']} |"
-        )
-    if PEER in by_system:
-        theirs = envelope(by_system[PEER])
-        others = [s for s in by_system if s != PEER]
-        lines += ["", f"FVU at equal L0, each at its best learning rates, over {PEER}'s:", ""]
-        lines.append(f"| L0 | FVU of {PEER} | " + " | ".join(others) + " |")
-        lines.append("|---|---|" + "---|" * len(others))
-        for l0 in (5, 8, 12, 18, 27, 40, 60, 90):
-            fvu = at(l0, theirs)
-            if fvu is None:
-                continue
-            ratios = [at(l0, envelope(by_system[s])) for s in others]
-            shown = " | ".join("–" if r is None else f"{r / fvu:.3f} x" for r in ratios)
-            lines.append(f"| {l0} | {fvu:.4f} | {shown} |")
-    draw(by_system, output / "frontier.png")
-    return "\n".join(lines)
-
-
-def draw(by_system: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, key, label in (
-        (panels[0], "fvu", "fraction of variance unexplained"),
-        (panels[1], "ce_loss_score", "CE loss score"),
-    ):
-        for system, rows in by_system.items():
-            xs, ys = [r["l0"] for r in rows], [r[key] for r in rows]
-            panel.scatter(xs, ys, s=14, label=system)
-        panel.set(xscale="log", xlabel="L0, held-out text", ylabel=label)
-    panels[0].set_yscale("log")
-    panels[0].legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    folder = output / f"text {seed}"
+    if not (folder / "train.parquet").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pq.read_table(model / "text" / "train.parquet")
+        order = np.random.default_rng(seed).permutation(len(table))
+        pq.write_table(table.take(order), folder / "train.parquet")
+    return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="SAEs are kept there")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--model", choices=SUBJECTS, default="bundled")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=DEFAULT)
     parser.add_argument("--lr", type=float, nargs="+", default=LR)
     parser.add_argument("--l1", type=float, nargs="+", default=L1)
-    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
-    systems = [PEER, *(f"recipe {recipe}" for recipe in arguments.recipes)]
-    saes = {system: trained(system, arguments) for system in systems}
-    text = report(judged(saes), arguments.output)
+    benchmark = Benchmark(arguments)
+    saes = []
+    for seed in arguments.seeds:
+        for system in arguments.systems:
+            saes += benchmark.trained(system, seed)
+    rows = quality_report.judged(saes, benchmark.model, benchmark.subject.hook)
+    text = quality_report.report(rows, arguments.output)
     (arguments.output / "quality.md").write_text(text + "\n")
     print(text)
 

@@ -184,6 +184,7 @@ def wandb_command(arguments: argparse.Namespace) -> int:
 
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     """Checks everything that a sweep checks, models and texts included, and prints the plan."""
+    from saeray.spec.coefficients import MeanNorms, converted
     from saeray.spec.config import resolve
     from saeray.spec.grid import expand
     from saeray.spec.plan import by_stream, describe, hook_points_of, plan_stream
@@ -192,7 +193,8 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
 
     saes = expand(resolve(config))
     streams = [[s.config for s in members] for members in by_stream(saes).values()]
-    facts = check_models(streams)
+    norms: dict[tuple[str, str], MeanNorms] = {}
+    facts = check_models(streams, norms)
     warnings = [text for of in facts for text in of.warnings]
     warnings += check_texts([configs[0] for configs in streams])
     warnings += [text for s in saes for text in cautions(s.config)]
@@ -203,6 +205,13 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     print(describe(saes))
     for text in dict.fromkeys(described(s.config) for s in saes):
         print(f"  {text}")
+    for configs, of in zip(streams, facts, strict=True):
+        for hook_point in hook_points_of(configs):
+            here = [c for c in configs if c.resolved_hook_point == hook_point]
+            for text in converted(
+                here, of.d_in[hook_point], norms[configs[0].model_name, hook_point]
+            ):
+                print(f"  {text}" if len(norms) == 1 else f"  {hook_point}: {text}")
     for plan, configs, of in zip(plans, streams, facts, strict=True):
         print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
         print(f"  {memory_alone(configs, of, plan.buffer_bytes)}")

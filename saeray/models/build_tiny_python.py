@@ -23,6 +23,7 @@ import random
 import sysconfig
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -138,41 +139,53 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=16e6, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-
-    random.seed(arguments.seed)
-    torch.manual_seed(arguments.seed)
     documents = documentation_documents(arguments.docs) + docstring_documents()
+    build(HERE, documents, Size(), arguments.tokens, arguments.seed)
+
+
+class Size(NamedTuple):
+    """Of a model with GPT-2's shape."""
+
+    layers: int = 4
+    d_model: int = 128
+    heads: int = 4
+
+
+def build(folder: Path, documents: list[str], size: Size, tokens: float, seed: int) -> None:
+    """Writes text/train.parquet, text/held_out.parquet, tokenizer, model and figures.json."""
+    random.seed(seed)
+    torch.manual_seed(seed)
     documents = [d for d in documents if len(d) >= 200]
     random.shuffle(documents)
     held_out = documents[::HELD_OUT_EVERY]
     train = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY]
-    (HERE / "text").mkdir(parents=True, exist_ok=True)
-    write_parquet(train, HERE / "text" / "train.parquet")
-    write_parquet(held_out, HERE / "text" / "held_out.parquet")
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    write_parquet(train, folder / "text" / "train.parquet")
+    write_parquet(held_out, folder / "text" / "held_out.parquet")
 
     tokenizer = train_tokenizer(train)
-    tokenizer.save_pretrained(HERE)
+    tokenizer.save_pretrained(folder)
     # The class name that transformers 4 knows too.
-    settings = json.loads((HERE / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (HERE / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     train_ids, held_out_ids = tokenise(tokenizer, train), tokenise(tokenizer, held_out)
     print(f"{len(train)} documents, {len(train_ids):,} tokens; held out {len(held_out_ids):,}")
 
-    model = train_model(tokenizer, train_ids, steps_of(arguments.tokens), arguments.seed)
+    model = train_model(tokenizer, train_ids, size, steps_of(tokens), seed)
     entropy, loss_nats = (
         unigram_entropy(train_ids, held_out_ids),
         held_out_loss(model, held_out_ids),
     )
-    model.save_pretrained(HERE)
+    model.save_pretrained(folder)
     figures = {
         "train_tokens_in_text": len(train_ids),
         "held_out_tokens": len(held_out_ids),
-        "tokens_trained_on": steps_of(arguments.tokens) * BATCH * CONTEXT,
+        "tokens_trained_on": steps_of(tokens) * BATCH * CONTEXT,
         "unigram_entropy_nats": round(entropy, 3),
         "held_out_loss_nats": round(loss_nats, 3),
     }
-    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 
@@ -182,15 +195,15 @@ def steps_of(tokens: float) -> int:
 
 
 def train_model(
-    tokenizer: PreTrainedTokenizerFast, train_ids: np.ndarray, steps: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, train_ids: np.ndarray, size: Size, steps: int, seed: int
 ) -> GPT2LMHeadModel:
     """A model trained on contexts taken at random from `train_ids` [tokens]."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
+        n_embd=size.d_model,
+        n_layer=size.layers,
+        n_head=size.heads,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         resid_pdrop=0.0,

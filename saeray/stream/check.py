@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from saeray.lm.hub import embedding_rows, load_tokenizer
+from saeray.spec.coefficients import MeanNorms
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ModelFacts
 from saeray.spec.plan import hook_points_of
 from saeray.text.tokens import TokenWindows
 
+if TYPE_CHECKING:
+    from saeray.lm.model import LanguageModel
+
 Configs = Sequence[LanguageModelSAERunnerConfig]
+MEASURED_TOKENS = 4096  # of held-out text, at most, for the norms of activations
 
 
-def check_models(streams: Sequence[Configs]) -> list[ModelFacts]:
+def check_models(
+    streams: Sequence[Configs], norms: dict[tuple[str, str], MeanNorms] | None = None
+) -> list[ModelFacts]:
     """Facts of each stream's model, after comparing hook points and d_in with it.
 
     Models are loaded one after the other, and once where streams differ in their text only.
+
+    norms: where given, filled by model name and hook point, on the text of the first stream that
+    has the model.
 
     Raises:
         ConfigError: a model, a hook point or d_in is wrong.
@@ -32,10 +43,28 @@ def check_models(streams: Sequence[Configs]) -> list[ModelFacts]:
             c.context_size, tuple(hooks),
         )  # fmt: skip
         if key not in known:
-            known[key] = LanguageModel(c, hooks).facts
+            model = LanguageModel(c, hooks)
+            known[key] = model.facts
+            if norms is not None:
+                norms |= {(c.model_name, h): n for h, n in mean_norms(model).items()}
         for config in configs:
             check_d_in(config, known[key])
         found.append(known[key])
+    return found
+
+
+def mean_norms(model: LanguageModel) -> dict[str, MeanNorms]:
+    """Of activations of the held-out text of the model's config, at each of its hook points."""
+    import torch
+
+    c = model.config
+    windows = open_text(c, lambda _: None).evaluation()[: max(1, MEASURED_TOKENS // c.context_size)]
+    found = {}
+    for hook_point, x in model.activations(torch.from_numpy(windows.copy())).items():
+        rows = x.float()
+        centred = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1)
+        plain = torch.linalg.vector_norm(rows, dim=1)
+        found[hook_point] = MeanNorms(len(rows), float(plain.mean()), float(centred.mean()))
     return found
 
 
@@ -47,6 +76,10 @@ def check_texts(configs: Configs) -> list[str]:
     """
     odd: list[str] = []
     for config in configs:
-        rows = embedding_rows(config)
-        TokenWindows(config, load_tokenizer(config), n_embeddings=rows, warn=odd.append)
+        open_text(config, odd.append)
     return odd
+
+
+def open_text(config: LanguageModelSAERunnerConfig, warn: Callable[[str], None]) -> TokenWindows:
+    rows = embedding_rows(config)
+    return TokenWindows(config, load_tokenizer(config), n_embeddings=rows, warn=warn)

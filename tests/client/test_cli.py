@@ -98,6 +98,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     assert "24 blocks, 50,331,648 bytes" in out
     assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 655 MB for the" in out
     assert "720 MB for trials" in out  # 120 each
+    # d_in 128; the norms are those of the bundled model on its held-out text.
+    assert "of centred_norm ≈ 1.35, 2.7, 5.4 of sum; ≈ 0.0106, 0.0211, 0.0422 of none" in out
     assert "!" not in out
 
 
