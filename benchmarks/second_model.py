@@ -1,6 +1,6 @@
 """A second small language model for quality.py: two layers, on other text, made on this machine.
 
-    python benchmarks/second_model.py                 # about two minutes on 2 cores
+    python benchmarks/second_model.py                 # about four minutes on 2 cores
 
 Trained on the code of Python's standard library without docstrings and comments, where the bundled
 model has read documentation and docstrings; narrower (96), shallower (2 layers), with a tokenizer
