@@ -32,7 +32,6 @@ import quality_report
 from peers import MODEL, ROOT, SETTINGS, environment
 from second_model import D_MODEL, second_model
 
-L1 = [0.7, 1.5, 3.0, 6.0, 12.0]
 LR = [1e-3, 2e-3, 4e-3]
 BATCH = 1024
 EXPANSION = 8
@@ -46,11 +45,20 @@ class Subject(NamedTuple):
     d_in: int
     hook: str
     hf_module: str  # whose output is the same activation
+    l1: list[float]  # coefficients from about L0 100 to 5
 
 
 SUBJECTS = {
-    "bundled": Subject(lambda: MODEL, 128, "blocks.2.hook_resid_pre", "transformer.h.1"),
-    "second": Subject(second_model, D_MODEL, "blocks.1.hook_resid_pre", "transformer.h.0"),
+    "bundled": Subject(
+        lambda: MODEL, 128, "blocks.2.hook_resid_pre", "transformer.h.1", [0.7, 1.5, 3.0, 6.0, 12.0]
+    ),
+    "second": Subject(
+        second_model,
+        D_MODEL,
+        "blocks.1.hook_resid_pre",
+        "transformer.h.0",
+        [0.3, 0.65, 1.3, 2.6, 5.2],  # its activations are half as long
+    ),
 }
 
 # Fields of a system's config; steps below 1 are a share of the training's.
@@ -60,6 +68,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "sae_lens 6.54.12, schedules": SCHEDULES,
     "recipe guide": {"recipe": "guide"},
     "recipe sae_lens": {"recipe": "sae_lens"},
+    "recipe guide, schedules": {"recipe": "guide", **SCHEDULES},
     "recipe sae_lens, schedules": {"recipe": "sae_lens", **SCHEDULES},
     "recipe guide-2024": {"recipe": "guide-2024"},
     "recipe anthropic-april": {"recipe": "anthropic-april"},
@@ -68,7 +77,7 @@ DEFAULT = [
     "sae_lens 6.54.12",
     "sae_lens 6.54.12, schedules",
     "recipe guide",
-    "recipe sae_lens, schedules",
+    "recipe guide, schedules",
 ]
 
 
@@ -195,11 +204,12 @@ def main() -> None:
     parser.add_argument("--model", choices=SUBJECTS, default="bundled")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=DEFAULT)
     parser.add_argument("--lr", type=float, nargs="+", default=LR)
-    parser.add_argument("--l1", type=float, nargs="+", default=L1)
+    parser.add_argument("--l1", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
+    arguments.l1 = arguments.l1 or SUBJECTS[arguments.model].l1
     benchmark = Benchmark(arguments)
     saes = []
     for seed in arguments.seeds:

@@ -20,12 +20,14 @@ def values(**changes):
 def test_each_recipe_as_its_source_has_it():
     guide = dict(
         encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=1.0,
-        decoder_norm="unit", mse_normalization="centred_norm", gradient_clip=0.0,
+        decoder_norm="unit", mse_normalization="centred_norm", gradient_clip=1e-3,
         b_dec_init_method="geometric_median", lr_warm_up_steps=100, lr_decay_steps=0,
         l1_warm_up_steps=0, normalize_activations="none",
     )  # fmt: skip
     assert values() == values(recipe="guide") == guide
-    then = guide | dict(encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500)
+    then = guide | dict(
+        encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500, gradient_clip=0.0
+    )
     assert values(recipe="guide-2024") == then
     sae_lens = guide | dict(
         encoder_init_scale=1.0, decoder_init_norm=0.1, decoder_norm="free", mse_normalization="sum",
