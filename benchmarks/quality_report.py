@@ -70,18 +70,21 @@ def judged(saes: Sequence[Any], model: Path, hook: str) -> list[Row]:
     return rows
 
 
-def envelope(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """(L0, FVU) of the SAEs that no other beats in both, by L0."""
-    best: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda r: (r["l0"], r["fvu"])):
-        if not best or row["fvu"] < best[-1][1]:
-            best.append((row["l0"], row["fvu"]))
-    return best
+def best_at(l0: float, rows: Sequence[Row]) -> float | None:
+    """FVU at this L0 of whichever system, seed and learning rate has the least; None outside.
+
+    Between the SAEs of one learning rate, linear in logarithms.
+    """
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row["system"], row["seed"], row["lr"]), []).append(row)
+    found = [at(l0, line) for line in lines.values()]
+    return min((fvu for fvu in found if fvu is not None), default=None)
 
 
-def at(l0: float, line: Sequence[tuple[float, float]]) -> float | None:
-    """FVU of an envelope at this L0, linear between its points in logarithms; None outside."""
-    for (a, fa), (b, fb) in itertools.pairwise(line):
+def at(l0: float, line: Sequence[Row]) -> float | None:
+    ordered = sorted((row["l0"], row["fvu"]) for row in line)
+    for (a, fa), (b, fb) in itertools.pairwise(ordered):
         if a <= l0 <= b:
             share = math.log(l0 / a) / math.log(b / a)
             return math.exp(math.log(fa) + share * math.log(fb / fa))
@@ -102,14 +105,14 @@ def report(rows: list[Row], output: Path) -> str:
 
 def frontiers(by_system: dict[str, list[Row]]) -> str:
     """FVU of each system at equal L0, over the best that sae_lens reaches there."""
-    theirs = envelope([r for s, rows in by_system.items() if s.startswith(THEIRS) for r in rows])
+    theirs = [r for s, rows in by_system.items() if s.startswith(THEIRS) for r in rows]
     lines = ["| L0 | FVU of sae_lens's best | " + " | ".join(by_system) + " |"]
     lines.append("|---|---|" + "---|" * len(by_system))
     for l0 in LEVELS:
-        fvu = at(l0, theirs)
+        fvu = best_at(l0, theirs)
         if fvu is None:
             continue
-        ratios = [at(l0, envelope(rows)) for rows in by_system.values()]
+        ratios = [best_at(l0, rows) for rows in by_system.values()]
         shown = " | ".join("–" if r is None else f"{r / fvu:.3f} x" for r in ratios)
         lines.append(f"| {l0} | {fvu:.4f} | {shown} |")
     return "\n".join(lines)

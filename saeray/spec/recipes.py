@@ -60,7 +60,12 @@ RECIPES = {
     # where every feature reads what it writes. Of a norm that the loss's gradient always has, the
     # clip makes every step's gradient the same length: else the first ones, ten times as long as
     # the later, stay in Adam's second moments for a thousand steps and slow them down.
-    "guide": Recipe(encoder_init_scale=0.1, gradient_clip=GUIDES_CLIP),
+    # The L1's slow rise lets features find something to read before it silences them.
+    "guide": Recipe(
+        encoder_init_scale=0.1,
+        l1_warm_up_steps=Share(0.2, at_most=5000),
+        gradient_clip=GUIDES_CLIP,
+    ),
     # As the guide's own code began: two independent matrices.
     "guide-2024": Recipe(encoder_init="independent", lr_warm_up_steps=500),
     # The defaults of sae_lens from version 6 on.

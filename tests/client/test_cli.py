@@ -99,7 +99,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 655 MB for the" in out
     assert "720 MB for trials" in out  # 120 each
     # d_in 128; the norms are those of the bundled model on its held-out text.
-    assert "of centred_norm ≈ 1.35, 2.7, 5.4 of sum; ≈ 0.0106, 0.0211, 0.0422 of none" in out
+    assert "of centred_norm ≈ 1.08, 2.7, 8.11 of sum; ≈ 0.00844, 0.0211, 0.0633 of none" in out
     assert "!" not in out
 
 

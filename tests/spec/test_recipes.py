@@ -22,16 +22,17 @@ def test_each_recipe_as_its_source_has_it():
         encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=1.0,
         decoder_norm="unit", mse_normalization="centred_norm", gradient_clip=1e-3,
         b_dec_init_method="geometric_median", lr_warm_up_steps=100, lr_decay_steps=0,
-        l1_warm_up_steps=0, normalize_activations="none",
+        l1_warm_up_steps=200, normalize_activations="none",
     )  # fmt: skip
     assert values() == values(recipe="guide") == guide
     then = guide | dict(
-        encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500, gradient_clip=0.0
-    )
+        encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500,
+        l1_warm_up_steps=0, gradient_clip=0.0,
+    )  # fmt: skip
     assert values(recipe="guide-2024") == then
     sae_lens = guide | dict(
         encoder_init_scale=1.0, decoder_init_norm=0.1, decoder_norm="free", mse_normalization="sum",
-        gradient_clip=1.0, b_dec_init_method="zeros", lr_warm_up_steps=0,
+        gradient_clip=1.0, b_dec_init_method="zeros", lr_warm_up_steps=0, l1_warm_up_steps=0,
     )  # fmt: skip
     assert values(recipe="sae_lens") == sae_lens
     # l1 over the first 5 % of 1,000 steps, lr over the last 20 %
@@ -39,7 +40,8 @@ def test_each_recipe_as_its_source_has_it():
     assert values(recipe="anthropic-april") == sae_lens | april
 
 
-def test_the_guides_warm_up_is_500_steps_in_a_run_that_is_long_enough():
+def test_the_guides_warm_ups_end_in_a_run_that_is_long_enough():
+    assert values(training_tokens=100_000 * 1024)["l1_warm_up_steps"] == 5000
     assert values(training_tokens=10_000 * 1024)["lr_warm_up_steps"] == 500
     assert values(training_tokens=40 * 1024)["lr_warm_up_steps"] == 4
     assert values(lr_warm_up_steps=500)["lr_warm_up_steps"] == 500
