@@ -29,28 +29,31 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def bottleneck(status: SweepStatus, after: float = EARLY) -> str:
-    """What limits the training, and by which figures; before it begins, what is waited for.
+def bottleneck(status: SweepStatus) -> str:
+    """What limits the training, and by which figures; before it begins, what is waited for."""
+    limit = limit_of(status)
+    return status.phase if limit is None else f"limit: {limit}"
 
-    after: seconds of the trainers' time, before which nothing is said of it.
-    """
+
+def limit_of(status: SweepStatus, after: float = EARLY) -> str | None:
+    """What limits the training; None in the first `after` seconds of the trainers' time."""
     waited = sum(r.waited_seconds for r in status.readers.values())
     busy = sum(r.busy_seconds for r in status.readers.values())
     stepped = sum(r.step_seconds for r in status.readers.values())
     if waited + busy <= after:
-        return status.phase
+        return None
     waits, around = waited / (waited + busy), max(0.0, busy - stepped) / (waited + busy)
     harvesting = max((harvesters_busy(g) for g in status.gauges), default=0.0)
     if waits > max(WAITS, around):
         of_trainers = f"trainers wait for activations {waits:.0%} of the time"
         if harvesting >= BUSY:
-            return f"limit: the language model ({of_trainers})"
+            return f"the language model ({of_trainers})"
         who = "the text, or a pack that is slower than others"
-        return f"limit: {who} ({of_trainers}, harvesters are idle {1 - harvesting:.0%})"
+        return f"{who} ({of_trainers}, harvesters are idle {1 - harvesting:.0%})"
     if around > AROUND:
-        return f"limit: what is around the SAEs' step ({around:.0%} of the trainers' time)"
+        return f"what is around the SAEs' step ({around:.0%} of the trainers' time)"
     step = stepped / (waited + busy)
-    return f"limit: the SAEs' step ({step:.0%} of the time; harvesters idle {1 - harvesting:.0%})"
+    return f"the SAEs' step ({step:.0%} of the time; harvesters idle {1 - harvesting:.0%})"
 
 
 def harvesters_busy(gauges: Gauges) -> float:
@@ -84,7 +87,7 @@ def account(status: SweepStatus, times: Times) -> list[str]:
         f"{words}{training:.1f} s of training at {human(saes / training)} SAE-tokens/s "
         f"({human(one / training)} tokens/s), {rest:.1f} s for evaluation and the end."
     ]
-    limit = bottleneck(status, 0.0).removeprefix("limit: ")
+    limit = limit_of(status, 0.0) or status.phase
     if start_up > training:
         limit = f"start-up, which was longer than the training; then {limit}"
     return [*lines, f"limit: {limit}"]

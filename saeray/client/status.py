@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeray.client.speed import bottleneck, duration
+from saeray.client.speed import duration, limit_of
 from saeray.cluster import registry
 from saeray.cluster.dispatch import CLOSE_SECONDS
 from saeray.files import strict_json
@@ -94,7 +94,7 @@ def with_status(one: Listed, status: SweepStatus) -> None:
     one.progress = steps / total if total else 0.0
     one.n_saes = len(status.rows)
     one.n_ended = sum(row.state in (DONE, STOPPED, FAILED, INTERRUPTED) for row in status.rows)
-    one.limit = bottleneck(status).removeprefix("limit: ")
+    one.limit = limit_of(status) or status.phase
     one.error = status.error or next((r.error for r in status.rows if r.error), None)
     one.warnings = list(status.warnings)
     if status.training_since is not None and steps:

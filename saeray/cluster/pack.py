@@ -219,7 +219,8 @@ class Pack:
                 self.stepped += time.perf_counter() - began
 
                 if step == first + 1:
-                    sparse_step.prepare()  # beside the first steps, which are dense
+                    if self.device.type == "cpu":
+                        sparse_step.prepare()  # beside the first steps, which are dense
                     if self.ranks.is_first:
                         self.tell([], reader)  # that the training has begun
                 if wants:

@@ -105,25 +105,25 @@ class Workspace:
         self.dx_hat = sae.W_dec.new_empty(rows, sae.d_in)
 
 
+class Factor:
+    """One side of a product: what it is made of, or a copy of that in bfloat16."""
+
+    def __init__(self, like: Tensor, bfloat16: bool) -> None:
+        self.copy = torch.empty_like(like, dtype=torch.bfloat16) if bfloat16 else None
+
+    def of(self, exact: Tensor) -> Tensor:
+        return exact if self.copy is None else self.copy.copy_(exact)
+
+
 class Factors:
     """The weights of one step as its products take them."""
 
     def __init__(self, sae: StandardSAE, bfloat16: bool) -> None:
-        """bfloat16: a copy in that format, which `of` fills; otherwise the weights themselves."""
         self.bfloat16 = bfloat16
-        self.W_enc: Tensor = (
-            torch.empty_like(sae.W_enc, dtype=torch.bfloat16) if bfloat16 else sae.W_enc
-        )
-        self.W_dec: Tensor = (
-            torch.empty_like(sae.W_dec, dtype=torch.bfloat16) if bfloat16 else sae.W_dec
-        )
+        self.encoder, self.decoder = Factor(sae.W_enc, bfloat16), Factor(sae.W_dec, bfloat16)
 
     def of(self, sae: StandardSAE) -> Factors:
-        if self.bfloat16:
-            self.W_enc.copy_(sae.W_enc)
-            self.W_dec.copy_(sae.W_dec)
-        else:
-            self.W_enc, self.W_dec = sae.W_enc, sae.W_dec
+        self.W_enc, self.W_dec = self.encoder.of(sae.W_enc), self.decoder.of(sae.W_dec)
         return self
 
     def product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeray.sae.gradients import Batch, Gradients, Lane, RunLanes, block_rows, lanes_of
+from saeray.sae.gradients import Batch, Factor, Gradients, Lane, RunLanes, block_rows, lanes_of
 from saeray.sae.ranks import Ranks
 from saeray.sae.standard import StandardSAE
 
@@ -83,10 +83,8 @@ class SparseSpace:
         self.bfloat16 = bfloat16
         self.x_centred = sae.W_dec.new_empty(n_rows, sae.d_in)
         self.dx_hat = torch.zeros_like(self.x_centred)
-        self.x_narrow = self.x_centred.bfloat16() if bfloat16 else self.x_centred
-        self.W_enc_narrow = (
-            torch.empty_like(sae.W_enc, dtype=torch.bfloat16) if bfloat16 else sae.W_enc
-        )
+        self.x_factor = Factor(self.x_centred, bfloat16)
+        self.W_enc_factor = Factor(sae.W_enc, bfloat16)
         self.lanes: dict[Lane, Entries] = {}
         self.starts = np.zeros(sae.d_sae + 1, np.int64)
         self.row = np.empty(0, np.int32)
@@ -122,13 +120,8 @@ def sparse_gradients(
     from saeray.sae import numba_kernels as kernels
 
     torch.sub(batch.x, sae.b_dec, out=space.x_centred)
-    b_enc: Tensor = sae.b_enc
-    if space.bfloat16:
-        space.x_narrow.copy_(space.x_centred)
-        space.W_enc_narrow.copy_(sae.W_enc)
-        b_enc = sae.b_enc.bfloat16()
-    else:
-        space.W_enc_narrow = sae.W_enc
+    x_factor, W_enc = space.x_factor.of(space.x_centred), space.W_enc_factor.of(sae.W_enc)
+    b_enc = sae.b_enc.to(x_factor.dtype)
     lanes = list(ranks.own(lanes_of(len(batch.x), batch.x.device, ranks.size)))
     per_feature = (
         penalty.numpy()
@@ -151,10 +144,9 @@ def sparse_gradients(
     }
 
     def lane_entries(lane: Lane) -> Entries:
-        first, last = lane
+        rows = slice(*lane)
         entries = space.entries(sae, lane)
-        select(sae, b_enc, space, lane, entries)
-        rows = slice(first, last)
+        select(x_factor[rows], W_enc, b_enc, entries)
         if space.bfloat16:
             kernels.exact_values(
                 entries.offsets, entries.feature, entries.value,
@@ -197,19 +189,17 @@ def sparse_gradients(
     torch.sum(out.f, dim=0, out=out.l1)
 
 
-def select(
-    sae: StandardSAE, b_enc: Tensor, space: SparseSpace, lane: Lane, entries: Entries
-) -> None:
-    """Finds the lane's active entries, a block of pre-activations at a time."""
+def select(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> None:
+    """Finds a lane's active entries, a block of pre-activations at a time."""
     from saeray.sae import numba_kernels as kernels
 
     n = 0
-    for a in range(*lane, entries.rows):
-        x = space.x_narrow[a : min(a + entries.rows, lane[1])]
+    for first in range(0, len(x_centred), entries.rows):
+        x = x_centred[first : first + entries.rows]
         h = entries.h[: len(x)]
-        torch.addmm(b_enc, x, space.W_enc_narrow, out=h)
+        torch.addmm(b_enc, x, W_enc, out=h)
         bits = h.view(entries.bits).numpy()
-        done, first = 0, a - lane[0]
+        done = 0
         while True:
             more, n = kernels.select_active(
                 bits[done:], entries.floor, first + done, entries.offsets, entries.feature, n
@@ -217,8 +207,8 @@ def select(
             done += more
             if done == len(x):
                 break
-            entries.resize(2 * len(entries.feature) + sae.d_sae)
-        if not space.bfloat16:
+            entries.resize(2 * len(entries.feature) + h.shape[1])
+        if h.dtype != torch.bfloat16:
             kernels.take_values(
                 h.numpy(), first, len(x), entries.offsets, entries.feature, entries.value
             )
