@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 
 from saeray.sae import cuda_step
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.cuda_step import CudaSpace, product_precision, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import StandardSAE
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 L1_COEFFICIENT = 1e-3
 NORMALIZATION = "sum"

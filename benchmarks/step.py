@@ -15,9 +15,11 @@ import time
 
 import torch
 
+from saeray.sae.architectures.standard import StandardSAE
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import StandardSAE, initial_sae
-from saeray.sae.trainer import SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 ROWS = 1024
 SHAPES = ["128x1024", "128x4096", "768x24576"]

@@ -19,7 +19,7 @@ _WHERE = {
     "LanguageModelSAERunnerConfig": "saeray.spec.config",
     "Resources": "saeray.spec.config",
     "SAETrial": "saeray.cluster.trial",
-    "StandardSAE": "saeray.sae.standard",
+    "StandardSAE": "saeray.sae.architectures.standard",
     "language_model_sae_runner": "saeray.client.runner",
     "load_sae": "saeray.files.checkpoint",
     "resume": "saeray.client.runner",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from saeray.cluster.trial import SAETrial
     from saeray.errors import ConfigError
     from saeray.files.checkpoint import load_sae
-    from saeray.sae.standard import StandardSAE
+    from saeray.sae.architectures.standard import StandardSAE
     from saeray.spec.config import LanguageModelSAERunnerConfig
     from saeray.spec.resources import Resources
 

@@ -22,7 +22,7 @@ from saeray.spec.grid import expand
 from saeray.spec.messages import DONE
 
 if TYPE_CHECKING:
-    from saeray.sae.standard import StandardSAE
+    from saeray.sae.architectures.base import SAE
 
 
 def sweep(
@@ -136,7 +136,7 @@ def resume(
 
 def language_model_sae_runner(
     cfg: LanguageModelSAERunnerConfig,
-) -> StandardSAE | list[StandardSAE]:
+) -> SAE | list[SAE]:
     """The guide's runner: trains and returns the SAE (of a grid, all of them in grid order).
 
     Raises:

@@ -27,7 +27,7 @@ from saeray.spec.grid import SAE
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
 
 if TYPE_CHECKING:
-    from saeray.sae.standard import StandardSAE
+    from saeray.sae.architectures.base import SAE as TrainedSAE
 
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
@@ -93,7 +93,7 @@ class SweepResult:
         lines.append(f"results: {self.folder.uri}")
         return "\n".join(lines)
 
-    def load(self, trial: str) -> StandardSAE:
+    def load(self, trial: str) -> TrainedSAE:
         """The trained SAE of a row's `trial`."""
         from saeray.files.checkpoint import load_sae
 

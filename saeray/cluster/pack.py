@@ -33,21 +33,42 @@ from saeray.files.checkpoint import (
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.architectures.base import kind_of
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
+from saeray.spec.architectures import OWN_FIELDS, SPARSITY, widths_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import DONE, FAILED, STOPPED, Answer, PackPlan, Report, reader_name
+from saeray.spec.messages import (
+    DONE,
+    FAILED,
+    STOPPED,
+    Answer,
+    PackPlan,
+    Report,
+    Snapshot,
+    reader_name,
+)
 from saeray.stream.arrays import to_array
 from saeray.stream.reader import Place, Reader
 
 
-def options_of(config: LanguageModelSAERunnerConfig, device: torch.device) -> TrainingOptions:
+def options_of(
+    config: LanguageModelSAERunnerConfig, device: torch.device, d_in: int
+) -> TrainingOptions:
     """The part of a config that a training step depends on, on this device."""
+    own = {
+        name: value
+        for name in OWN_FIELDS[config.architecture]
+        if (value := getattr(config, name)) is not None
+    }
+    if config.architecture == "matryoshka":
+        own["matryoshka_widths"] = widths_of(config.matryoshka_widths, config.d_sae(d_in))
     return TrainingOptions(
         lr=config.lr,
-        l1_coefficient=config.l1_coefficient,
         total_steps=config.steps,
         lr_scheduler_name=config.lr_scheduler_name,
         lr_warm_up_steps=filled(config.lr_warm_up_steps),
@@ -61,10 +82,11 @@ def options_of(config: LanguageModelSAERunnerConfig, device: torch.device) -> Tr
         lr_decay_steps=filled(config.lr_decay_steps),
         gradient_clip=filled(config.gradient_clip),
         compute_dtype=config.computes_in(device.type),
-        use_ghost_grads=config.use_ghost_grads,
         feature_sampling_window=config.feature_sampling_window,
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
+        architecture=config.architecture,
+        **own,
     )
 
 
@@ -146,11 +168,12 @@ class Pack:
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
         folder = self.folder / "trials" / name
+        options = options_of(config, self.device, self.plan.d_in)
         found, damaged = newest_checkpoint(folder / "checkpoints")
         for reason in damaged:
             self.warn(f"{name}: checkpoint passed over: {reason}")
         if found is not None:
-            trainer = found.trainer(options_of(config, self.device), self.device)
+            trainer = found.trainer(options, self.device)
         else:
             scale = self.activation_scale(config)
             sae = initial_sae(
@@ -162,8 +185,10 @@ class Pack:
                 encoder_init=filled(config.encoder_init),
                 encoder_init_scale=filled(config.encoder_init_scale),
                 decoder_init_norm=filled(config.decoder_init_norm),
+                architecture=ARCHITECTURES[config.architecture],
+                options=options,
             )
-            trainer = SAETrainer(sae.to(self.device), options_of(config, self.device), scale)
+            trainer = SAETrainer(sae.to(self.device), options, scale)
         return Member(name, config, folder, trainer, checkpoint_steps(config))
 
     def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
@@ -340,8 +365,7 @@ class Pack:
     def report_of(self, m: Member, of_step: StepMetrics, step: int) -> Report:
         metrics: dict[str, Any] = {
             "losses/mse_loss": float(of_step.mse),
-            "losses/l1_loss": float(of_step.l1),
-            "losses/ghost_grad_loss": float(of_step.ghost),
+            **m.trainer.rule.losses(float(of_step.l1), float(of_step.ghost)),
             "losses/overall_loss": float(of_step.overall),
             **of_step.reconstruction.metrics(),
             "metrics/l0": float(of_step.l0),
@@ -353,7 +377,8 @@ class Pack:
         report = Report(m.name, step, m.n_training_tokens, metrics)
         if math.isfinite(metrics["losses/overall_loss"]):
             return report
-        settings = {k: getattr(m.config, k) for k in ("l1_coefficient", "lr", "dtype", "seed")}
+        named = ("architecture", *SPARSITY, "lr", "dtype", "seed")
+        settings = {k: v for k in named if (v := getattr(m.config, k)) is not None}
         return report._replace(
             state=FAILED,
             error=f"{m.name}: the loss is {metrics['losses/overall_loss']} at step {step} "
@@ -380,7 +405,8 @@ class Pack:
         The roster's hold on it keeps it alive, as long as this process, its owner, lives.
         """
         sae = m.trainer.published
-        return ray.put({k: to_array(getattr(sae, k).detach()) for k in PARAMETERS})  # copies
+        arrays = {n: to_array(t.detach()) for n, t in sae.sae_lens_tensors().items()}  # copies
+        return ray.put(Snapshot(kind_of(sae), arrays))
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)

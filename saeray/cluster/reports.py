@@ -62,7 +62,7 @@ class Reports:
         if entry.settling is None or entry.settling.done():
             entry.settling = self.state.do(self.settle(entry))
 
-    async def evaluate(self, entry: Entry, stream: Stream, weights: Any) -> dict[str, Any]:
+    async def evaluate(self, entry: Entry, stream: Stream, snapshot: Any) -> dict[str, Any]:
         """Metrics of a snapshot on the held-out windows."""
         if stream.held_out is None:
             stream.held_out = stream.token_server.held_out.remote()
@@ -70,7 +70,7 @@ class Reports:
         stream.evaluations += 1
         metrics = dict(
             await harvester.evaluate.remote(
-                weights, entry.config.resolved_hook_point, stream.held_out
+                snapshot, entry.config.resolved_hook_point, stream.held_out
             )
         )
         for warning in metrics.pop("warnings", ()):

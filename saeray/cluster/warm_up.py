@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 
 def warm_up() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from saeray.files import strict_json
 from saeray.files.storage import Folder
+from saeray.sae.architectures import ARCHITECTURES, published_sae
+from saeray.sae.architectures.base import SAE, kind_of
 from saeray.sae.metrics import log10_frequency
-from saeray.sae.standard import StandardSAE
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.options import TrainingOptions
+from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import Bos
 from saeray.version import __version__
@@ -42,12 +43,11 @@ def reshaping(hook_point: str) -> str:
     return "hook_z" if hook_point.endswith("hook_z") else "none"
 
 
-def sae_lens_cfg(
-    config: LanguageModelSAERunnerConfig, sae: StandardSAE, bos: Bos | None
-) -> dict[str, Any]:
+def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None) -> dict[str, Any]:
     """cfg.json as `sae_lens.SAE.load_from_disk` wants it. bos: what began every window."""
     return {
-        "architecture": "standard",
+        **kind_of(sae),
+        **sae.SAE_LENS_CFG,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
@@ -72,10 +72,10 @@ def sae_lens_cfg(
 
 
 def sae_files(
-    config: LanguageModelSAERunnerConfig, sae: StandardSAE, frequency: Tensor, bos: Bos | None
+    config: LanguageModelSAERunnerConfig, sae: SAE, frequency: Tensor, bos: Bos | None
 ) -> dict[str, bytes]:
     """The files that sae_lens loads; frequency [L] is the features' firing frequency."""
-    weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in PARAMETERS}
+    weights = {n: t.detach().cpu().contiguous() for n, t in sae.sae_lens_tensors().items()}
     return {
         "cfg.json": json_bytes(sae_lens_cfg(config, sae, bos)),
         "sae_weights.safetensors": save(weights),
@@ -97,7 +97,7 @@ class Taken(NamedTuple):
     """An SAE in training as it was at one step: a copy, so that its training may go on."""
 
     step: int
-    published: StandardSAE
+    published: SAE
     frequency: Tensor  # [L], of firing
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
@@ -110,12 +110,12 @@ def taken(trainer: SAETrainer) -> Taken:
         return t.detach().to("cpu", copy=True)
 
     tensors, numbers = trainer.state()
-    if trainer.activation_scale != 1.0:  # sae_lens loads what is folded; training needs what is not
-        tensors |= {f"sae.{name}": getattr(trainer.sae, name) for name in PARAMETERS}
     published = trainer.published
+    if published is not trainer.sae:  # what is folded for users; training needs what is not
+        tensors |= {f"sae.{name}": t for name, t in trainer.sae.tensors.items()}
     return Taken(
         trainer.step,
-        StandardSAE(**{name: copy(getattr(published, name)) for name in PARAMETERS}),
+        published.with_tensors({name: copy(t) for name, t in published.tensors.items()}),
         copy(trainer.firing_frequency),
         {name: copy(t) for name, t in tensors.items()},
         numbers,
@@ -155,13 +155,17 @@ def save_taken(
 class Checkpoint:
     """A valid checkpoint, read."""
 
+    cfg: dict[str, Any]
     weights: dict[str, Tensor]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
     def trainer(self, options: TrainingOptions, device: torch.device) -> SAETrainer:
-        weights = {n: self.tensors.get(f"sae.{n}", self.weights[n]).to(device) for n in PARAMETERS}
-        sae = StandardSAE(**weights)
+        kind = ARCHITECTURES[options.architecture].sae
+        own = {n[4:]: t for n, t in self.tensors.items() if n.startswith("sae.")}
+        settings = {n: getattr(options, n) for n in kind.SETTINGS}
+        sae = kind.from_sae_lens(own, settings) if own else published_sae(self.cfg, self.weights)
+        sae = sae.with_tensors({n: t.to(device) for n, t in sae.tensors.items()})
         return SAETrainer.resumed(sae, options, self.tensors, self.numbers)
 
 
@@ -184,7 +188,10 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
         if hashlib.sha256(files[name]).hexdigest() != wanted:
             raise Damaged(f"{folder.uri}/{name} does not have the checksum it was written with")
     return Checkpoint(
-        load(files["sae_weights.safetensors"]), load(files["train_state.safetensors"]), numbers
+        strict_json.loads(files["cfg.json"]),
+        load(files["sae_weights.safetensors"]),
+        load(files["train_state.safetensors"]),
+        numbers,
     )
 
 
@@ -209,18 +216,15 @@ def delete_others(folder: Folder, keep: set[int]) -> None:
         folder.delete()
 
 
-def load_sae(folder: Folder | str) -> StandardSAE:
+def load_sae(folder: Folder | str) -> SAE:
     """Loads a published SAE (`…/final`, or a checkpoint).
 
     Raises:
         FileNotFoundError: there is none.
     """
     folder = folder if isinstance(folder, Folder) else Folder.at(folder)
-    return sae_from_weights(load(folder.read("sae_weights.safetensors")))
-
-
-def sae_from_weights(weights: Mapping[str, Tensor]) -> StandardSAE:
-    return StandardSAE(**{name: weights[name] for name in PARAMETERS})
+    cfg = strict_json.loads(folder.read("cfg.json"))
+    return published_sae(cfg, load(folder.read("sae_weights.safetensors")))
 
 
 def json_bytes(data: object) -> bytes:

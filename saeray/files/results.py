@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from saeray.files.storage import Folder
+from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
 
 # Column -> wandb key. Held-out figures, except those of the training state.
@@ -33,6 +34,7 @@ COLUMNS = {
     "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
     "mse_loss": "losses/mse_loss",
     "l1_loss": "losses/l1_loss",
+    "l0_loss": "losses/l0_loss",
     "n_training_tokens": "details/n_training_tokens",
 }
 
@@ -57,11 +59,12 @@ def result_row(
 
 
 def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:
-    """The fields in which the SAEs differ; l1_coefficient and lr in any case."""
+    """The fields in which the SAEs differ; what their sparsity comes from and lr in any case."""
     dicts = [c.to_dict() for c in configs]
     of_saes = [key for key in dicts[0] if key not in NOT_AN_AXIS]  # others may differ by session
     varying = [key for key in of_saes if any(d[key] != dicts[0][key] for d in dicts)]
-    return varying + [key for key in ("l1_coefficient", "lr") if key not in varying]
+    sparsity = [key for key in SPARSITY if dicts[0].get(key) is not None]
+    return varying + [key for key in (*sparsity, "lr") if key not in varying]
 
 
 def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
@@ -96,15 +99,20 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
         (panels[1], "explained_variance", "explained variance, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²"),
     ):
         drawn = [r for r in rows if has(r, "l0") and has(r, key)]
+        given = [key for key in SPARSITY if any(has(r, key) for r in drawn)]
         labels = drawn if len(drawn) <= MOST_LABELS else []  # more take seconds, and hide others
-        for lr in sorted({r["lr"] for r in drawn}):
-            line = sorted((r for r in drawn if r["lr"] == lr), key=lambda r: r["l0"])
+        for name, lr in sorted({(r.get("architecture", ""), r["lr"]) for r in drawn}):
+            line = sorted(
+                (r for r in drawn if (r.get("architecture", ""), r["lr"]) == (name, lr)),
+                key=lambda r: r["l0"],
+            )
+            label_of_line = f"{name} lr {lr:g}".strip()
             panel.plot(
-                [r["l0"] for r in line], [r[key] for r in line], marker="o", label=f"lr {lr:g}"
+                [r["l0"] for r in line], [r[key] for r in line], marker="o", label=label_of_line
             )
         for r in labels:
             panel.annotate(
-                f"{r['l1_coefficient']:g}",
+                " ".join(f"{r[key]:g}" for key in SPARSITY if has(r, key)),
                 (r["l0"], r[key]),
                 textcoords="offset points",
                 xytext=(4, -10),
@@ -117,7 +125,7 @@ def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> 
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(ScalarFormatter())  # 30 and 200, not powers of ten
             panel.xaxis.set_minor_formatter(ScalarFormatter())
-            panel.legend(title="labels: l1_coefficient" if labels else None, title_fontsize=7)
+            panel.legend(title=f"labels: {', '.join(given)}" if labels else None, title_fontsize=7)
     figure.suptitle(title)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from saeray.lm.model import LanguageModel
+from saeray.sae.architectures.base import SAE
 from saeray.sae.metrics import (
     Reconstruction,
     ReconstructionSums,
     density_histogram,
     log10_frequency,
 )
-from saeray.sae.standard import StandardSAE
 
 LOGITS_AT_ONCE = 1 << 20  # elements: 4 MB in float32, so it stays in cache
 CHANCE_SHARE = 0.9  # of a uniform guess's cross-entropy, above which a model knows nothing
@@ -54,7 +54,7 @@ class Evaluator:
         self.clean_ce: float | None = None
         self.at_hooks: dict[tuple[str, torch.dtype], Ablated] = {}
 
-    def evaluate(self, sae: StandardSAE, hook_point: str) -> dict[str, Any]:
+    def evaluate(self, sae: SAE, hook_point: str) -> dict[str, Any]:
         """Metrics by their wandb keys, and the density histogram, of one SAE.
 
         A figure that has no meaning here is None, and `warnings` says why.

@@ -30,6 +30,7 @@ from saeray.lm.load import (
     load_model,
     sampled_fingerprint,
 )
+from saeray.spec.architectures import check_width
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ModelFacts
 
@@ -372,4 +373,5 @@ def check_d_in(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> int:
         raise bad_value("dtype", config.dtype, "device mps has none; float32, or device: cpu.")
     if config.d_sae(d_in) < 1:
         raise ConfigError(f"expansion_factor = {config.expansion_factor}: d_sae would be 0.")
+    check_width(config, d_in)
     return d_in

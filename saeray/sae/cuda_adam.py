@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeray.sae.architectures.base import SAE
 from saeray.sae.gradients import Gradients
-from saeray.sae.standard import StandardSAE
 
 ADAM_EPSILON = 1e-8
 
@@ -41,20 +41,20 @@ class HalfWeights:
     weights through torch, is noticed by the version torch counts.
     """
 
-    def __init__(self, sae: StandardSAE) -> None:
+    def __init__(self, sae: SAE) -> None:
         shape, device = (sae.d_sae, sae.d_in), sae.W_enc.device
         self.W_enc = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.W_dec = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.versions: tuple[int, int] | None = None
 
-    def refresh(self, sae: StandardSAE) -> None:
+    def refresh(self, sae: SAE) -> None:
         if self.versions != _versions(sae):
             self.W_enc.copy_(rows_of(sae.W_enc))
             self.W_dec.copy_(sae.W_dec)
             self.versions = _versions(sae)
 
 
-def _versions(sae: StandardSAE) -> tuple[int, int]:
+def _versions(sae: SAE) -> tuple[int, int]:
     return (sae.W_enc._version, sae.W_dec._version)
 
 
@@ -75,7 +75,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
 
 
 def fused_adam_rows(
-    sae: StandardSAE,
+    sae: SAE,
     grad: Gradients,
     moments: Mapping[str, tuple[Tensor, Tensor]],
     *,

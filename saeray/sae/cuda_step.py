@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeray.sae.architectures.base import SAE
 from saeray.sae.cuda_adam import HalfWeights, of_rows, power_of_two, rows_of, run
 from saeray.sae.gradients import Batch, Gradients
-from saeray.sae.standard import StandardSAE
 
 # The first two decide how sums are made, so they are constants, and not tuned while a run runs.
 HOT_ENTRIES = 256  # a feature with more of them in a batch is summed in chunks of as many
@@ -90,7 +90,7 @@ class CudaSpace:
     """
 
     def __init__(
-        self, sae: StandardSAE, n_rows: int, compute_dtype: str, *,
+        self, sae: SAE, n_rows: int, compute_dtype: str, *,
         fused_encoder: bool = False, chunk_bytes: int = CHUNK_BYTES, hot: int = HOT_ENTRIES,
     ) -> None:  # fmt: skip
         """fused_encoder: the product in Triton, without h; else in cuBLAS, chunk_bytes at a time.
@@ -128,7 +128,7 @@ class CudaSpace:
         self.mark: Callable[[str], None] = lambda part: None  # told of each part that is enqueued
         self.make_room(sae, min(n_rows * L, n_rows * FIRST_ENTRIES_PER_ROW))
 
-    def make_room(self, sae: StandardSAE, n_entries: int) -> None:
+    def make_room(self, sae: SAE, n_entries: int) -> None:
         """For at least so many entries.
 
         Raises:
@@ -157,7 +157,7 @@ def at_once(D: int, elements: int) -> int:
 
 
 def sparse_gradients(
-    sae: StandardSAE,
+    sae: SAE,
     batch: Batch,
     *,
     penalty: float | Tensor,
@@ -202,7 +202,7 @@ def _read_later(space: CudaSpace) -> None:
         space.counted.record()
 
 
-def select(sae: StandardSAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -> None:
+def select(sae: SAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -> None:
     """Which entries may be active, as bits, and where the lists of each feature and row start."""
     from saeray.sae import triton_kernels as kernels
 
@@ -255,7 +255,7 @@ def select(sae: StandardSAE, batch: Batch, space: CudaSpace, half: HalfWeights |
 
 
 def differentiate(
-    sae: StandardSAE,
+    sae: SAE,
     batch: Batch,
     penalty: float | Tensor,
     errors: Tensor,

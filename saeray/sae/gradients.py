@@ -25,14 +25,14 @@ and on sixteen.  B rows, R rows of a block, D = d_in, L = d_sae.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from saeray.sae.losses import EPSILON, mse_normaliser, mse_weight
-from saeray.sae.ranks import Ranks
-from saeray.sae.standard import StandardSAE
+from saeray.sae.architectures.base import SAE, Active, Rule, whole
+from saeray.sae.losses import mse_normaliser, mse_weight
 
 # Part of what a run is a function of: changing one changes results in their last bits.
 LANE_ROWS = 1024
@@ -40,7 +40,7 @@ BLOCK_BYTES = 1 << 21  # of one [R, L] buffer; measured best from d_sae 1024 to 
 CACHED_BYTES = 1 << 24  # of one weight
 
 Lane = tuple[int, int]  # rows from, to
-RunLanes = Callable[[Callable[[Lane], Any], Iterable[Lane]], Iterator[Any]]  # `map`, or a pool's
+RunLanes = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # `map`, or a pool's
 
 
 def lanes_of(n_rows: int, device: torch.device, n_ranks: int = 1) -> list[Lane]:
@@ -49,7 +49,7 @@ def lanes_of(n_rows: int, device: torch.device, n_ranks: int = 1) -> list[Lane]:
     return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
 
 
-def block_rows(sae: StandardSAE, itemsize: int) -> int:
+def block_rows(sae: SAE, itemsize: int) -> int:
     """Rows of a block, a power of two from 64 to 512: their hidden activations fill BLOCK_BYTES.
 
     At least 256 where the weights don't stay in cache: every block reads them all from memory.
@@ -64,19 +64,27 @@ def block_rows(sae: StandardSAE, itemsize: int) -> int:
 class Gradients:
     """A sum over rows of the gradient of one SAE, and what is counted on the way."""
 
-    def __init__(self, sae: StandardSAE) -> None:
+    def __init__(self, sae: SAE, sums: Iterable[str] = ()) -> None:
+        """sums: what else is summed over rows for each feature, by name (`Rule.SUMS`)."""
         self.W_enc = torch.empty_like(sae.W_enc)
         self.W_dec = torch.empty_like(sae.W_dec)
         self.b_enc = torch.empty_like(sae.b_enc)  # Σ dh
         self.b_dec = torch.empty_like(sae.b_dec)  # Σ dx̂; the encoder's share is added at the end
         # Rows each feature fired on: whole numbers, exact in float32 up to 16 million rows.
         self.fired = torch.empty(sae.d_sae, dtype=torch.float32, device=sae.W_enc.device)
-        self.l1 = torch.empty((), dtype=sae.W_enc.dtype, device=sae.W_enc.device)  # Σ f
+        # Of the sparsity term, without its coefficient: for an L1, Σ f.
+        self.l1 = torch.empty((), dtype=sae.W_enc.dtype, device=sae.W_enc.device)
         self.f = torch.empty_like(sae.b_enc)  # Σ f of each feature, where the decoder is free
+        # What else is in the loss: the squared errors of inner widths, or of the gate's.
+        self.inner = torch.empty_like(self.l1)
+        self.extra = {name: torch.empty_like(sae.b_enc) for name in sums}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, contiguous."""
-        return (self.W_enc.t(), self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f)
+        return (
+            self.W_enc.t(), self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f,
+            self.inner, *self.extra.values(),
+        )  # fmt: skip
 
     def zero_(self) -> None:
         for mine in self.tensors():
@@ -94,15 +102,16 @@ class Gradients:
 
 
 class Workspace:
-    """The buffers one thread needs for a block: two [R, L] and two [R, D]."""
+    """The buffers one thread needs for a block: two or three [R, L], some [R, D]."""
 
-    def __init__(self, sae: StandardSAE, n_rows: int) -> None:
+    def __init__(self, sae: SAE, rule: Rule, n_rows: int) -> None:
         rows = min(n_rows, block_rows(sae, sae.W_enc.element_size()))
         self.rows = rows
         self.f = sae.W_dec.new_empty(rows, sae.d_sae)
+        self.h = torch.empty_like(self.f) if rule.keeps_h else self.f
         self.dh = sae.W_dec.new_empty(rows, sae.d_sae)
         self.x_centred = sae.W_dec.new_empty(rows, sae.d_in)
-        self.dx_hat = sae.W_dec.new_empty(rows, sae.d_in)
+        self.dx_hat = sae.W_dec.new_empty(len(rule.widths), rows, sae.d_in)
 
 
 class Factor:
@@ -118,11 +127,11 @@ class Factor:
 class Factors:
     """The weights of one step as its products take them."""
 
-    def __init__(self, sae: StandardSAE, bfloat16: bool) -> None:
+    def __init__(self, sae: SAE, bfloat16: bool) -> None:
         self.bfloat16 = bfloat16
         self.encoder, self.decoder = Factor(sae.W_enc, bfloat16), Factor(sae.W_dec, bfloat16)
 
-    def of(self, sae: StandardSAE) -> Factors:
+    def of(self, sae: SAE) -> Factors:
         self.W_enc, self.W_dec = self.encoder.of(sae.W_enc), self.decoder.of(sae.W_dec)
         return self
 
@@ -167,108 +176,113 @@ class Batch(NamedTuple):
 
 
 def lane_gradients(
-    sae: StandardSAE,
+    sae: SAE,
+    rule: Rule,
     batch: Batch,
     lane: Lane,
     *,
-    penalty: float | Tensor,
-    weighted: bool,
     errors: Tensor,
     out: Gradients,
     space: Workspace,
     factors: Factors,
     want_l1: bool,
 ) -> None:
-    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D].
-
-    penalty: of an active feature in one row, as it enters the gradient; [L] where it is weighted.
-    """
-    for counted in (out.b_enc, out.b_dec, out.fired, out.l1, out.f):
+    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D]."""
+    for counted in (out.b_enc, out.b_dec, out.fired, out.l1, out.f, out.inner, *out.extra.values()):
         counted.zero_()
+    levels = levels_of(rule)
     for a in range(*lane, space.rows):
         b = min(a + space.rows, lane[1])
         n = b - a
-        f, dh = space.f[:n], space.dh[:n]
-        x_centred, dx_hat = space.x_centred[:n], space.dx_hat[:n]
-        error = errors[a:b]
+        h, f, dh = space.h[:n], space.f[:n], space.dh[:n]
+        x_centred, dx_hat = space.x_centred[:n], space.dx_hat[:, :n]
+        error, scale = errors[a:b], batch.scale[a:b]
+        first = a == lane[0]
 
         torch.sub(batch.x[a:b], sae.b_dec, out=x_centred)
-        factors.product(x_centred, factors.W_enc, sae.b_enc, f)
-        f.clamp_min_(0)
-        factors.product(f, factors.W_dec, sae.b_dec, error)
-        error.sub_(batch.x[a:b])
-        torch.mul(error, batch.scale[a:b], out=dx_hat)
+        factors.product(x_centred, factors.W_enc, sae.b_enc, h)
+        rule.latents_of_block(h, f)
+        decode_levels(sae, levels, f, batch.x[a:b], scale, error, dx_hat, factors, out.inner)
+        df_gate = None
+        if rule.has_gate:
+            df_gate = gate_gradient(sae, rule, h, batch.x[a:b], scale, factors, out.inner)
 
-        factors.product(dx_hat, factors.W_dec.t(), None, dh)
-        dh.add_(penalty)
-        torch.ops.aten.threshold_backward.grad_input(dh, f, 0, grad_input=dh)
-        first = a == lane[0]
-        factors.add_product(f.t(), dx_hat, out.W_dec, first)
+        for (from_, to), dx in zip(levels, dx_hat, strict=True):
+            part = f if len(levels) == 1 else f[:, from_:to]
+            into = dh if len(levels) == 1 else dh[:, from_:to]
+            factors.product(dx, factors.W_dec[from_:to].t(), None, into)
+            factors.add_product(part.t(), dx, out.W_dec[from_:to], first)
+        active = Active(h, f, dh, whole, partial(row_l0, f), column, df_gate)
+        if want_l1 and rule.penalty is None:
+            out.l1.add_(rule.sparsity(h, f, active))
+        rule.pull_back_block(active, out.extra)
         factors.add_product(dh.t(), x_centred, out.W_enc.t(), first)
         out.b_enc.add_(dh.sum(dim=0))
-        out.b_dec.add_(dx_hat.sum(dim=0))
-        if weighted:
+        out.b_dec.add_(dx_hat[0].sum(dim=0))
+        if rule.penalty is not None and rule.step.norms is not None:
             out.f.add_(f.sum(dim=0))
-        elif want_l1:
+        elif rule.penalty is not None and want_l1:
             out.l1.add_(f.sum())
         out.fired.add_(f.sign_().sum(dim=0, dtype=torch.float32))  # f is not needed any more
 
 
-def ghost_gradients(
-    sae: StandardSAE,
-    batch: Batch,
-    errors: Tensor,
-    dead: Tensor,
-    normalization: str,
-    grad: Gradients,
-    run_lanes: RunLanes,
-    ranks: Ranks,
-) -> Tensor:
-    """Adds the ghost term's gradient for the dead features (indices, [n]); returns its value.
+def row_l0(f: Tensor) -> Tensor:
+    """How many features are active in each row, [R], of a block f [R, L]."""
+    return (f != 0).sum(dim=1).to(f.dtype)
 
-    With r = x - x̂, E = exp(h[:, dead]) (divided by the row's largest one, which s cancels), s the
-    row's scale to half of ‖r‖ and c the elementwise rescaling to the squared error (both
-    constants), g = s E W_dec[dead]:
 
-        dg = 2 c (g - r) / (n_r B D) · s       dW_dec[dead] = Eᵀ dg
-        dh = (dg W_dec[dead]ᵀ) · E             dW_enc[:, dead] = (x - b_dec)ᵀ dh, and so on
+def column(rows: Tensor) -> Tensor:
+    """What belongs to rows, [R], beside entries [R, L]."""
+    return rows.unsqueeze(1)
+
+
+def levels_of(rule: Rule) -> list[Lane]:
+    """Features from, to: those that a width has more than the one before."""
+    return list(zip((0, *rule.widths), rule.widths, strict=False))
+
+
+def decode_levels(
+    sae: SAE,
+    levels: list[Lane],
+    f: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    error: Tensor,
+    dx_hat: Tensor,
+    factors: Factors,
+    inner: Tensor,
+) -> None:
+    """error = x̂ - x of all features; dx_hat [levels, R, D] of the squared errors of all widths.
+
+    dx_hat[i] is what a feature of level i gets: of every width that it is in. Widths below the last
+    add their squared error to `inner`.
     """
-    W_enc, W_dec, b_enc = sae.W_enc.t()[dead], sae.W_dec[dead], sae.b_enc[dead]
-    normaliser = mse_normaliser(errors, normalization)  # of r = -errors: the same norm
-    per_element = batch.weight / errors.numel()
+    if len(levels) == 1:
+        factors.product(f, factors.W_dec, sae.b_dec, error)
+        error.sub_(x)
+        torch.mul(error, scale, out=dx_hat[0])
+        return
+    torch.sub(sae.b_dec, x, out=error)
+    part = torch.empty_like(error)
+    for i, (from_, to) in enumerate(levels):
+        factors.product(f[:, from_:to], factors.W_dec[from_:to], None, part)
+        error.add_(part)
+        torch.mul(error, scale, out=dx_hat[i])
+        if i < len(levels) - 1:
+            inner.add_((dx_hat[i] * error).sum() / 2)
+    for i in reversed(range(len(levels) - 1)):
+        dx_hat[i].add_(dx_hat[i + 1])
 
-    def lane_ghost(lane: Lane) -> tuple[Tensor, ...]:
-        rows = slice(*lane)
-        residual, x_centred = -errors[rows], batch.x[rows] - sae.b_dec
-        h = torch.addmm(b_enc, x_centred, W_enc.t())  # [rows, dead]
-        highest = h.amax(dim=1, keepdim=True).clamp_min_(0)
-        E = h.sub_(highest).exp_()
-        g = E @ W_dec
-        scale = torch.linalg.vector_norm(residual, dim=1, keepdim=True) / (
-            EPSILON * highest.neg_().exp_() + 2 * torch.linalg.vector_norm(g, dim=1, keepdim=True)
-        )
-        difference = g.mul_(scale).sub_(residual)
-        gm = difference.square() / normaliser[rows]
-        c = residual.square().div_(batch.normaliser[rows]).div_(gm + EPSILON)
-        value = torch.mul(c, gm).sum() * per_element
-        dg = difference.mul_(c).mul_((2 * per_element) * scale / normaliser[rows])
-        dW_dec = E.t() @ dg
-        dh = torch.mm(dg, W_dec.t()).mul_(E)
-        return dh.t() @ x_centred, dW_dec, dh.sum(dim=0), value
 
-    total = (
-        torch.zeros_like(W_enc),
-        torch.zeros_like(W_dec),
-        torch.zeros_like(b_enc),
-        errors.new_zeros(()),
-    )
-    lanes = ranks.own(lanes_of(len(errors), errors.device, ranks.size))
-    for i, part in enumerate(run_lanes(lane_ghost, lanes)):
-        for t, p in zip(total, part, strict=True):
-            t.copy_(p) if i == 0 else t.add_(p)
-    ranks.sum_(total)
-    dW_enc, dW_dec, db_enc, value = total
-    grad.W_enc.t().index_add_(0, dead, dW_enc)
-    grad.W_dec.index_add_(0, dead, dW_dec)
-    grad.b_enc.index_add_(0, dead, db_enc)
-    return value
+def gate_gradient(
+    sae: SAE, rule: Rule, h: Tensor, x: Tensor, scale: Tensor, factors: Factors, inner: Tensor
+) -> Tensor:
+    """[R, L] of the squared error of what the gate's latents alone reconstruct."""
+    error = torch.empty_like(x)
+    factors.product(rule.gate_latents(h), factors.W_dec, sae.b_dec, error)
+    error.sub_(x)
+    dx_hat = error * scale
+    inner.add_((dx_hat * error).sum() / 2)
+    df = torch.empty_like(h)
+    factors.product(dx_hat, factors.W_dec.t(), None, df)
+    return df

@@ -71,6 +71,73 @@ def select_active(bits, floor, first, offsets, feature, n):
 
 
 @compiled()
+def sift(key, which, at, n):
+    """Restores the order of a heap of n keys, smallest first, below place `at`."""
+    while True:
+        child = 2 * at + 1
+        if child >= n:
+            return
+        if child + 1 < n and key[child + 1] < key[child]:
+            child += 1
+        if key[at] <= key[child]:
+            return
+        key[at], key[child] = key[child], key[at]
+        which[at], which[child] = which[child], which[at]
+        at = child
+
+
+@compiled()
+def select_largest(bits, k, floor, first, offsets, feature, n):
+    """`select_active` of each row's k largest alone; of equal ones, those that come first.
+
+    The largest so far are kept in a heap of their bits, which are in the order of the numbers. What
+    is not a number counts as larger than all, so that it is seen.
+    """
+    n_rows, n_features = bits.shape
+    room = len(feature)
+    key, which = np.empty(k, bits.dtype), np.empty(k, np.int32)
+    largest = np.iinfo(bits.dtype).max
+    for r in range(n_rows):
+        if n + k > room:
+            return r, n
+        row = bits[r]
+        held = 0
+        bar = bits.dtype.type(0)  # below or at it nothing is among the largest
+        for a in range(0, n_features, GROUP):
+            b = min(a + GROUP, n_features)
+            some = False
+            if b - a == GROUP:
+                for i in range(GROUP):
+                    v = row[a + i]
+                    some = some | (v > bar) | ((v > floor) & (v < 0))
+            else:
+                some = True
+            if not some:
+                continue
+            for j in range(a, b):
+                v = row[j]
+                if v < 0 and v > floor:
+                    v = largest
+                if v <= bar:
+                    continue
+                if held < k:
+                    key[held], which[held] = v, j
+                    held += 1
+                    if held == k:
+                        for at in range(k // 2, -1, -1):
+                            sift(key, which, at, k)
+                        bar = key[0]
+                else:
+                    key[0], which[0] = v, j
+                    sift(key, which, 0, k)
+                    bar = key[0]
+        feature[n : n + held] = np.sort(which[:held])
+        n += held
+        offsets[first + r + 1] = n
+    return n_rows, n
+
+
+@compiled()
 def take_values(h, first, n_rows, offsets, feature, value):
     """The values of a block's entries, out of its first n_rows pre-activations h [R, L]."""
     for r in range(n_rows):
@@ -79,10 +146,10 @@ def take_values(h, first, n_rows, offsets, feature, value):
 
 
 @compiled(fastmath=REORDERED)
-def exact_values(offsets, feature, value, x_centred, W_enc, b_enc):
-    """Values of candidates in full precision; those that are not above 0 after all are dropped.
+def exact_values(offsets, feature, value, x_centred, W_enc, b_enc, floor):
+    """Values of candidates in full precision; those not above their floor after all are dropped.
 
-    x_centred [R, D], W_enc a row per feature [L, D]. Returns how many entries are left.
+    x_centred [R, D], W_enc a row per feature [L, D], floor [L]. Returns how many entries are left.
     """
     n_rows, d_in = x_centred.shape
     n = 0
@@ -98,7 +165,7 @@ def exact_values(offsets, feature, value, x_centred, W_enc, b_enc):
                 total += x[d] * w[d]
             feature[n] = j
             value[n] = total
-            n += not (total <= 0)
+            n += not (total <= floor[j])
         begin = end
         offsets[r + 1] = n
     return n
@@ -145,6 +212,53 @@ def decode_rows(offsets, feature, value, W_dec, b_dec, x, scale, errors, dx_hat,
             df[i] = total
 
 
+@compiled(fastmath=REORDERED)
+def decode_levels(offsets, feature, value, widths, W_dec, b_dec, x, scale, errors, dx_hat, df):
+    """`decode_rows` of several widths: the first w features must reconstruct x for each w of them.
+
+    widths ascending, the last L. dx_hat [widths, R, D]: row i is of width i and all above it, which
+    is what a feature gets that comes in with width i. errors are of the last width. Returns half of
+    Σ scale ‖error‖² of the others.
+    """
+    n_rows, d_in = x.shape
+    last = len(widths) - 1
+    zero = df.dtype.type(0)
+    inner = 0.0
+    for r in range(n_rows):
+        begin, end = offsets[r], offsets[r + 1]
+        error = errors[r]
+        for d in range(d_in):
+            error[d] = b_dec[d] - x[r, d]
+        i = begin
+        for level in range(last + 1):
+            while i < end and feature[i] < widths[level]:
+                w, f = W_dec[feature[i]], value[i]
+                for d in range(d_in):
+                    error[d] += f * w[d]
+                i += 1
+            dx = dx_hat[level, r]
+            squared = zero
+            for d in range(d_in):
+                dx[d] = error[d] * scale[r]
+                squared += error[d] * error[d]
+            if level < last:
+                inner += squared * scale[r] / 2
+        for level in range(last - 1, -1, -1):
+            dx, above = dx_hat[level, r], dx_hat[level + 1, r]
+            for d in range(d_in):
+                dx[d] += above[d]
+        level = 0
+        for i in range(begin, end):
+            while feature[i] >= widths[level]:
+                level += 1
+            w, dx = W_dec[feature[i]], dx_hat[level, r]
+            total = zero
+            for d in range(d_in):
+                total += dx[d] * w[d]
+            df[i] = total
+    return inner
+
+
 @compiled()
 def count_features(feature, n, starts):
     """Adds to starts [L + 1] how often each feature occurs among the first n, one place up."""
@@ -182,6 +296,7 @@ def weight_gradients(
             to_dec[d] = 0
         begin, end = starts[j], starts[j + 1]
         sum_dh, sum_f = zero, zero
+        n_fired = 0
         i = begin
         while i + 2 <= end:
             x0, x1, e0, e1 = (
@@ -197,6 +312,7 @@ def weight_gradients(
                 to_enc[d] += h0 * x0[d] + h1 * x1[d]
             sum_dh += h0 + h1
             sum_f += f0 + f1
+            n_fired += (not (f0 <= 0)) + (not (f1 <= 0))
             i += 2
         if i < end:
             x0, e0 = x_centred[row[i]], dx_hat[row[i]]
@@ -205,9 +321,10 @@ def weight_gradients(
                 to_enc[d] += dh[i] * x0[d]
             sum_dh += dh[i]
             sum_f += value[i]
+            n_fired += not (value[i] <= 0)
         db_enc[j] = sum_dh
         f[j] = sum_f
-        fired[j] = end - begin
+        fired[j] = n_fired
 
 
 @compiled(fastmath=REORDERED)
@@ -241,9 +358,13 @@ def one_entry(dtype: Any, bits: Any) -> None:
     unit, n = np.ones((1, 1), dtype), np.zeros(1, dtype)
     offsets, feature = np.zeros(2, np.int64), np.zeros(2, np.int32)
     select_active(np.ones((1, 1), bits), bits(-1), 0, offsets, feature, 0)
+    select_largest(np.ones((1, 1), bits), 1, bits(-1), 0, offsets, feature, 0)
     take_values(unit, 0, 1, offsets, feature, n)
-    exact_values(offsets, feature, n, unit, unit, unit[0])
+    exact_values(offsets, feature, n, unit, unit, unit[0], n.copy())
     decode_rows(offsets, feature, n, unit, unit[0], unit, unit[0], unit.copy(), unit.copy(), n)
+    levels = unit.reshape(1, 1, 1).copy()
+    widths = np.ones(1, np.int64)
+    decode_levels(offsets, feature, n, widths, unit, unit[0], unit, unit[0], unit.copy(), levels, n)
     starts = np.zeros(2, np.int64)
     count_features(feature, 1, starts)
     row, places = np.zeros(1, np.int32), np.zeros(1, np.int64)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from saeray.sae import cuda_step
+from saeray.sae.auxk import auxk_gradients
+from saeray.sae.batch_selection import choose_densely
 from saeray.sae.cuda_step import CudaSpace
+from saeray.sae.decoder_norm import remove_parallel_component
+from saeray.sae.ghost import ghost_gradients
 from saeray.sae.gradients import (
     Batch,
     Factors,
@@ -19,23 +23,24 @@ from saeray.sae.gradients import (
     Lane,
     RunLanes,
     Workspace,
-    ghost_gradients,
     lane_gradients,
     lanes_of,
 )
 from saeray.sae.metrics import Reconstruction, reconstruction
+from saeray.sae.pre_act import pre_act_gradients
 from saeray.sae.ranks import Ranks
 from saeray.sae.sparse_step import SparseSpace, available, remove_parallel, sparse_gradients
-from saeray.sae.standard import remove_parallel_component
 from saeray.sae.trainer import SAETrainer
+
+REMEDIES = {"ghost_grad": ghost_gradients, "auxk": auxk_gradients, "pre_act": pre_act_gradients}
 
 
 class StepMetrics(NamedTuple):
     """Of one training batch; 0-d tensors, so nothing waits for a GPU unless someone looks."""
 
     mse: Tensor
-    l1: Tensor  # weighted by the decoder's norms where it is free; without the coefficient
-    ghost: Tensor
+    l1: Tensor  # the sparsity term without its coefficient, whatever it is
+    ghost: Tensor  # the term for dead features
     overall: Tensor
     l0: Tensor  # mean features active per row
     reconstruction: Reconstruction
@@ -123,37 +128,33 @@ class PackStep:
         self, t: SAETrainer, batch: Batch, run_lanes: RunLanes, want_metrics: bool
     ) -> StepMetrics | None:
         """One SAE, one batch."""
-        t.begin_step()
-        dead = t.dead.nonzero().squeeze(1) if t.options.use_ghost_grads else None
-        grads = self.free("gradients", t, batch, lambda: Gradients(t.sae))
+        rule = t.rule
+        t.begin_step(len(batch.x))
+        dead = t.dead.nonzero().squeeze(1) if rule.remedy is not None else None
+        grads = self.free("gradients", t, batch, lambda: Gradients(t.sae, rule.SUMS))
         residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.x))
         errors = residuals.take()
         if self.ranks.size > 1:
             errors.zero_()
-        norms = None if t.unit else torch.linalg.vector_norm(t.sae.W_dec, dim=1)
-        per_row = t.l1_coefficient / len(batch.x)
-        penalty = per_row if norms is None else norms * per_row
         wanted = self.sparse and t.sparse
         sparse = wanted and not t.on_gpu and batch.x.device.type == "cpu" and available()
         if wanted and t.on_gpu:
-            total = self.sum_on_gpu(t, batch, penalty, grads, errors, want_metrics)
+            total = self.sum_on_gpu(t, batch, grads, errors, want_metrics)
         elif sparse:
-            total = self.sum_of_entries(t, batch, penalty, run_lanes, grads, errors)
+            total = self.sum_of_entries(t, batch, run_lanes, grads, errors, want_metrics)
         else:
-            total = self.sum_over_lanes(t, batch, penalty, run_lanes, grads, errors, want_metrics)
+            total = self.sum_over_lanes(t, batch, run_lanes, grads, errors, want_metrics)
         has_dead = dead is not None and len(dead) > 0
         self.ranks.sum_(total.tensors())
         if has_dead or want_metrics:
             self.ranks.sum_((errors,))  # the others' rows are zeros here
         ghost = batch.x.new_zeros(())
         if dead is not None and has_dead:
-            ghost = ghost_gradients(
-                t.sae, batch, errors, dead, t.options.mse_normalization, total, run_lanes,
-                self.ranks,
-            )  # fmt: skip
-        if norms is not None:
-            total.add_weighted_l1_(t.sae.W_dec, norms, per_row)
+            assert rule.remedy is not None
+            remedy = REMEDIES[rule.remedy]
+            ghost = remedy(rule, batch, errors, dead, total, run_lanes, self.ranks)
         total.b_dec.sub_(total.b_enc @ t.sae.W_enc.t())
+        rule.finish_gradient(total)
         metrics = None
         if want_metrics:
             mse = (errors.square() / batch.normaliser).mean() * batch.weight
@@ -162,7 +163,7 @@ class PackStep:
                 mse=mse,
                 l1=l1.clone(),
                 ghost=ghost,
-                overall=mse + t.l1_coefficient * l1 + ghost,
+                overall=mse + rule.step.coefficient * l1 + total.inner + ghost,
                 l0=total.fired.sum() / len(batch.x),
                 reconstruction=reconstruction(batch.x, errors),
             )
@@ -181,14 +182,13 @@ class PackStep:
         self,
         t: SAETrainer,
         batch: Batch,
-        penalty: float | Tensor,
         run_lanes: RunLanes,
         grads: FreeList,
         errors: Tensor,
         want_l1: bool,
     ) -> Gradients:
         """This rank's lanes of the batch, added up in their order; errors [B, D] is written to."""
-        spaces = self.free("workspaces", t, batch, lambda: Workspace(t.sae, len(batch.x)))
+        spaces = self.free("workspaces", t, batch, lambda: Workspace(t.sae, t.rule, len(batch.x)))
         copies = self.free("factors", t, batch, lambda: Factors(t.sae, bfloat16(t)))
         factors = copies.take().of(t.sae)
 
@@ -196,10 +196,9 @@ class PackStep:
             out, space = grads.take(), spaces.take()
             lane_gradients(
                 t.sae,
+                t.rule,
                 batch,
                 lane,
-                penalty=penalty,
-                weighted=not t.unit,
                 errors=errors,
                 out=out,
                 space=space,
@@ -210,8 +209,9 @@ class PackStep:
             return out
 
         total: Gradients | None = None
-        lanes = lanes_of(len(batch.x), batch.x.device, self.ranks.size)
-        for part in run_lanes(lane_sum, self.ranks.own(lanes)):
+        lanes = self.ranks.own(lanes_of(len(batch.x), batch.x.device, self.ranks.size))
+        choose_densely(t.rule, batch.x, lanes, self.ranks)
+        for part in run_lanes(lane_sum, lanes):
             if total is None:
                 total = part
             else:
@@ -227,18 +227,18 @@ class PackStep:
         self,
         t: SAETrainer,
         batch: Batch,
-        penalty: float | Tensor,
         run_lanes: RunLanes,
         grads: FreeList,
         errors: Tensor,
+        want_l1: bool,
     ) -> Gradients:
         """The same from active entries alone."""
-        make = lambda: SparseSpace(t.sae, len(batch.x), bfloat16(t))  # noqa: E731
+        make = lambda: SparseSpace(t.sae, t.rule, len(batch.x), bfloat16(t))  # noqa: E731
         spaces = self.free("entries", t, batch, make)
         space, total = spaces.take(), grads.take()
         sparse_gradients(
-            t.sae, batch, penalty=penalty, errors=errors, out=total, space=space, run=run_lanes,
-            ranks=self.ranks,
+            t.sae, t.rule, batch, errors=errors, out=total, space=space, run=run_lanes,
+            ranks=self.ranks, want_l1=want_l1,
         )  # fmt: skip
         spaces.put(space)
         return total
@@ -247,12 +247,12 @@ class PackStep:
         self,
         t: SAETrainer,
         batch: Batch,
-        penalty: float | Tensor,
         grads: FreeList,
         errors: Tensor,
         want_l1: bool,
     ) -> Gradients:
         """The same on a GPU: this rank's rows at once."""
+        assert t.rule.penalty is not None
         total = grads.take()
         lanes = self.ranks.own(lanes_of(len(batch.x), batch.x.device, self.ranks.size))
         if not lanes:
@@ -268,7 +268,7 @@ class PackStep:
         cuda_step.sparse_gradients(
             t.sae,
             mine,
-            penalty=penalty,
+            penalty=t.rule.penalty,
             weighted=not t.unit,
             want_l1=want_l1,
             errors=errors[rows],
@@ -281,7 +281,10 @@ class PackStep:
 
     def free(self, what: str, t: SAETrainer, batch: Batch, make: Callable[[], Any]) -> FreeList:
         """Buffers of one sort, for SAEs and batches like these."""
-        kind = (what, tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x), bfloat16(t))
+        kind = (
+            what, tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x), bfloat16(t),
+            type(t.rule), t.rule.widths,
+        )  # fmt: skip
         with self.lock:
             return self.buffers.setdefault(kind, FreeList(make))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed
 from torch import Tensor
 
@@ -37,6 +38,18 @@ class Ranks:
         if self.size > 1:
             for t in tensors:
                 torch.distributed.all_reduce(t)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """The vectors of all ranks one after another, on all of them; they may differ in length."""
+        if self.size == 1:
+            return values
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=values.device)
+        lengths[self.rank] = len(values)
+        self.sum_((lengths,))
+        each = values.new_zeros(self.size, int(lengths.max()))
+        each[self.rank, : len(values)] = values
+        self.sum_((each,))
+        return torch.cat([row[:n] for row, n in zip(each, lengths.tolist(), strict=True)])
 
     def first_says(self, value: Any) -> Any:
         """What the first rank has for `value`, on all ranks."""

@@ -5,9 +5,6 @@ only those: x̂ and ⟨dx̂, W_dec[j]⟩ row after row, dW_dec[j] = Σ f dx̂ an
 feature after feature. The same sums as `gradients.lane_gradients`, in another order; nothing is
 approximated and nothing of [B, L] is kept: pre-activations live in the cache, a block at a time.
 
-With compute_dtype bfloat16 the encoder's product finds which features are active, and the values
-of those are computed again in float32.
-
 Rows of a lane and features are independent of each other, so no number of threads changes a bit.
 """
 
@@ -15,19 +12,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import threading
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeray.sae.gradients import Batch, Factor, Gradients, Lane, RunLanes, block_rows, lanes_of
+from saeray.sae.architectures.base import SAE, Active, Rule
+from saeray.sae.batch_selection import bounds, smallest_of
+from saeray.sae.entries import Entries, Selection, keep_at_least
+from saeray.sae.gradients import Batch, Factor, Gradients, Lane, RunLanes, lanes_of, levels_of
 from saeray.sae.ranks import Ranks
-from saeray.sae.standard import StandardSAE
 
 FEATURES_PER_TASK = 512
-BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @functools.cache
@@ -48,41 +47,13 @@ def prepare() -> None:
         threading.Thread(target=warm_up, daemon=True).start()
 
 
-class Entries:
-    """The active entries of one lane, row after row, and the block that they are found in."""
-
-    def __init__(self, sae: StandardSAE, n_rows: int, bfloat16: bool) -> None:
-        narrow = torch.bfloat16 if bfloat16 else sae.W_enc.dtype
-        self.rows = block_rows(sae, narrow.itemsize)
-        self.bits = BITS[narrow]
-        infinity = torch.tensor([-math.inf], dtype=narrow)
-        self.floor = infinity.view(self.bits).numpy()[0]
-        self.h = torch.empty(
-            min(self.rows, n_rows), sae.d_sae, dtype=torch.bfloat16 if bfloat16 else sae.W_enc.dtype
-        )
-        self.dtype = sae.W_enc.detach().numpy().dtype
-        self.offsets = np.zeros(n_rows + 1, np.int64)
-        self.feature = np.empty(0, np.int32)
-        self.value = self.dh = np.empty(0, self.dtype)
-        self.resize(sae.d_sae + 64 * n_rows)
-
-    def resize(self, room: int) -> None:
-        kept = len(self.feature)
-        self.feature = np.concatenate((self.feature, np.empty(room - kept, np.int32)))
-        self.value = np.concatenate((self.value, np.empty(room - kept, self.dtype)))
-        self.dh = np.empty(room, self.dtype)
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-
 class SparseSpace:
     """What one SAE needs while it makes a step: some [B, D], and its entries."""
 
-    def __init__(self, sae: StandardSAE, n_rows: int, bfloat16: bool) -> None:
+    def __init__(self, sae: SAE, rule: Rule, n_rows: int, bfloat16: bool) -> None:
         self.bfloat16 = bfloat16
         self.x_centred = sae.W_dec.new_empty(n_rows, sae.d_in)
-        self.dx_hat = torch.zeros_like(self.x_centred)
+        self.dx_hat = sae.W_dec.new_zeros(len(rule.widths), n_rows, sae.d_in)
         self.x_factor = Factor(self.x_centred, bfloat16)
         self.W_enc_factor = Factor(sae.W_enc, bfloat16)
         self.lanes: dict[Lane, Entries] = {}
@@ -90,7 +61,7 @@ class SparseSpace:
         self.row = np.empty(0, np.int32)
         self.value = self.dh = np.empty(0, sae.W_enc.detach().numpy().dtype)
 
-    def entries(self, sae: StandardSAE, lane: Lane) -> Entries:
+    def entries(self, sae: SAE, lane: Lane) -> Entries:
         if lane not in self.lanes:
             self.lanes[lane] = Entries(sae, lane[1] - lane[0], self.bfloat16)
         return self.lanes[lane]
@@ -103,65 +74,28 @@ class SparseSpace:
 
 
 def sparse_gradients(
-    sae: StandardSAE,
+    sae: SAE,
+    rule: Rule,
     batch: Batch,
     *,
-    penalty: float | Tensor,
     errors: Tensor,
     out: Gradients,
     space: SparseSpace,
     run: RunLanes,
     ranks: Ranks,
+    want_l1: bool = False,
 ) -> None:
-    """Writes the gradient of this rank's rows into `out` and their x̂ - x into errors [B, D].
-
-    penalty: of an active feature in one row, as it enters the gradient; [L] where it is weighted.
-    """
+    """Writes the gradient of this rank's rows into `out` and their x̂ - x into errors [B, D]."""
     from saeray.sae import numba_kernels as kernels
 
     torch.sub(batch.x, sae.b_dec, out=space.x_centred)
-    x_factor, W_enc = space.x_factor.of(space.x_centred), space.W_enc_factor.of(sae.W_enc)
-    b_enc = sae.b_enc.to(x_factor.dtype)
     lanes = list(ranks.own(lanes_of(len(batch.x), batch.x.device, ranks.size)))
-    per_feature = (
-        penalty.numpy()
-        if isinstance(penalty, Tensor)
-        else np.full(sae.d_sae, penalty, space.dh.dtype)
-    )
-    scale = batch.scale.squeeze(1).numpy()
-    arrays = {
-        name: tensor.detach().numpy()
-        for name, tensor in {
-            "W_enc": sae.W_enc.t(),
-            "W_dec": sae.W_dec,
-            "b_enc": sae.b_enc,
-            "b_dec": sae.b_dec,
-            "x": batch.x,
-            "x_centred": space.x_centred,
-            "dx_hat": space.dx_hat,
-            "errors": errors,
-        }.items()
-    }
-
-    def lane_entries(lane: Lane) -> Entries:
-        rows = slice(*lane)
-        entries = space.entries(sae, lane)
-        select(x_factor[rows], W_enc, b_enc, entries)
-        if space.bfloat16:
-            kernels.exact_values(
-                entries.offsets, entries.feature, entries.value,
-                arrays["x_centred"][rows], arrays["W_enc"], arrays["b_enc"],
-            )  # fmt: skip
-        n = len(entries)
-        kernels.decode_rows(
-            entries.offsets, entries.feature, entries.value, arrays["W_dec"], arrays["b_dec"],
-            arrays["x"][rows], scale[rows], arrays["errors"][rows], arrays["dx_hat"][rows],
-            entries.dh,
-        )  # fmt: skip
-        entries.dh[:n] += per_feature[entries.feature[:n]]
-        return entries
-
-    parts = list(run(lane_entries, lanes))
+    step = SparseStep(sae, rule, batch, errors, space, want_l1)
+    wanted = rule.n_of_batch(len(batch.x))
+    if wanted is not None:
+        step.choose_of_batch(wanted, lanes, run, ranks)
+    done = list(run(step.of_lane, lanes))
+    parts = [d.entries for d in done]
     space.make_room(sum(map(len, parts)))
     space.starts[:] = 0
     for entries in parts:
@@ -174,57 +108,187 @@ def sparse_gradients(
             space.row, space.value, space.dh,
         )  # fmt: skip
 
-    def features(task: Lane) -> None:
+    def features(task: tuple[int, int, int]) -> None:
+        first, last, level = task
         kernels.weight_gradients(
-            *task, space.starts, space.row, space.value, space.dh,
-            arrays["x_centred"], arrays["dx_hat"],
+            first, last, space.starts, space.row, space.value, space.dh,
+            space.x_centred.numpy(), space.dx_hat[level].numpy(),
             out.W_enc.t().numpy(), out.W_dec.numpy(), out.b_enc.numpy(), out.fired.numpy(),
             out.f.numpy(),
         )  # fmt: skip
 
-    for _ in run(features, tasks_of(sae.d_sae)):
+    for _ in run(features, tasks_of(levels_of(rule))):
         pass
     own = slice(lanes[0][0], lanes[-1][1]) if lanes else slice(0, 0)
-    torch.sum(space.dx_hat[own], dim=0, out=out.b_dec)
-    torch.sum(out.f, dim=0, out=out.l1)
+    torch.sum(space.dx_hat[0, own], dim=0, out=out.b_dec)
+    if rule.penalty is not None:
+        torch.sum(out.f, dim=0, out=out.l1)
+    else:
+        out.l1.fill_(sum(d.sparsity for d in done))
+    out.inner.fill_(sum(d.inner for d in done))
+    for name, total in out.extra.items():
+        total.copy_(torch.from_numpy(sum((d.sums[name] for d in done), np.zeros(sae.d_sae))))
 
 
-def select(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> None:
-    """Finds a lane's active entries, a block of pre-activations at a time."""
-    from saeray.sae import numba_kernels as kernels
+class OfLane(NamedTuple):
+    """What is found in one lane beside errors and dx_hat."""
 
-    n = 0
-    for first in range(0, len(x_centred), entries.rows):
-        x = x_centred[first : first + entries.rows]
-        h = entries.h[: len(x)]
-        torch.addmm(b_enc, x, W_enc, out=h)
-        bits = h.view(entries.bits).numpy()
-        done = 0
-        while True:
-            more, n = kernels.select_active(
-                bits[done:], entries.floor, first + done, entries.offsets, entries.feature, n
-            )
-            done += more
-            if done == len(x):
+    entries: Entries
+    sparsity: float  # of the sparsity term, where it was asked for
+    inner: float  # of other squared errors
+    sums: dict[str, np.ndarray]  # [L] float64, of `Rule.SUMS`
+
+
+class SparseStep:
+    """One step of one SAE, lane by lane."""
+
+    def __init__(
+        self, sae: SAE, rule: Rule, batch: Batch, errors: Tensor, space: SparseSpace, want_l1: bool
+    ) -> None:
+        self.sae, self.rule, self.space, self.want_l1 = sae, rule, space, want_l1
+        self.chosen = False
+        self.penalty: np.ndarray | None = None
+        if isinstance(rule.penalty, Tensor):
+            self.penalty = rule.penalty.numpy()
+        elif rule.penalty is not None:
+            self.penalty = np.full(sae.d_sae, rule.penalty, space.dh.dtype)
+        self.widths = np.array(rule.widths)
+        self.scale = batch.scale.squeeze(1).numpy()
+        self.W_dec, self.b_dec = sae.W_dec.detach().numpy(), sae.b_dec.detach().numpy()
+        self.x, self.errors = batch.x.numpy(), errors.numpy()
+        self.x_factor = space.x_factor.of(space.x_centred)
+        self.W_enc = space.W_enc_factor.of(sae.W_enc)
+        self.selection = self.select(rule.floor())
+
+    def select(self, floor: Tensor | None) -> Selection:
+        return Selection(
+            self.sae, self.x_factor, self.W_enc, self.space.x_centred,
+            floor=floor, k=self.rule.k, by=self.rule.selected_by(),
+        )  # fmt: skip
+
+    def choose_of_batch(
+        self, wanted: int, lanes: Sequence[Lane], run: RunLanes, ranks: Ranks
+    ) -> None:
+        """Finds the entries of all lanes: so many, the largest of the whole batch."""
+        sae, rule, x = self.sae, self.rule, self.space.x_centred
+        by = rule.selected_by()
+        for bound in bounds(rule, x, wanted):
+            floor = sae.b_enc.new_full((sae.d_sae,), bound)
+            self.selection = self.select(floor if by is None else floor / by)
+
+            def values(lane: Lane) -> Tensor:
+                entries = self.space.entries(sae, lane)
+                self.selection.find(slice(*lane), entries)
+                n = len(entries)
+                h, feature = map(torch.from_numpy, (entries.value[:n], entries.feature[:n]))
+                return h.clone() if by is None else h * by[feature]
+
+            found = torch.cat([x.new_empty(0), *run(values, lanes)])
+            smallest, n_found = smallest_of(found, wanted, ranks)
+            if n_found >= wanted:
                 break
-            entries.resize(2 * len(entries.feature) + h.shape[1])
-        if h.dtype != torch.bfloat16:
-            kernels.take_values(
-                h.numpy(), first, len(x), entries.offsets, entries.feature, entries.value
-            )
+        rule.choose(smallest)
+        for lane in lanes:
+            keep_at_least(self.space.entries(sae, lane), smallest, by)
+        self.chosen = True
+
+    def of_lane(self, lane: Lane) -> OfLane:
+        from saeray.sae import numba_kernels as kernels
+
+        rows = slice(*lane)
+        entries = self.space.entries(self.sae, lane)
+        if not self.chosen:
+            self.selection.find(rows, entries)
+        n = len(entries)
+        feature = entries.feature[:n]
+        if self.penalty is not None:
+            self.decode(rows, entries)
+            entries.dh[:n] += self.penalty[feature]
+            return OfLane(entries, 0.0, 0.0, {})
+        rule, index = self.rule, torch.from_numpy(feature)
+        counts = np.diff(entries.offsets)
+
+        def at(parameter: Tensor) -> Tensor:
+            return parameter[index]
+
+        def of_row(values: Tensor) -> Tensor:
+            return values.repeat_interleave(torch.from_numpy(counts))
+
+        def row_l0() -> Tensor:
+            before = np.concatenate(([0], np.cumsum(entries.value[:n] != 0)))
+            return torch.from_numpy(np.diff(before[entries.offsets])).to(h.dtype)
+
+        h = torch.from_numpy(entries.value[:n])
+        h = h.clone() if rule.keeps_h or rule.has_gate else h
+        f = torch.from_numpy(entries.value[:n])
+        df_gate, inner = None, 0.0
+        if rule.has_gate:
+            f.copy_(rule.gate_latents(h))
+            inner = self.decode_gate(rows, entries)
+            df_gate = torch.from_numpy(entries.dh[:n].copy())
+        f.copy_(rule.latents(h, at))
+        if len(self.widths) == 1:
+            self.decode(rows, entries)
+        else:
+            inner = kernels.decode_levels(
+                entries.offsets, entries.feature, entries.value, self.widths, self.W_dec,
+                self.b_dec, self.x[rows], self.scale[rows], self.errors[rows],
+                self.space.dx_hat[:, rows].numpy(), entries.dh,
+            )  # fmt: skip
+        df = torch.from_numpy(entries.dh[:n])
+        active = Active(h, f, df, at, row_l0, of_row, df_gate)
+        sparsity = float(rule.sparsity(h, f, active)) if self.want_l1 else 0.0
+        pulled = rule.pull_back(active)
+        df.copy_(pulled.dh)
+        sums = {
+            name: np.bincount(feature, values.numpy(), minlength=self.sae.d_sae)
+            if (values := pulled.sums.get(name)) is not None
+            else np.zeros(self.sae.d_sae)
+            for name in rule.SUMS
+        }
+        return OfLane(entries, sparsity, inner, sums)
+
+    def decode(self, rows: slice, entries: Entries) -> None:
+        """Errors and dx_hat of the lane's rows, and df into the entries' dh."""
+        from saeray.sae import numba_kernels as kernels
+
+        kernels.decode_rows(
+            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_dec,
+            self.x[rows], self.scale[rows], self.errors[rows], self.space.dx_hat[0, rows].numpy(),
+            entries.dh,
+        )  # fmt: skip
+
+    def decode_gate(self, rows: slice, entries: Entries) -> float:
+        """Half of Σ scale ‖error‖² of what the gate's latents reconstruct; df into dh."""
+        from saeray.sae import numba_kernels as kernels
+
+        x = self.x[rows]
+        error, dx_hat = np.empty_like(x), np.empty_like(x)
+        kernels.decode_rows(
+            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_dec,
+            x, self.scale[rows], error, dx_hat, entries.dh,
+        )  # fmt: skip
+        return float((dx_hat * error).sum(dtype=np.float64)) / 2
 
 
 def remove_parallel(W_dec: Tensor, gradient: Tensor, run: RunLanes) -> None:
     """`standard.remove_parallel_component` in one pass over memory."""
     from saeray.sae import numba_kernels as kernels
 
-    def rows(task: Lane) -> None:
-        kernels.remove_parallel(*task, gradient.numpy(), W_dec.numpy())
+    def rows(task: tuple[int, int, int]) -> None:
+        kernels.remove_parallel(*task[:2], gradient.numpy(), W_dec.numpy())
 
-    for _ in run(rows, tasks_of(len(W_dec))):
+    for _ in run(rows, tasks_of([(0, len(W_dec))])):
         pass
 
 
-def tasks_of(d_sae: int) -> list[Lane]:
-    """Features that a thread takes at once; they are independent, so no bit depends on it."""
-    return [(a, min(a + FEATURES_PER_TASK, d_sae)) for a in range(0, d_sae, FEATURES_PER_TASK)]
+def tasks_of(levels: Sequence[Lane]) -> list[tuple[int, int, int]]:
+    """Features from, to that a thread takes at once, and their level.
+
+    Features are independent of each other, so no bit depends on it.
+    """
+    return [
+        (a, min(a + FEATURES_PER_TASK, to), level)
+        for level, (from_, to) in enumerate(levels)
+        for a in range(from_, to, FEATURES_PER_TASK)
+    ]

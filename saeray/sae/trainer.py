@@ -14,20 +14,21 @@ at rest with unit rows whenever anyone looks at them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeray.sae import cuda_step
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.architectures.base import PARAMETERS, SAE, StepContext
+from saeray.sae.architectures.standard import Standard
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
+from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
+from saeray.sae.options import TrainingOptions
 from saeray.sae.schedules import l1_multiplier, lr_multiplier
-from saeray.sae.standard import StandardSAE, scale_rows_to_unit_norm
-
-PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 # Which of the two ways a step is computed is decided anew every so many steps, by the share of
 # features active in the step before. Part of what a run is a function of.
@@ -36,46 +37,20 @@ SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1
 SPARSE_BELOW_ON_GPU = 1 / 100
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What a step depends on beside the weights and the batch."""
-
-    lr: float
-    l1_coefficient: float
-    total_steps: int
-    lr_scheduler_name: str = "constantwithwarmup"
-    lr_warm_up_steps: int = 500
-    lr_end: float = 0.0
-    num_cycles: int = 1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    mse_normalization: str = "centred_norm"
-    decoder_norm: str = "unit"
-    l1_warm_up_steps: int = 0
-    lr_decay_steps: int = 0
-    gradient_clip: float = 0.0  # of the norm of all parameters' gradient; 0: none
-    compute_dtype: str = "float32"  # of the products: dtype, tf32 or bfloat16
-    use_ghost_grads: bool = False
-    feature_sampling_window: int = 2000
-    dead_feature_window: int = 1000
-    dead_feature_threshold: float = 1e-8
-
-
 class SAETrainer:
     """Trains one SAE; `PackStep` advances it."""
 
-    def __init__(
-        self, sae: StandardSAE, options: TrainingOptions, activation_scale: float = 1.0
-    ) -> None:
+    def __init__(self, sae: SAE, options: TrainingOptions, activation_scale: float = 1.0) -> None:
         """activation_scale: what activations are multiplied by before the SAE sees them."""
         self.sae = sae
         self.options = options
+        self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
         self.unit = options.decoder_norm == "unit"
         self.activation_scale = activation_scale
         if self.unit:
             scale_rows_to_unit_norm(sae.W_dec)
         self.adam = torch.optim.Adam(
-            [getattr(sae, name) for name in PARAMETERS],
+            list(sae.tensors.values()),
             lr=options.lr,
             betas=(options.adam_beta1, options.adam_beta2),
             fused=sae.W_enc.device.type in ("cpu", "cuda"),
@@ -83,6 +58,7 @@ class SAETrainer:
         device = sae.W_enc.device
         # On a GPU with Triton, Adam and what belongs to it are one kernel, from the first step on.
         self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
+        self.on_gpu = self.on_gpu and isinstance(self.rule, Standard)
         self.half: HalfWeights | None = None
         if self.on_gpu and options.compute_dtype == "bfloat16":
             self.half = HalfWeights(sae)
@@ -97,9 +73,9 @@ class SAETrainer:
         self.last_frequency = torch.zeros(sae.d_sae, dtype=torch.float64)
 
     @property
-    def published(self) -> StandardSAE:
+    def published(self) -> SAE:
         """The SAE of activations as they are, whatever scale it is trained at."""
-        return self.sae.for_unscaled(self.activation_scale)
+        return self.rule.published().for_unscaled(self.activation_scale)
 
     @property
     def lr(self) -> float:
@@ -116,10 +92,9 @@ class SAETrainer:
         )
 
     @property
-    def l1_coefficient(self) -> float:
-        """Of the coming step."""
-        o = self.options
-        return o.l1_coefficient * l1_multiplier(self.step, o.l1_warm_up_steps)
+    def coefficient(self) -> float:
+        """Of the sparsity term, in the coming step."""
+        return self.rule.coefficient * l1_multiplier(self.step, self.options.l1_warm_up_steps)
 
     @property
     def finished(self) -> bool:
@@ -142,10 +117,13 @@ class SAETrainer:
             return self.last_frequency
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
-    def begin_step(self) -> None:
+    def begin_step(self, n_rows: int) -> None:
+        norms = None if self.unit else torch.linalg.vector_norm(self.sae.W_dec, dim=1)
+        self.rule.begin_step(StepContext(self.coefficient, self.coefficient / n_rows, norms))
         if self.step % STEPS_PER_DECISION == 0:
             below = SPARSE_BELOW[self.options.compute_dtype]
             self.sparse = self.active_share < (SPARSE_BELOW_ON_GPU if self.on_gpu else below)
+            self.sparse = self.sparse or self.rule.always_sparse
         window = self.options.feature_sampling_window
         if self.step and self.step % window == 0:
             self.last_frequency = self.firing_frequency
@@ -169,17 +147,20 @@ class SAETrainer:
             self.adam_on_gpu(grad)
         else:
             self.adam_in_torch(grad)
+        self.rule.after_step()
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
         for name in PARAMETERS:
             getattr(self.sae, name).grad = getattr(grad, name)
+        for name in self.sae.EXTRA:
+            getattr(self.sae, name).grad = self.rule.gradient_of(name, grad)
         if self.options.gradient_clip:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.options.gradient_clip)
         self.adam.param_groups[0]["lr"] = self.lr
         self.adam.step()
-        for name in PARAMETERS:
-            getattr(self.sae, name).grad = None  # the buffers belong to the step, not to the SAE
+        for parameter in self.sae.parameters():
+            parameter.grad = None  # the buffers belong to the step, not to the SAE
         if self.unit:
             scale_rows_to_unit_norm(self.sae.W_dec)
 
@@ -227,8 +208,8 @@ class SAETrainer:
             "fired_in_window": self.fired_in_window,
             "last_frequency": self.last_frequency,
         }
-        for name in PARAMETERS:
-            moments = self.adam.state.get(getattr(self.sae, name), {})
+        for name, parameter in self.sae.tensors.items():
+            moments = self.adam.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in moments:
                     tensors[f"adam.{name}.{key}"] = moments[key]
@@ -238,12 +219,13 @@ class SAETrainer:
             "activation_scale": self.activation_scale,
             "sparse": self.sparse,
             "active_share": self.active_share,
+            **({"rule": state} if (state := self.rule.state()) else {}),
         }
 
     @classmethod
     def resumed(
         cls,
-        sae: StandardSAE,
+        sae: SAE,
         options: TrainingOptions,
         tensors: dict[str, Tensor],
         numbers: dict[str, Any],
@@ -262,10 +244,10 @@ class SAETrainer:
         self.active_share = float(numbers.get("active_share", 1.0))
         for name in ("steps_since_fired", "fired_in_window", "last_frequency"):
             getattr(self, name).copy_(tensors[name])
-        for name in PARAMETERS:
+        self.rule.restore(numbers.get("rule", {}))
+        for name, parameter in sae.tensors.items():
             if f"adam.{name}.exp_avg" not in tensors:
                 continue
-            parameter = getattr(sae, name)
             moments = {  # in the parameter's layout: Adam walks them side by side in memory
                 key: torch.empty_like(parameter).copy_(tensors[f"adam.{name}.{key}"])
                 for key in ("exp_avg", "exp_avg_sq")

@@ -11,6 +11,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from saeray.errors import bad_value, nearest
+from saeray.spec import architectures
+from saeray.spec.architectures import check_own_values
 
 if TYPE_CHECKING:
     from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -82,8 +84,8 @@ def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
     raise bad_value(name, value, f"{what} is wanted here, not {type(value).__name__}.")
 
 
-def check_values(config: LanguageModelSAERunnerConfig) -> None:
-    """The checks that need one value per field; run for every point of a grid."""
+def check_counts(config: LanguageModelSAERunnerConfig) -> None:
+    """What has to be 1 at least; before anything is derived from it."""
     at_least_one = (
         "context_size train_batch_size training_tokens n_batches_in_buffer store_batch_size "
         "feature_sampling_window dead_feature_window eval_windows wandb_log_frequency "
@@ -92,9 +94,12 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     for name in at_least_one.split():
         if getattr(config, name) < 1:
             raise bad_value(name, getattr(config, name), "at least 1.")
+
+
+def check_values(config: LanguageModelSAERunnerConfig) -> None:
+    """The checks that need one value per field; run for every point of a grid."""
     not_below_0 = (
-        "lr_warm_up_steps lr_decay_steps l1_warm_up_steps n_checkpoints l1_coefficient seed lr_end "
-        "gradient_clip"
+        "lr_warm_up_steps lr_decay_steps l1_warm_up_steps n_checkpoints seed lr_end gradient_clip"
     )
     for name in not_below_0.split():
         if getattr(config, name) < 0:
@@ -132,6 +137,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             config.lr_decay_steps,
             f"training has {config.steps} steps.",
         )
+    check_own_values(config)
     check_precision(config)
     one_of("activation_dtype", config.activation_dtype, ACTIVATION_DTYPES)
     if config.txt_documents is not None:
@@ -143,8 +149,9 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
         raise bad_value(
             "feature_sampling_method",
             config.feature_sampling_method,
-            "resampling is not there yet; use None, with use_ghost_grads: true against dead "
-            "features.",
+            "resampling is not there yet; use None. Against dead features there are "
+            "use_ghost_grads (standard, p_anneal), auxk_coefficient (topk, batchtopk, matryoshka) "
+            "and pre_act_loss_coefficient (jumprelu).",
         )
     if config.n_batches_in_buffer < 2:
         raise bad_value(
@@ -195,7 +202,7 @@ def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
     if config.l1_warm_up_steps >= config.steps:
         found.append(
             f"l1_warm_up_steps = {config.l1_warm_up_steps:,}: training ends after "
-            f"{config.steps:,} steps, before l1_coefficient is reached."
+            f"{config.steps:,} steps, before the coefficient is reached."
         )
     if warms_up and config.lr_warm_up_steps >= config.steps:
         found.append(
@@ -203,7 +210,7 @@ def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
             f"{config.steps:,} steps (training_tokens // train_batch_size), before lr is "
             "reached; lower it, or train on more tokens."
         )
-    return found
+    return found + architectures.cautions(config)
 
 
 def check_device(config: LanguageModelSAERunnerConfig) -> None:

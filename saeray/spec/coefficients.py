@@ -39,6 +39,8 @@ def converted(configs: Sequence[Any], d_in: int, norms: MeanNorms) -> list[str]:
     """A line for each loss among the configs of one hook point: their coefficients in each unit."""
     by_loss: dict[tuple[str, bool], list[float]] = {}
     for c in configs:
+        if c.l1_coefficient is None:
+            continue
         scaled = c.normalize_activations != "none"
         by_loss.setdefault((c.mse_normalization, scaled), []).append(c.l1_coefficient)
     return [

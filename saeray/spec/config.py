@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.spec import recipes
-from saeray.spec.checks import AUTO, check_types, check_values
+from saeray.spec import architectures, recipes
+from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.resources import Resources, resources_from
 
@@ -56,6 +56,9 @@ class LanguageModelSAERunnerConfig:
     model_revision: str | None = None
 
     # The SAE
+    # saeray: standard, p_anneal, gated, topk, batchtopk, matryoshka or jumprelu. What only some of
+    # them have is None where it is not given, and then filled by saeray.spec.architectures.
+    architecture: str = "standard"
     expansion_factor: int | float = 4  # d_sae = d_in * expansion_factor
     b_dec_init_method: str | None = None  # geometric_median, mean or zeros; None: the recipe's
     b_dec_init_rows: int = 4096  # saeray: rows sampled from the first half buffer for it
@@ -65,20 +68,22 @@ class LanguageModelSAERunnerConfig:
     seed: int = 42
 
     # saeray: how it starts and what it minimises. None: as the recipe says (saeray.spec.recipes).
-    recipe: str = "guide"  # or guide-2024, sae_lens, anthropic-april: fills what is not given
+    # guide, guide-2024, sae_lens or anthropic-april: fills what is not given. None: guide for
+    # standard, sae_lens for the other architectures.
+    recipe: str | None = None
     encoder_init: str | None = None  # decoder_transpose (times encoder_init_scale) or independent
     encoder_init_scale: float | None = None
     decoder_init_norm: float | None = None  # of the decoder's rows at the start
     decoder_norm: str | None = None  # unit, or free: the L1 is then weighted by the rows' norms
     mse_normalization: str | None = None  # centred_norm (the guide's), none, or sum over d_in
-    l1_warm_up_steps: int | None = None  # optimizer steps; l1_coefficient rises linearly from 0
+    l1_warm_up_steps: int | None = None  # optimizer steps; the coefficient rises linearly from 0
     lr_decay_steps: int | None = None  # optimizer steps at the end; lr falls linearly to 0
     gradient_clip: float | None = None  # of the norm of all parameters' gradient; 0: none
     normalize_activations: str | None = None  # none, or expected_average: mean norm sqrt(d_in)
 
     # Training
     lr: float = 3e-4
-    l1_coefficient: float = 1e-3
+    l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's
     lr_end: float = 0.0  # a fraction of lr (0.1: a tenth of it), where cosine schedules end
@@ -87,6 +92,24 @@ class LanguageModelSAERunnerConfig:
     training_tokens: int = 2_000_000  # steps = training_tokens // train_batch_size
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
+
+    # saeray: what only some architectures have
+    p_end: float | None = None  # p_anneal: the power at the end
+    p_anneal_start_step: int | None = None  # p_anneal: optimizer steps; a quarter of all
+    p_updates: int | None = None  # p_anneal: in how many steps the power falls from 1
+    k: float | None = None  # topk family: active features, of a row or as a mean over the batch
+    auxk_coefficient: float | None = None  # topk family: of the term for dead features; 0: none
+    auxk_scaling: str | None = None  # topk family: residual_variance (1/32) or dead_share (1)
+    topk_threshold_rate: float | None = None  # batchtopk, matryoshka: of the running mean
+    matryoshka_widths: str | None = None  # matryoshka: 64,256; d_sae itself is added
+    l0_coefficient: float | None = None  # jumprelu
+    jumprelu_sparsity_loss_mode: str | None = None  # jumprelu: step, tanh or quadratic
+    jumprelu_init_threshold: float | None = None  # jumprelu: of all features at the start
+    jumprelu_bandwidth: float | None = None  # jumprelu: around a threshold, where it learns
+    jumprelu_tanh_scale: float | None = None  # jumprelu, tanh
+    jumprelu_ste_to_input: bool | None = None  # jumprelu: whether the encoder learns there too
+    target_l0: float | None = None  # jumprelu, quadratic: active features per row
+    pre_act_loss_coefficient: float | None = None  # jumprelu: of the term for dead features
 
     # The activation buffer
     n_batches_in_buffer: int = 20  # LM batches mixed at a time
@@ -100,7 +123,7 @@ class LanguageModelSAERunnerConfig:
     share_stream: bool = False  # saeray: with other sweeps of the cluster that say so, too
 
     # Dead features
-    use_ghost_grads: bool = False
+    use_ghost_grads: bool | None = None  # standard, p_anneal; false
     feature_sampling_method: str | None = None
     feature_sampling_window: int = 2000  # optimizer steps between resets of firing statistics
     dead_feature_window: int = 1000  # optimizer steps without firing: dead
@@ -143,7 +166,8 @@ class LanguageModelSAERunnerConfig:
         check_types(self)
         axes = grid_axes(self)
         if not axes:
-            for name, value in recipes.filled(self).items():
+            check_counts(self)
+            for name, value in (architectures.filled(self) | recipes.filled(self)).items():
                 object.__setattr__(self, name, value)
             check_values(self)
         for name in axes:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from saeray.errors import ConfigError
+from saeray.spec import architectures
+from saeray.spec.architectures import OWN_FIELDS, SPARSITY
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, grid_axes, resolve
 
 NAME_LENGTH = 120  # characters of an SAE's name: file systems have 255, and paths have several
@@ -35,19 +37,39 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
     for values, labels in zip(
         itertools.product(*along), itertools.product(*map(labels_of, along)), strict=True
     ):
-        point = config.replace(**dict(zip(axes, values, strict=True)))
-        points.append(SAE(joined(axes, labels), point))
+        changes = dict(zip(axes, values, strict=True))
+        foreign = foreign_fields(config, changes) if "architecture" in axes else []
+        point = config.replace(**changes | dict.fromkeys(foreign))
+        own = [(a, text) for a, text in zip(axes, labels, strict=True) if a not in foreign]
+        points.append(SAE(joined([a for a, _ in own], [text for _, text in own]), point))
+    if "architecture" in axes:  # along an axis that means nothing for them they are all the same
+        points = [p for i, p in enumerate(points) if p.name not in {q.name for q in points[:i]}]
     refuse_duplicates(points)
     return points
+
+
+def foreign_fields(config: LanguageModelSAERunnerConfig, changes: dict[str, Any]) -> list[str]:
+    """Of a grid over architectures, the fields that belong to others of it than this point's."""
+    this = changes["architecture"]
+    others = {a for a in config.architecture if a in OWN_FIELDS}
+    return [
+        name
+        for name in architectures.FIELDS
+        if this in OWN_FIELDS
+        and name not in OWN_FIELDS[this]
+        and others.intersection(architectures.owners(name))
+    ]
 
 
 def derived_name(config: LanguageModelSAERunnerConfig) -> str:
     """The folder name of an SAE of which no axes are known (a bare `tune.run`).
 
-    There a trial sees only its own config: l1_coefficient, lr and a digest of the whole config,
-    which keeps it unique and derived.
+    There a trial sees only its own config: what its sparsity comes from, lr and a digest of the
+    whole config, which keeps it unique and derived.
     """
-    known = ("l1_coefficient", "lr")
+    known = [n for n in (*SPARSITY, "lr") if getattr(config, n) is not None]
+    if config.architecture != "standard":
+        known.insert(0, "architecture")
     name = joined(known, [label(getattr(config, field)) for field in known])
     return f"{name},{digest(config.to_dict(), 6)}"
 

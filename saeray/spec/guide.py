@@ -45,7 +45,6 @@ FOREIGN = {
     ),
     "lp_norm": Foreign((1,), "the sparsity loss is the L1 norm."),
     "noise_scale": Foreign((0,), "no noise is added to the activations of features."),
-    "architecture": Foreign(("standard",), "standard SAEs are trained."),
     "normalize_sae_decoder": Foreign((), "write decoder_norm: unit or free."),
     "apply_b_dec_to_input": Foreign((True,), "b_dec is subtracted from the input."),
     "init_encoder_as_decoder_transpose": Foreign(

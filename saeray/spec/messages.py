@@ -36,6 +36,13 @@ class ModelFacts(NamedTuple):
     warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
 
 
+class Snapshot(NamedTuple):
+    """A published SAE, on its way to where it is evaluated."""
+
+    cfg: dict[str, Any]  # what cfg.json says of its kind
+    tensors: dict[str, Any]  # numpy arrays by sae_lens's names
+
+
 class Report(NamedTuple):
     """One SAE at one optimizer step, from its pack."""
 
@@ -43,7 +50,7 @@ class Report(NamedTuple):
     step: int
     n_training_tokens: int
     metrics: dict[str, Any]  # by wandb key
-    snapshot: Any = None  # [ObjectRef of the weights] where an evaluation is wanted
+    snapshot: Any = None  # [ObjectRef of a Snapshot] where an evaluation is wanted
     state: str = TRAINING  # or an end
     error: str | None = None  # of a failed one
     path: str | None = None  # of a finished one: its folder

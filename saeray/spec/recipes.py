@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saeray.errors import bad_value, nearest
+from saeray.spec.architectures import OWN_FIELDS, SPARSITY
 
 
 class Share(NamedTuple):
@@ -87,25 +88,26 @@ def filled(config: Any) -> dict[str, Any]:
     Raises:
         ConfigError: no such recipe.
     """
-    recipe = RECIPES.get(config.recipe)
+    name = config.recipe
+    if name is None:
+        name = "guide" if config.architecture == "standard" else "sae_lens"
+    recipe = RECIPES.get(name)
     if recipe is None:
-        raise bad_value(
-            "recipe",
-            config.recipe,
-            f"one of {', '.join(RECIPES)}; {nearest(str(config.recipe), RECIPES)}",
-        )
+        raise bad_value("recipe", name, f"one of {', '.join(RECIPES)}; {nearest(name, RECIPES)}")
     if config.decoder_norm not in (None, recipe.decoder_norm):
         norm, scale = (1.0, 0.1) if config.decoder_norm == "unit" else (0.1, 1.0)
         recipe = dataclasses.replace(recipe, decoder_init_norm=norm, encoder_init_scale=scale)
-    values = {}
-    for name in FIELDS:
-        if getattr(config, name) is None:
-            value = getattr(recipe, name)
-            values[name] = value.of(config.steps) if isinstance(value, Share) else value
+    values: dict[str, Any] = {"recipe": name}
+    for field in FIELDS:
+        if getattr(config, field) is None:
+            value = getattr(recipe, field)
+            values[field] = value.of(config.steps) if isinstance(value, Share) else value
     return values
 
 
 def described(config: Any) -> str:
-    """What a config's recipe fills or would fill, for --dry-run."""
+    """What a config's recipe and architecture fill or would fill, for --dry-run."""
     values = ", ".join(f"{name}: {getattr(config, name)}" for name in FIELDS)
-    return f"recipe {config.recipe}: {values}"
+    own = [n for n in OWN_FIELDS[config.architecture] if getattr(config, n) is not None]
+    rest = "".join(f", {n}: {getattr(config, n)}" for n in own if n not in SPARSITY)
+    return f"recipe {config.recipe}: {values}; architecture {config.architecture}{rest}"

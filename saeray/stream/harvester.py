@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import CacheKey, ModelFacts
+from saeray.spec.messages import CacheKey, ModelFacts, Snapshot
 from saeray.spec.order import permutation
 
 if TYPE_CHECKING:
@@ -179,17 +179,16 @@ class Harvester:
         sample = torch.stack([rows[i // per_block][i % per_block] for i in chosen.tolist()])
         return statistic_of(sample, name).numpy()
 
-    def evaluate(
-        self, weights: dict[str, np.ndarray], hook_point: str, held_out: np.ndarray
-    ) -> dict[str, Any]:
+    def evaluate(self, snapshot: Snapshot, hook_point: str, held_out: np.ndarray) -> dict[str, Any]:
         """Metrics of one SAE on the held-out windows, by wandb key; `warnings` beside them."""
         import torch
 
-        from saeray.files.checkpoint import sae_from_weights
         from saeray.lm.evaluate import Evaluator
+        from saeray.sae.architectures import published_sae
 
         model = self.open()
         if self.evaluator is None:
             self.evaluator = Evaluator(model, torch.from_numpy(held_out.copy()))
-        sae = sae_from_weights({k: torch.from_numpy(v.copy()) for k, v in weights.items()})
+        tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
+        sae = published_sae(snapshot.cfg, tensors)
         return self.evaluator.evaluate(sae.to(model.device), hook_point)

@@ -13,9 +13,10 @@ from saeray.cluster.pack import options_of
 from saeray.errors import Late
 from saeray.files.checkpoint import newest_checkpoint, taken
 from saeray.files.storage import Folder
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, SAETrainer
+from saeray.sae.trainer import SAETrainer
 from saeray.spec.messages import Answer
 
 CONFIG, CPU = short_run(), torch.device("cpu")
@@ -23,7 +24,7 @@ CONFIG, CPU = short_run(), torch.device("cpu")
 
 def trainer():
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
-    return SAETrainer(sae, options_of(CONFIG, CPU))
+    return SAETrainer(sae, options_of(CONFIG, CPU, 4))
 
 
 def step(t):
@@ -74,7 +75,7 @@ def test_it_is_of_its_step_and_counts_when_its_reports_are_settled(roster, tmp_p
     writer.wait()
     assert not writer.busy
     found, _ = newest_checkpoint(folder)
-    again = found.trainer(options_of(CONFIG, CPU), CPU)
+    again = found.trainer(options_of(CONFIG, CPU, 4), CPU)
     assert again.step == 3
     assert all(torch.equal(getattr(again.sae, n), at_three[n]) for n in PARAMETERS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["24", "8"]

@@ -6,8 +6,8 @@ import torch
 from support.configs import short_run
 
 from saeray.cluster.pack import Pack, checkpoint_steps
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.initial import initial_sae
 
 
 def test_checkpoints_come_at_the_guides_tokens():
@@ -26,4 +26,6 @@ def test_a_snapshot_stays_what_it_was_while_the_training_goes_on(ray_instance):
     for name in PARAMETERS:
         getattr(sae, name).add_(1.0)  # in place, as the step does
     got = ray.get(snapshot)
-    assert all(torch.equal(torch.from_numpy(got[name].copy()), before[name]) for name in PARAMETERS)
+    assert all(
+        torch.equal(torch.from_numpy(got.tensors[name].copy()), before[name]) for name in PARAMETERS
+    )

@@ -15,8 +15,9 @@ from saeray.files.checkpoint import (
     save_final,
 )
 from saeray.files.storage import Folder
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import SAETrainer
 from saeray.spec.messages import Bos
 
@@ -24,8 +25,12 @@ CPU = torch.device("cpu")
 
 
 def trained(c, steps=3, scale=1.0):
-    sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
-    trainer = SAETrainer(sae, options_of(c, CPU), scale)
+    options = options_of(c, CPU, 4)
+    sae = initial_sae(
+        4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32, decoder_init_norm=0.5,
+        architecture=ARCHITECTURES[c.architecture], options=options,
+    )  # fmt: skip
+    trainer = SAETrainer(sae, options, scale)
     for i in range(steps):
         PackStep().step([trainer], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     return trainer
@@ -80,7 +85,7 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, recipe, scale):
     folder = Folder.at(tmp_path)
     save_checkpoint(folder / "24", c, t)
     found, _ = newest_checkpoint(folder)
-    resumed = found.trainer(options_of(c, CPU), CPU)
+    resumed = found.trainer(options_of(c, CPU, 4), CPU)
     for i in range(3, 6):
         PackStep().step([resumed], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
@@ -88,6 +93,35 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path, recipe, scale):
     # What others load is the SAE of activations as they are.
     x = torch.randn(5, 4)
     torch.testing.assert_close(load_sae(folder / "24").encode(x), t.sae.encode(x * scale))
+
+
+ARCHITECTURE_FIELDS = {
+    "standard": {}, "p_anneal": {"p_updates": 3}, "gated": {}, "topk": {"k": 3},
+    "batchtopk": {"k": 2.5}, "matryoshka": {"k": 3, "matryoshka_widths": "4,8"},
+    "jumprelu": {"l0_coefficient": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_on_from_its_files_and_is_loaded(tmp_path, architecture, scale):
+    c = short_run(architecture=architecture, **ARCHITECTURE_FIELDS[architecture])
+    whole, t = trained(c, 6, scale), trained(c, 3, scale)
+    save_checkpoint(Folder.at(tmp_path) / "24", c, t)
+    found, _ = newest_checkpoint(Folder.at(tmp_path))
+    resumed = found.trainer(options_of(c, CPU, 4), CPU)
+    for i in range(3, 6):
+        PackStep().step([resumed], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
+    for name, tensor in whole.sae.tensors.items():
+        assert torch.equal(resumed.sae.tensors[name], tensor)
+    save_final(Folder.at(tmp_path) / "final", c, whole)
+    x = torch.randn(50, 4)
+    loaded = load_sae(Folder.at(tmp_path) / "final")
+    assert torch.equal(loaded(x), whole.published(x)) and (loaded.encode(x) > 0).any()
+    cfg = json.loads((tmp_path / "final" / "cfg.json").read_text())
+    kinds = {"p_anneal": "standard", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}
+    assert cfg["architecture"] == kinds.get(architecture, architecture)
+    assert cfg["metadata"]["training_config"]["architecture"] == architecture
 
 
 @pytest.mark.parametrize("harm", ["cut off", "changed", "marker missing"])

@@ -11,8 +11,8 @@ from saeray.files.checkpoint import load_sae, newest_checkpoint, save_checkpoint
 from saeray.files.storage import Folder
 from saeray.lm.evaluate import Evaluator
 from saeray.lm.model import LanguageModel
+from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import initial_sae
 from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.stream.arrays import to_array
@@ -31,7 +31,7 @@ def config():
 def new_trainer(config, device):
     sae = initial_sae(4, 16, seed=0, b_dec=torch.zeros(4), dtype=torch.float32)
     sae.b_enc[:6] = -100.0  # these never fire
-    return SAETrainer(sae.to(device), options_of(config, torch.device(device)))
+    return SAETrainer(sae.to(device), options_of(config, torch.device(device), sae.d_in))
 
 
 def steps(trainer, first, last, device):
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_written_and_gone_on_from(config, tmp_path):
         steps(trainer, 0, 6, DEVICE)
         save_checkpoint(Folder.at(tmp_path / "checkpoints" / "48"), config, trainer)
         found, passed_over = newest_checkpoint(Folder.at(tmp_path / "checkpoints"))
-        resumed = found.trainer(options_of(config, DEVICE), DEVICE)
+        resumed = found.trainer(options_of(config, DEVICE, 4), DEVICE)
         assert steps(resumed, 6, 10, DEVICE) == steps(trainer, 6, 10, DEVICE)
     assert passed_over == []
 

@@ -15,7 +15,9 @@ import saeray
 from saeray.cluster.pack import options_of
 from saeray.files.checkpoint import save_final
 from saeray.files.storage import Folder
-from saeray.sae.standard import initial_sae
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.initial import initial_sae
+from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -72,6 +74,39 @@ def test_final_loads_in_sae_lens_with_the_same_reconstruction(tiny, tmp_path, py
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(architecture="p_anneal"),
+        dict(architecture="gated"),
+        dict(architecture="topk", k=5),
+        dict(architecture="topk", k=5, decoder_norm="unit"),
+        dict(architecture="batchtopk", k=4.5),
+        dict(architecture="matryoshka", k=5),
+        dict(architecture="jumprelu", l0_coefficient=1e-2),
+    ],
+)
+def test_every_architecture_computes_the_same_in_sae_lens(tmp_path, python, fields):
+    config = short_run(normalize_activations="expected_average", **fields)
+    options = options_of(config, torch.device("cpu"), 32)
+    sae = initial_sae(
+        32, 128, seed=0, b_dec=torch.zeros(32), dtype=torch.float32, decoder_init_norm=0.5,
+        architecture=ARCHITECTURES[config.architecture], options=options,
+    )  # fmt: skip
+    t = SAETrainer(sae, options, 0.7)
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0)) * 3
+    for _ in range(10):
+        PackStep().step([t], x)
+    save_final(Folder.at(tmp_path / "final"), config, t)
+    _, theirs = in_sae_lens(python, tmp_path / "final", x, tmp_path)
+    f = t.published.encode(x)
+    assert 0 < (f > 0).sum() < f.numel()
+    torch.testing.assert_close(theirs["f"], f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs["x_hat"], t.published(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("hook", "joined_there"), [("hook_z", True), ("hook_q", False)])
 def test_heads_are_one_vector_in_sae_lens_too(tmp_path, python, hook, joined_there):
     config = short_run(hook_point=f"blocks.2.attn.{hook}")
@@ -79,7 +114,7 @@ def test_heads_are_one_vector_in_sae_lens_too(tmp_path, python, hook, joined_the
     save_final(
         Folder.at(tmp_path / "final"),
         config,
-        SAETrainer(sae, options_of(config, torch.device("cpu"))),
+        SAETrainer(sae, options_of(config, torch.device("cpu"), sae.d_in)),
     )
     x = torch.randn(2, 8, 4, 8, generator=torch.Generator().manual_seed(0))  # 4 heads of 8
     given = x if joined_there else x.flatten(2)

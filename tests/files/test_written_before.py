@@ -108,7 +108,7 @@ def test_a_checkpoint_is_valid_and_gone_on_from(name):
     found, passed_over = newest_checkpoint(trial / "checkpoints")
     assert passed_over == []
     assert found.numbers["n_training_tokens"] == 64_000
-    trainer = found.trainer(options_of(config, CPU), CPU)
+    trainer = found.trainer(options_of(config, CPU, 128), CPU)
     last = json.loads(trial.read("metrics.jsonl").splitlines()[-1])
     assert trainer.adam.param_groups[0]["lr"] == last["details/current_learning_rate"]
     PackStep().step([trainer], torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))

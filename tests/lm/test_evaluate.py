@@ -8,7 +8,7 @@ import torch
 
 from saeray.lm import evaluate
 from saeray.lm.evaluate import Evaluator, ce_loss_score
-from saeray.sae.standard import initial_sae
+from saeray.sae.initial import initial_sae
 
 HOOK = "blocks.0.hook_resid_pre"
 V, D, CONTEXT = 32, 16, 24

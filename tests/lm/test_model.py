@@ -13,7 +13,8 @@ from saeray.lm.evaluate import Evaluator, ce_loss_score
 from saeray.lm.hooks import Probe, what_is_wrong
 from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel, check_d_in
-from saeray.sae.standard import StandardSAE, initial_sae
+from saeray.sae.architectures.standard import StandardSAE
+from saeray.sae.initial import initial_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.text.tokens import TokenWindows
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from saeray.sae import cuda_step, trainer
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 B, L, D = 33, 35, 12

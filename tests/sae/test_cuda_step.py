@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from saeray.sae import cuda_step
+from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.cuda_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.losses import MSE_NORMALIZATIONS, sae_losses
-from saeray.sae.standard import StandardSAE
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -7,10 +7,12 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
 from saeray.sae.ranks import Ranks
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 B, D, L, STEPS = 100, 12, 40, 12
 # Gradients are added in another order: float32 rounding (6e-8), carried through Adam's division.

@@ -2,10 +2,11 @@
 
 import torch
 
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
 from saeray.sae.sample_statistics import initial_b_dec
-from saeray.sae.standard import initial_sae
-from saeray.sae.trainer import SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 D, N_TRUE, ACTIVE = 64, 128, 3  # twice as many directions as dimensions, three at a time
 

@@ -5,15 +5,12 @@ import pytest
 import torch
 
 from saeray.sae import sparse_step
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.architectures.standard import StandardSAE
+from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import StandardSAE, initial_sae
-from saeray.sae.trainer import (
-    PARAMETERS,
-    SPARSE_BELOW,
-    STEPS_PER_DECISION,
-    SAETrainer,
-    TrainingOptions,
-)
+from saeray.sae.trainer import SPARSE_BELOW, STEPS_PER_DECISION, SAETrainer
 
 D, L = 13, 203  # no multiple of what is looked at together
 ROWS = 2 * 1024 + 77  # two lanes and a part of one
@@ -142,7 +139,7 @@ def test_a_candidate_that_is_not_above_zero_after_all_is_none():
     offsets, feature = np.array([0, 3, 5]), np.array([0, 1, 2, 0, 1], np.int32)
     value = np.zeros(5, np.float32)
     # Row 0: 1 + 2 + 0.25; 0.5 - 1 < 0; -1 + 1 = 0. Row 1: 1 - 1 + 0.25; 0.5 + 0.5.
-    assert exact_values(offsets, feature, value, x, W_enc, b_enc) == 3
+    assert exact_values(offsets, feature, value, x, W_enc, b_enc, np.zeros(3, np.float32)) == 3
     assert offsets.tolist() == [0, 1, 3]
     assert feature[:3].tolist() == [0, 0, 1]
     assert value[:3].tolist() == [3.25, 0.25, 1.0]

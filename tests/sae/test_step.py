@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
+from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.gradients import LANE_ROWS
+from saeray.sae.initial import initial_sae
 from saeray.sae.losses import sae_losses
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.standard import StandardSAE, initial_sae
-from saeray.sae.trainer import PARAMETERS, SAETrainer, TrainingOptions
+from saeray.sae.trainer import SAETrainer
 
 D, L, B = 6, 17, 40
 
@@ -134,7 +137,7 @@ def test_warm_up_decay_and_clipping_agree_with_the_float64_reference():
     lr = [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     for i in range(10):
         x = torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        assert t.l1_coefficient == pytest.approx(3e-2 * l1[i])
+        assert t.coefficient == pytest.approx(3e-2 * l1[i])
         assert t.lr == pytest.approx(1e-2 * lr[i])
         p, losses = reference_step(
             p, adam, x, 1e-2 * lr[i], 3e-2 * l1[i], "sum", none, unit=False, clip=0.05

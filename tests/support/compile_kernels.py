@@ -9,10 +9,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.cuda_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
-from saeray.sae.standard import StandardSAE
 
 B, L, D = 64, 256, 768
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")

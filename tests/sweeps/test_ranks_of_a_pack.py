@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import saeray
-from saeray.sae.trainer import PARAMETERS
+from saeray.sae.architectures.base import PARAMETERS
 
 # Sums over two ranks are added in another order.
 TOLERANCE = dict(rtol=1e-4, atol=2e-6)

@@ -17,7 +17,7 @@ from support.wandb_files import read_run
 import saeray
 from saeray.errors import ConfigError
 from saeray.files.checkpoint import load_sae
-from saeray.sae.standard import StandardSAE
+from saeray.sae.architectures.standard import StandardSAE
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
