@@ -199,7 +199,9 @@ def main() -> None:
         runs: dict[str, list[Run]] = {}
         for _ in range(arguments.rounds):  # in turn, so drift of the machine hits all alike
             for system in arguments.only:
-                runs.setdefault(system, []).append(run(system, d_sae))
+                one = run(system, d_sae)
+                print(f"  d_sae {d_sae}, {system}: {one}", flush=True)
+                runs.setdefault(system, []).append(one)
         medians = {
             system: Run(*(statistics.median(figure) for figure in zip(*of, strict=True)))
             for system, of in runs.items()
