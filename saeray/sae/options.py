@@ -29,6 +29,7 @@ class TrainingOptions:
 
     architecture: str = "standard"
     l1_coefficient: float = 0.0
+    target_l0: float = 0.0  # what the coefficient is steered to; in quadratic jumprelu its L0*
     use_ghost_grads: bool = False
     # p_anneal
     p_end: float = 0.2
@@ -47,5 +48,4 @@ class TrainingOptions:
     jumprelu_bandwidth: float = 0.05
     jumprelu_tanh_scale: float = 4.0
     jumprelu_ste_to_input: bool = False
-    target_l0: float = 0.0
     pre_act_loss_coefficient: float = 0.0

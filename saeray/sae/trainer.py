@@ -29,6 +29,7 @@ from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
 from saeray.sae.schedules import l1_multiplier, lr_multiplier
+from saeray.sae.steering import Steering
 
 # Which of the two ways a step is computed is decided anew every so many steps, by the share of
 # features active in the step before. Part of what a run is a function of.
@@ -45,6 +46,9 @@ class SAETrainer:
         self.sae = sae
         self.options = options
         self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
+        self.steering: Steering | None = None
+        if options.target_l0 and self.rule.is_steered:
+            self.steering = Steering(options)
         self.unit = options.decoder_norm == "unit"
         self.activation_scale = activation_scale
         if self.unit:
@@ -94,7 +98,9 @@ class SAETrainer:
     @property
     def coefficient(self) -> float:
         """Of the sparsity term, in the coming step."""
-        return self.rule.coefficient * l1_multiplier(self.step, self.options.l1_warm_up_steps)
+        steered = 1.0 if self.steering is None else self.steering.multiplier
+        warm_up = l1_multiplier(self.step, self.options.l1_warm_up_steps)
+        return self.rule.coefficient * steered * warm_up
 
     @property
     def finished(self) -> bool:
@@ -148,6 +154,8 @@ class SAETrainer:
         else:
             self.adam_in_torch(grad)
         self.rule.after_step()
+        if self.steering is not None:
+            self.steering.see(self.step, float(grad.fired.sum()) / n_rows)
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
@@ -220,6 +228,7 @@ class SAETrainer:
             "sparse": self.sparse,
             "active_share": self.active_share,
             **({"rule": state} if (state := self.rule.state()) else {}),
+            **({"steering": self.steering.state()} if self.steering is not None else {}),
         }
 
     @classmethod
@@ -245,6 +254,8 @@ class SAETrainer:
         for name in ("steps_since_fired", "fired_in_window", "last_frequency"):
             getattr(self, name).copy_(tensors[name])
         self.rule.restore(numbers.get("rule", {}))
+        if self.steering is not None:
+            self.steering.restore(numbers["steering"])
         for name, parameter in sae.tensors.items():
             if f"adam.{name}.exp_avg" not in tensors:
                 continue

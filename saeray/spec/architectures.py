@@ -10,11 +10,15 @@ from typing import Any
 
 from saeray.errors import bad_value, nearest
 
-REQUIRED = object()  # no default would be right
-NO_DEFAULT = None  # the field stays None: derived, or off
+NO_DEFAULT = None  # the field stays None, or depends on others (`derived`)
 
-L1 = {"l1_coefficient": 1e-3}
-TOPK = {"k": REQUIRED, "auxk_scaling": "residual_variance", "auxk_coefficient": NO_DEFAULT}
+L1 = {"l1_coefficient": NO_DEFAULT, "target_l0": NO_DEFAULT}
+TOPK = {
+    "k": NO_DEFAULT,
+    "target_l0": NO_DEFAULT,
+    "auxk_scaling": "residual_variance",
+    "auxk_coefficient": NO_DEFAULT,
+}
 BATCHTOPK = TOPK | {"topk_threshold_rate": 0.01}
 
 # Architecture -> its own fields, each with what it is where it is not given.
@@ -32,8 +36,8 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
     "batchtopk": BATCHTOPK,
     "matryoshka": BATCHTOPK | {"matryoshka_widths": NO_DEFAULT},
     "jumprelu": {
-        "l0_coefficient": REQUIRED,
-        "jumprelu_sparsity_loss_mode": "step",
+        "l0_coefficient": NO_DEFAULT,
+        "jumprelu_sparsity_loss_mode": NO_DEFAULT,
         "jumprelu_init_threshold": 0.01,
         "jumprelu_bandwidth": 0.05,
         "jumprelu_tanh_scale": 4.0,
@@ -46,6 +50,9 @@ FIELDS = tuple(dict.fromkeys(name for own in OWN_FIELDS.values() for name in own
 
 # What decides how sparse an SAE becomes; each has some of them.
 SPARSITY = ("l1_coefficient", "l0_coefficient", "target_l0", "k")
+# Of an L1 where none is given: the guide's own, and what is about as much for the other losses.
+L1_COEFFICIENT = {"centred_norm": 1e-3, "none": 1e-2, "sum": 1.0}
+L0_COEFFICIENT = 1.0  # of quadratic jumprelu
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
 AUXK_SCALINGS = {"residual_variance": 1 / 32, "dead_share": 1.0}  # and their coefficients
 P_ANNEAL_START = 0.25  # of all steps, where p_anneal_start_step is not given
@@ -86,20 +93,46 @@ def filled(config: Any) -> dict[str, Any]:
                 f"means nothing for architecture: {config.architecture}; it belongs to "
                 f"{', '.join(owners(name))}.",
             )
-    values = {}
-    for name, default in own.items():
-        if getattr(config, name) is not None:
-            continue
-        if default is REQUIRED:
-            raise bad_value(name, None, f"architecture: {config.architecture} needs it.")
-        if default is not None:
-            values[name] = default
-    if config.architecture == "p_anneal" and config.p_anneal_start_step is None:
-        values["p_anneal_start_step"] = int(config.steps * P_ANNEAL_START)
-    if "auxk_coefficient" in own and config.auxk_coefficient is None:
+    values = {
+        name: default
+        for name, default in own.items()
+        if getattr(config, name) is None and default is not None
+    }
+    return values | {n: v for n, v in derived(config).items() if getattr(config, n) is None}
+
+
+def derived(config: Any) -> dict[str, Any]:
+    """What depends on other fields: for each that has none, its value.
+
+    Raises:
+        ConfigError: nothing that says how sparse the SAE shall be.
+    """
+    own = OWN_FIELDS[config.architecture]
+    found: dict[str, Any] = {}
+    if config.architecture == "p_anneal":
+        found["p_anneal_start_step"] = int(config.steps * P_ANNEAL_START)
+    if "auxk_coefficient" in own:
         scaling = config.auxk_scaling or own["auxk_scaling"]
-        values["auxk_coefficient"] = AUXK_SCALINGS.get(scaling, 0.0)
-    return values
+        found["auxk_coefficient"] = AUXK_SCALINGS.get(scaling, 0.0)
+    if "k" in own:
+        if (config.k is None) == (config.target_l0 is None):
+            if config.k != config.target_l0:  # both may be known, of a config that is read again
+                raise bad_value("target_l0", config.target_l0, f"k = {config.k:g} says it already.")
+            if config.k is None:
+                raise bad_value("k", None, f"architecture: {config.architecture} needs k.")
+        found["k"] = config.target_l0
+    if "jumprelu_sparsity_loss_mode" in own:
+        mode = config.jumprelu_sparsity_loss_mode
+        if mode is None:
+            mode = "step" if config.target_l0 is None else "quadratic"
+        found["jumprelu_sparsity_loss_mode"] = mode
+        if mode == "quadratic":
+            found["l0_coefficient"] = L0_COEFFICIENT
+        elif config.l0_coefficient is None:
+            raise bad_value(
+                "l0_coefficient", None, "architecture: jumprelu needs it, or a target_l0."
+            )
+    return found
 
 
 def check_own_values(config: Any) -> None:
@@ -145,7 +178,9 @@ def check_own_values(config: Any) -> None:
             raise bad_value("target_l0", None, "jumprelu_sparsity_loss_mode: quadratic needs it.")
         if not quadratic and config.target_l0 is not None:
             raise bad_value(
-                "target_l0", config.target_l0, "belongs to jumprelu_sparsity_loss_mode: quadratic."
+                "target_l0",
+                config.target_l0,
+                "jumprelu gets there by jumprelu_sparsity_loss_mode: quadratic; leave that out.",
             )
     widths_of(config.matryoshka_widths, None)
 

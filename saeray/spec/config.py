@@ -83,7 +83,9 @@ class LanguageModelSAERunnerConfig:
 
     # Training
     lr: float = 3e-4
-    l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3
+    l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3 for the guide's loss
+    # saeray: active features per row. The coefficient is steered there; k of the topk family.
+    target_l0: float | None = None
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's
     lr_end: float = 0.0  # a fraction of lr (0.1: a tenth of it), where cosine schedules end
@@ -108,7 +110,6 @@ class LanguageModelSAERunnerConfig:
     jumprelu_bandwidth: float | None = None  # jumprelu: around a threshold, where it learns
     jumprelu_tanh_scale: float | None = None  # jumprelu, tanh
     jumprelu_ste_to_input: bool | None = None  # jumprelu: whether the encoder learns there too
-    target_l0: float | None = None  # jumprelu, quadratic: active features per row
     pre_act_loss_coefficient: float | None = None  # jumprelu: of the term for dead features
 
     # The activation buffer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saeray.errors import bad_value, nearest
-from saeray.spec.architectures import OWN_FIELDS, SPARSITY
+from saeray.spec.architectures import L1_COEFFICIENT, OWN_FIELDS, SPARSITY
 
 
 class Share(NamedTuple):
@@ -102,6 +102,9 @@ def filled(config: Any) -> dict[str, Any]:
         if getattr(config, field) is None:
             value = getattr(recipe, field)
             values[field] = value.of(config.steps) if isinstance(value, Share) else value
+    if "l1_coefficient" in OWN_FIELDS[config.architecture] and config.l1_coefficient is None:
+        loss = config.mse_normalization or recipe.mse_normalization
+        values["l1_coefficient"] = L1_COEFFICIENT.get(loss)
     return values
 
 

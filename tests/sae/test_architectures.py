@@ -20,6 +20,7 @@ VARIANTS = {
     "standard": dict(architecture="standard", l1_coefficient=3e-2),
     "p_anneal": dict(architecture="p_anneal", l1_coefficient=3e-2, p_end=0.3),
     "gated": dict(architecture="gated", l1_coefficient=3e-2),
+    "steered": dict(architecture="gated", l1_coefficient=3e-2, target_l0=4.0),
     "topk": dict(architecture="topk", k=9),
     "batchtopk": dict(architecture="batchtopk", k=9.5),
     "matryoshka": dict(architecture="matryoshka", k=9, matryoshka_widths=WIDTHS),
@@ -237,6 +238,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(variant):
     advanced(again, 7, 14)
     assert all(torch.equal(p, again.sae.tensors[n]) for n, p in whole.sae.tensors.items())
     assert whole.rule.state() == again.rule.state()
+    assert whole.coefficient == again.coefficient
 
 
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])

@@ -178,6 +178,7 @@ class Rule:
     always_sparse: ClassVar[bool] = False  # few are active from the first step on
     keeps_h: ClassVar[bool] = True  # whether the way back needs h
     sparsity_loss: ClassVar[str | None] = "l1_loss"  # what reports call the sparsity term
+    is_steered: ClassVar[bool] = True  # whether target_l0 moves its coefficient
     has_gate: ClassVar[bool] = False  # whether there are `gate_latents`
 
     def __init__(self, sae: SAE, options: TrainingOptions) -> None:

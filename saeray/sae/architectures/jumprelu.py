@@ -45,6 +45,7 @@ class JumpReLU(Rule):
 
     SUMS = ("threshold", "norm")
     sparsity_loss = "l0_loss"
+    is_steered = False
 
     @classmethod
     def starts(cls, name: str, options: TrainingOptions) -> float:

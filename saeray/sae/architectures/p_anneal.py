@@ -21,6 +21,7 @@ from saeray.sae.options import TrainingOptions
 
 BATCHES = 10  # over which the penalties of the old and the new p are compared
 LINEAR_BELOW = 1e-3  # in f's unit
+STEERED_UNTIL = 0.6  # of all steps p falls, where an L0 is to be reached: steering comes after it
 
 
 class PAnneal(Rule):
@@ -49,7 +50,8 @@ class PAnneal(Rule):
     def updates(self) -> list[int]:
         """The steps after which p falls."""
         o = self.options
-        left = o.total_steps - o.p_anneal_start_step
+        end = int(o.total_steps * (STEERED_UNTIL if o.target_l0 else 1.0))
+        left = max(o.p_updates, end - o.p_anneal_start_step)
         return [o.p_anneal_start_step + left * i // o.p_updates for i in range(o.p_updates)]
 
     @property

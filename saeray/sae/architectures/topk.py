@@ -41,6 +41,7 @@ class Selecting(Rule):
 
     always_sparse = True
     sparsity_loss = None
+    is_steered = False
     keeps_h = False
 
     @property
