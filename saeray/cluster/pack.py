@@ -86,6 +86,7 @@ def options_of(
         dead_feature_window=config.dead_feature_window,
         dead_feature_threshold=config.dead_feature_threshold,
         architecture=config.architecture,
+        seed=config.seed,
         **own,
     )
 

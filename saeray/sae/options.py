@@ -31,6 +31,8 @@ class TrainingOptions:
     l1_coefficient: float = 0.0
     target_l0: float = 0.0  # what the coefficient is steered to; in quadratic jumprelu its L0*
     use_ghost_grads: bool = False
+    feature_sampling_method: str | None = None
+    seed: int = 0  # of what is drawn in training: which rows dead features are resampled to
     # p_anneal
     p_end: float = 0.2
     p_anneal_start_step: int = 0

@@ -1,10 +1,14 @@
 """Steering towards an L0: the sparsity coefficient follows what the batches show.
 
-With e = log(L0 / target), L0 a running mean over batches, the coefficient's logarithm moves by
-g · e + r a step, where r itself moves by DRIFT g² · e: at one coefficient L0 falls slowly for as
-long as an SAE learns, and a controller without r would stay behind it. g is GAIN over all steps, so
-that a longer training is steered more gently. Steering begins when the coefficient's warm-up is
-over and ends FROZEN before the training does, so that the SAE settles at one coefficient.
+With l a running mean of log L0 over batches and l' its trend, what counts is where L0 is heading:
+
+    e = l + AHEAD · l' · steps - log target
+
+The coefficient's logarithm moves by g · e + r a step, and r itself by DRIFT · g² · e: at one
+coefficient L0 falls slowly for as long as an SAE learns, and a controller without r would stay
+behind it. g is GAIN over all steps, so that a longer training is steered more gently. Steering
+begins when the coefficient's warm-up is over and ends FROZEN before the training does, so that the
+SAE settles at one coefficient.
 
 All of it is a function of counts, which are whole numbers, and is kept in checkpoints: a resumed
 run is the uninterrupted one, and packing changes nothing.
@@ -19,10 +23,14 @@ from saeray.sae.options import TrainingOptions
 
 GAIN = 16.0  # over all steps
 MOST_GAIN = 0.06  # a step: what an SAE answers with comes some steps later
-DRIFT = 0.2
+DRIFT = 0.8
+AHEAD = 0.05  # of all steps
 NEAR = 0.5  # of log(L0 / target): only there the drift is learned
-FASTEST = 1.0  # of log(L0 / target), as far as it counts
+FASTEST = 1.0  # of e, as far as it counts
 MEAN_RATE = 0.2  # of the running mean
+TREND_RATE = 40.0  # of the trend's, over all steps
+LEAST_L0 = 1e-3
+KEPT = ("log_multiplier", "drift", "log_l0", "trend")  # in checkpoints
 FROZEN = 0.05  # of all steps, at the end
 
 
@@ -34,9 +42,12 @@ class Steering:
         self.first = options.l1_warm_up_steps
         self.last = options.total_steps - max(1, int(FROZEN * options.total_steps))
         self.gain = min(GAIN / options.total_steps, MOST_GAIN)
+        self.ahead = AHEAD * options.total_steps
+        self.trend_rate = min(1.0, TREND_RATE / options.total_steps)
         self.log_multiplier = 0.0
         self.drift = 0.0
-        self.l0: float | None = None  # a running mean
+        self.log_l0: float | None = None  # a running mean
+        self.trend = 0.0  # of that, a step
 
     @property
     def multiplier(self) -> float:
@@ -44,19 +55,25 @@ class Steering:
 
     def see(self, step: int, l0: float) -> None:
         """After a step: how many features were active in a row of its batch."""
-        self.l0 = l0 if self.l0 is None else self.l0 + MEAN_RATE * (l0 - self.l0)
+        now = math.log(max(l0, LEAST_L0))
+        if self.log_l0 is None:
+            self.log_l0 = now
+        else:
+            moved = MEAN_RATE * (now - self.log_l0)
+            self.log_l0 += moved
+            self.trend += self.trend_rate * (moved - self.trend)
         if not self.first <= step < self.last:
             return
-        off = math.log(max(self.l0, 1e-3) / self.target)
-        off = max(-FASTEST, min(FASTEST, off))
+        off = self.log_l0 - math.log(self.target)
+        e = max(-FASTEST, min(FASTEST, off + self.ahead * self.trend))
         if abs(off) < NEAR:
-            self.drift += DRIFT * self.gain**2 * off
-        self.log_multiplier += self.gain * off + self.drift
+            self.drift += DRIFT * self.gain**2 * e
+        self.log_multiplier += self.gain * e + self.drift
 
     def state(self) -> dict[str, Any]:
         """Plain numbers that a checkpoint holds."""
-        return {"log_multiplier": self.log_multiplier, "drift": self.drift, "l0": self.l0}
+        return {name: getattr(self, name) for name in KEPT}
 
     def restore(self, numbers: dict[str, Any]) -> None:
-        self.log_multiplier, self.drift = numbers["log_multiplier"], numbers["drift"]
-        self.l0 = numbers["l0"]
+        for name in KEPT:
+            setattr(self, name, numbers[name])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae import cuda_step
+from saeray.sae import cuda_step, resampling
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import PARAMETERS, SAE, StepContext
 from saeray.sae.architectures.standard import Standard
@@ -28,6 +28,7 @@ from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
+from saeray.sae.resampling import lr_factor
 from saeray.sae.schedules import l1_multiplier, lr_multiplier
 from saeray.sae.steering import Steering
 
@@ -67,6 +68,8 @@ class SAETrainer:
         if self.on_gpu and options.compute_dtype == "bfloat16":
             self.half = HalfWeights(sae)
         self.step = 0
+        self.resampled: int | None = None  # the step before which features last were
+        self.n_resampled = 0  # features, in all
         self.sparse = False  # whether the step is computed from active entries alone
         self.active_share = 1.0  # of features and rows, in the step before the next decision
         self.steps_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
@@ -85,14 +88,18 @@ class SAETrainer:
     def lr(self) -> float:
         """Learning rate of the coming step."""
         o = self.options
-        return o.lr * lr_multiplier(
-            o.lr_scheduler_name,
-            self.step,
-            total_steps=o.total_steps,
-            warm_up_steps=o.lr_warm_up_steps,
-            lr_end=o.lr_end,
-            num_cycles=o.num_cycles,
-            decay_steps=o.lr_decay_steps,
+        return (
+            o.lr
+            * lr_factor(o, self.step, self.resampled)
+            * lr_multiplier(
+                o.lr_scheduler_name,
+                self.step,
+                total_steps=o.total_steps,
+                warm_up_steps=o.lr_warm_up_steps,
+                lr_end=o.lr_end,
+                num_cycles=o.num_cycles,
+                decay_steps=o.lr_decay_steps,
+            )
         )
 
     @property
@@ -195,9 +202,32 @@ class SAETrainer:
             half=self.half,
         )
 
+    @property
+    def resamples_next(self) -> bool:
+        """Whether the coming step is followed by resampling."""
+        return resampling.is_due(self.options, self.step + 1)
+
+    def resample(self, rows: Tensor, weights: Tensor) -> None:
+        """Gives features that have not fired in this window a new start.
+
+        rows [n, D] of activations as the SAE sees them, weights [n]: what they are chosen by.
+        """
+        dead = (self.fired_in_window == 0).nonzero().squeeze(1)
+        chosen = resampling.choose_rows(weights, len(dead), self.options.seed, self.step)
+        if len(chosen) == 0:
+            return
+        dead = dead[: len(chosen)]
+        tensors = self.sae.tensors
+        moments = [dict(self.adam.state.get(p, {})) for p in tensors.values()]
+        resampling.resample(tensors, moments, dead, rows[chosen.to(rows.device)])
+        self.steps_since_fired[dead] = 0
+        self.resampled = self.step
+        self.n_resampled += len(dead)
+
     def feature_metrics(self) -> dict[str, float]:
         """Counts over features, keyed as in wandb."""
         frequency = self.firing_frequency
+        resamples = self.options.feature_sampling_method is not None
         return {
             "metrics/mean_log10_feature_sparsity": float(log10_frequency(frequency).mean()),
             "sparsity/dead_features": int(self.dead.sum()),
@@ -207,6 +237,7 @@ class SAETrainer:
             "sparsity/mean_passes_since_fired": float(self.steps_since_fired.cpu().double().mean()),
             "sparsity/below_1e-5": int((frequency < 1e-5).sum()),
             "sparsity/below_1e-6": int((frequency < 1e-6).sum()),
+            **({"sparsity/resampled": self.n_resampled} if resamples else {}),
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -227,6 +258,8 @@ class SAETrainer:
             "activation_scale": self.activation_scale,
             "sparse": self.sparse,
             "active_share": self.active_share,
+            "resampled": self.resampled,
+            "n_resampled": self.n_resampled,
             **({"rule": state} if (state := self.rule.state()) else {}),
             **({"steering": self.steering.state()} if self.steering is not None else {}),
         }
@@ -253,6 +286,8 @@ class SAETrainer:
         self.active_share = float(numbers.get("active_share", 1.0))
         for name in ("steps_since_fired", "fired_in_window", "last_frequency"):
             getattr(self, name).copy_(tensors[name])
+        self.resampled = numbers.get("resampled")
+        self.n_resampled = numbers.get("n_resampled", 0)
         self.rule.restore(numbers.get("rule", {}))
         if self.steering is not None:
             self.steering.restore(numbers["steering"])

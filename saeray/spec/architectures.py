@@ -12,7 +12,11 @@ from saeray.errors import bad_value, nearest
 
 NO_DEFAULT = None  # the field stays None, or depends on others (`derived`)
 
-L1 = {"l1_coefficient": NO_DEFAULT, "target_l0": NO_DEFAULT}
+L1 = {
+    "l1_coefficient": NO_DEFAULT,
+    "target_l0": NO_DEFAULT,
+    "feature_sampling_method": NO_DEFAULT,
+}
 TOPK = {
     "k": NO_DEFAULT,
     "target_l0": NO_DEFAULT,
@@ -53,6 +57,7 @@ SPARSITY = ("l1_coefficient", "l0_coefficient", "target_l0", "k")
 # Of an L1 where none is given: the guide's own, and what is about as much for the other losses.
 L1_COEFFICIENT = {"centred_norm": 1e-3, "none": 1e-2, "sum": 1.0}
 L0_COEFFICIENT = 1.0  # of quadratic jumprelu
+RESAMPLING = ("l2",)
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
 AUXK_SCALINGS = {"residual_variance": 1 / 32, "dead_share": 1.0}  # and their coefficients
 P_ANNEAL_START = 0.25  # of all steps, where p_anneal_start_step is not given
@@ -153,7 +158,15 @@ def check_own_values(config: Any) -> None:
     for name in not_below_0.split():
         if name in own and own[name] < 0:
             raise bad_value(name, own[name], "not below 0.")
+    if own.get("feature_sampling_method") == "anthropic":
+        raise bad_value(
+            "feature_sampling_method",
+            "anthropic",
+            "weighs rows by the loss they cost the language model, which is not there yet; l2 "
+            "weighs them by their squared error.",
+        )
     choices = {
+        "feature_sampling_method": RESAMPLING,
         "jumprelu_sparsity_loss_mode": SPARSITY_LOSS_MODES,
         "auxk_scaling": tuple(AUXK_SCALINGS),
     }

@@ -145,14 +145,6 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     if config.text_version not in TEXT_VERSIONS:
         raise bad_value("text_version", config.text_version, "1 or 2; leave it out.")
     check_device(config)
-    if config.feature_sampling_method is not None:
-        raise bad_value(
-            "feature_sampling_method",
-            config.feature_sampling_method,
-            "resampling is not there yet; use None. Against dead features there are "
-            "use_ghost_grads (standard, p_anneal), auxk_coefficient (topk, batchtopk, matryoshka) "
-            "and pre_act_loss_coefficient (jumprelu).",
-        )
     if config.n_batches_in_buffer < 2:
         raise bad_value(
             "n_batches_in_buffer",

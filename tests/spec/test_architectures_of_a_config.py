@@ -26,7 +26,7 @@ def test_fields_of_another_architecture_are_refused_by_name(architecture):
     config(architecture=architecture, **least)
     values = {"matryoshka_widths": "4,8", "auxk_scaling": "dead_share",
               "jumprelu_sparsity_loss_mode": "step", "use_ghost_grads": True,
-              "jumprelu_ste_to_input": True}  # fmt: skip
+              "jumprelu_ste_to_input": True, "feature_sampling_method": "l2"}  # fmt: skip
     for name in FIELDS:
         if name in OWN_FIELDS[architecture]:
             continue

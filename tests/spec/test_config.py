@@ -44,7 +44,7 @@ from saeray.spec.resources import Resources
         (dict(device="cuda:first"), "device", "cpu, cuda, mps or auto"),
         (dict(device="auto:0"), "device", "write auto"),
         (dict(device="mps", dtype="float64"), "dtype", "float32"),
-        (dict(feature_sampling_method="anthropic"), "feature_sampling_method", "None"),
+        (dict(feature_sampling_method="anthropic"), "feature_sampling_method", "l2 weighs"),
         (dict(n_batches_in_buffer=1), "n_batches_in_buffer", "at least 2"),
         (dict(expansion_factor=0), "expansion_factor", "above 0"),
         (dict(eval_windows=0), "eval_windows", "at least 1"),
