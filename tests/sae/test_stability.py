@@ -13,7 +13,7 @@ def rows(n, d, seed):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
 def test_it_is_the_best_of_all_permutations(n):
     for seed in range(10):
         a, b = rows(n, 3, seed).double(), rows(n, 3, seed + 100).double()
