@@ -184,9 +184,13 @@ def described(
     if row.get(seeds.COLUMN) is not None:
         figures.append(f"PW-MCC {row[seeds.COLUMN]:.3f}")
     figures.append(f"{row['status']} after {human(row['n_training_tokens'])} tokens")
-    shown = [*varying_fields([config]), "recipe", "expansion_factor", "seed"]
-    shown = list(dict.fromkeys([*(f for f in row if f in seeds.CONFIG_FIELDS), *shown]))
-    hyper = [f"{name} {seeds.shown(getattr(config, name))}" for name in shown]
+    fields = [name for name in row if name in seeds.CONFIG_FIELDS]
+    fields += ["architecture", *varying_fields([config]), "recipe", "expansion_factor", "seed"]
+    hyper = [
+        f"{name} {seeds.shown(value)}"
+        for name in dict.fromkeys(fields)
+        if (value := getattr(config, name)) is not None
+    ]
     path = sweep.final(row).uri
     return [
         row["trial"],

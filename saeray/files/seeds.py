@@ -85,7 +85,7 @@ def seed_groups(rows: Sequence[Row]) -> list[SeedGroup]:
             alike = ",".join(
                 f"{name}={shown(value)}"
                 for name, value in row.items()
-                if name in CONFIG_FIELDS and name not in SEED_FIELDS
+                if name in CONFIG_FIELDS and name not in SEED_FIELDS and value is not None
             )
             groups.setdefault((row.get("sweep"), alike), []).append(row)
     return [SeedGroup(alike, of) for (_, alike), of in groups.items() if len(of) > 1]

@@ -144,7 +144,7 @@ def test_best_prints_what_it_is_and_how_it_is_loaded(one, capsys):
     path = (one / "trials" / "mid" / "final").uri
     assert out.startswith("mid\n  L0 48.0 · FVU 0.1000 · CE score 0.9000 · KL – on held-out text")
     assert "3 dead features · done after 80 tokens" in out
-    assert "lr 0.0003 · l1_coefficient 0.001 · recipe guide · expansion_factor 4 · seed 42" in out
+    assert "  lr 0.0003 · l1_coefficient 0.001 · architecture standard · recipe guide · " in out
     assert f'saeray.load_sae("{path}"), or in sae_lens SAE.load_from_disk("{path}")' in out
     assert main(["best", one.path, "--l0", "50", "--by", "ce_loss_score", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)

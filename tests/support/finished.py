@@ -1,12 +1,13 @@
 """Folders of sweeps that nobody had to run: configs, rows and weights as a real one leaves them."""
 
 import torch
-from safetensors.torch import save
 from support.configs import config
 
+from saeray.files.checkpoint import sae_files
 from saeray.files.results import result_row, varying_fields, write_results
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Outcome, SweepFolder
+from saeray.sae.architectures.standard import StandardSAE
 from saeray.spec.config import resolve
 from saeray.spec.messages import DONE
 
@@ -49,15 +50,12 @@ def finished(where, with_results=True, **saes):
             for o in outcomes
         ]
         write_results(folder, rows)  # without the picture, which takes a while
-    for name, of in saes.items():
+    for (name, of), outcome in zip(saes.items(), outcomes, strict=True):
         if of["W_dec"] is not None:
             L, D = of["W_dec"].shape
-            weights = {
-                "W_enc": torch.zeros(D, L),
-                "W_dec": of["W_dec"],
-                "b_enc": torch.zeros(L),
-                "b_dec": torch.zeros(D),
-            }
-            final = folder / "trials" / name / "final"
-            final.write("sae_weights.safetensors", save(weights))
+            zeros = torch.zeros(L)
+            trained = StandardSAE(torch.zeros(D, L), of["W_dec"], zeros, torch.zeros(D))
+            (folder / "trials" / name / "final").publish(
+                sae_files(outcome.config, trained, zeros, None)
+            )
     return folder
