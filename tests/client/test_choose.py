@@ -10,6 +10,7 @@ from support.finished import finished, sae
 import saeray
 from saeray.client.cli import main
 from saeray.errors import ConfigError, SaerayError
+from saeray.files.storage import Folder
 
 
 @pytest.fixture
@@ -213,10 +214,20 @@ def test_what_cannot_be_answered_is_one_paragraph(tmp_path, arguments, code, wor
     assert words in err
 
 
-def test_sweeps_in_an_object_store(one, tmp_path, capsys):
-    import fsspec
-
-    fsspec.filesystem("memory").put(one.path, "/bucket/one", recursive=True)
-    assert saeray.load_sweep("memory://bucket/one").best(l0=50)["trial"] == "mid"
-    assert main(["compare", "memory://bucket/one"]) == 0
-    assert "on the frontier of L0 and FVU: 3 of one" in capsys.readouterr().out
+def test_sweeps_in_an_object_store(one, s3, capsys):
+    eye = torch.eye(4)
+    there = finished(
+        Folder.at(s3("choose")) / "there",
+        a=sae(10.0, 0.8, 0.9, seed=1, W_dec=eye),
+        b=sae(12.0, 0.9, 0.9, seed=2, W_dec=-eye),
+    )
+    result = saeray.load_sweep(there.uri)
+    assert torch.equal(result.load(result.best(l0=12)).W_dec, -eye)
+    assert main(["compare", one.path, there.uri, "--stability"]) == 0
+    assert "on the frontier of L0 and FVU: 2 of there, 1 of one" in capsys.readouterr().out
+    assert saeray.load_sweep(there.uri).rows[0]["pw_mcc"] == pytest.approx(1.0)
+    assert main(["best", there.uri.replace("there", "hter"), "--l0", "10"]) == 2
+    assert "Beside it: did you mean there?" in capsys.readouterr().err
+    assert main(["best", there.uri.replace("choose/there", "none/x"), "--l0", "10"]) == 2
+    err = capsys.readouterr().err
+    assert "x" in err and err.count("\n") == 1
