@@ -20,15 +20,19 @@ _WHERE = {
     "Resources": "saeray.spec.config",
     "SAETrial": "saeray.cluster.trial",
     "StandardSAE": "saeray.sae.architectures.standard",
+    "compare": "saeray.client.choose",
     "language_model_sae_runner": "saeray.client.runner",
     "load_sae": "saeray.files.checkpoint",
+    "load_sweep": "saeray.client.result",
     "resume": "saeray.client.runner",
     "runtime_env": "saeray.client.connect",
     "sweep": "saeray.client.runner",
 }
 
 if TYPE_CHECKING:
+    from saeray.client.choose import compare
     from saeray.client.connect import runtime_env
+    from saeray.client.result import load_sweep
     from saeray.client.runner import language_model_sae_runner, resume, sweep
     from saeray.cluster.trial import SAETrial
     from saeray.errors import ConfigError
@@ -51,8 +55,10 @@ __all__ = [
     "SAETrial",
     "StandardSAE",
     "__version__",
+    "compare",
     "language_model_sae_runner",
     "load_sae",
+    "load_sweep",
     "resume",
     "runtime_env",
     "sweep",

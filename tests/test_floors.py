@@ -112,7 +112,7 @@ HEAVY = ("ray", "transformer_lens", "transformers", "wandb", "datasets")
     ("names", "absent"),
     [
         (". spec.config spec.grid spec.plan spec.order spec.placement", (*HEAVY, "torch")),
-        ("client.cli client.runner client.session", (*HEAVY, "torch")),
+        ("client.cli client.runner client.session client.choose", (*HEAVY, "torch")),
         ("text.tokens text.dataset lm.hub", ("ray", "torch", "wandb")),
         ("files.tracking files.results files.sweep_folder files.cache", ("ray", "torch")),
         ("sae sae.trainer", HEAVY),

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from saeray.errors import ConfigError, SaerayError, printable
+from saeray.files.frontier import BAND
 from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.version import __version__
@@ -173,6 +174,18 @@ def fetch_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def best_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.choose import best_command
+
+    return best_command(arguments)
+
+
+def compare_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.choose import compare_command
+
+    return compare_command(arguments)
+
+
 def wandb_command(arguments: argparse.Namespace) -> int:
     from saeray.files.storage import Folder
     from saeray.files.wandb_runs import send_whole
@@ -282,6 +295,35 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
     fetch.add_argument("--checkpoints", action="store_true", help="them, too")
     fetch.set_defaults(command=fetch_command)
+
+    best = commands.add_parser("best", help="the SAE of a sweep to take at an L0")
+    best.add_argument("sweep", metavar="SWEEP", help="its folder: a path or s3://…, gs://…")
+    best.add_argument("--l0", type=float, required=True, help="mean active features per token")
+    best.add_argument(
+        "--by", default="fvu", help="the figure: fvu (default), ce_loss_score, kl_div …"
+    )
+    best.add_argument(
+        "--within", type=float, default=BAND, help="how far off its L0 may be (0.2: a fifth)"
+    )
+    best.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only SAEs with this value: --where hook_point=blocks.2.hook_resid_pre",
+    )
+    best.add_argument("--json", action="store_true", help="its row, for other programs")
+    best.set_defaults(command=best_command)
+
+    compare = commands.add_parser("compare", help="one frontier of several sweeps")
+    compare.add_argument("sweeps", metavar="SWEEP", nargs="+", help="a folder: a path or s3://…")
+    compare.add_argument("--all", action="store_true", help="SAEs that are on no frontier, too")
+    compare.add_argument(
+        "--stability",
+        action="store_true",
+        help="compute PW-MCC between seeds where it is missing, however long it takes",
+    )
+    compare.set_defaults(command=compare_command)
 
     wandb = commands.add_parser(
         "wandb", help="send a sweep to wandb: each SAE's whole metrics.jsonl as one run"

@@ -23,8 +23,8 @@ from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.client.connect import quieten
+from saeray.client.result import SweepResult
 from saeray.client.session import (
-    SweepResult,
     absolute,
     done_already,
     provenance,

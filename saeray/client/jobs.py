@@ -21,7 +21,8 @@ import yaml
 from saeray.actors.waiting import NotYet
 from saeray.client.connect import runtime_env, why_not
 from saeray.client.driver import home_copy
-from saeray.client.session import SweepResult, absolute
+from saeray.client.result import SweepResult
+from saeray.client.session import absolute
 from saeray.client.speed import Times
 from saeray.client.status_file import STATUS_FILE, status_from
 from saeray.client.watch import Outcome, watch

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
-from saeray.client.session import SweepResult, absolute, done_already, refuse_existing, run, saes_of
+from saeray.client.result import SweepResult
+from saeray.client.session import absolute, done_already, refuse_existing, run, saes_of
 from saeray.errors import SaerayError, bad_value
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve

@@ -12,92 +12,23 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from saeray.client.speed import Times, account, human
+from saeray.client.result import SweepResult
+from saeray.client.speed import Times
 from saeray.client.status_file import StatusFile
 from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.files.seeds import add_stability
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.files.wandb_runs import CLOSE_SECONDS
 from saeray.lm.hub import portable
 from saeray.spec.grid import SAE
-from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
-
-if TYPE_CHECKING:
-    from saeray.sae.architectures.base import SAE as TrainedSAE
-
+from saeray.spec.messages import ENDS, SAERow, SweepStatus
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
-
-
-@dataclass
-class SweepResult:
-    """What a sweep has left behind."""
-
-    name: str
-    folder: Folder
-    rows: list[dict[str, Any]]  # results.csv, row by row
-    status: SweepStatus
-    times: Times | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether every SAE finished."""
-        return not any(row["status"] in (FAILED, INTERRUPTED) for row in self.rows)
-
-    def with_all_ended(self) -> SweepResult:
-        """The same, Ray's own end included in its times."""
-        if self.times is not None:
-            self.times = self.times._replace(ended=time.time())
-        return self
-
-    def summary(self) -> str:
-        """A table of the SAEs, the account of tokens, and where everything is."""
-        lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
-        for row in self.rows:
-            figures = [
-                "–" if row[key] is None else format(row[key], form)
-                for key, form in (
-                    ("l0", ".1f"),
-                    ("explained_variance", ".3f"),
-                    ("ce_loss_score", ".3f"),
-                    ("dead_features", ".0f"),
-                )
-            ]
-            widths = zip(figures, (8, 9, 9, 6), strict=True)
-            lines.append(
-                f"{row['trial']:<44} {row['status']:<8} " + " ".join(f"{f:>{w}}" for f, w in widths)
-            )
-            if row["error"]:
-                lines.append(f"    {row['error']}")
-        status = self.status
-        one_pass = sum(status.pass_tokens)
-        if one_pass and (status.harvested_tokens or status.cached_tokens):  # not all done already
-            n_streams = len(status.pass_tokens)
-            each = f" of each of {n_streams} streams" if n_streams > 1 else ""
-            cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
-            lines.append(
-                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE{each} trained "
-                f"on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); all SAEs together "
-                f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
-                "tokens, held out."
-            )
-        if self.times is not None:
-            lines += account(status, self.times)
-        lines += [f"! {warning}" for warning in status.warnings]
-        if any(row["status"] == INTERRUPTED for row in self.rows):
-            lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
-        lines.append(f"results: {self.folder.uri}")
-        return "\n".join(lines)
-
-    def load(self, trial: str) -> TrainedSAE:
-        """The trained SAE of a row's `trial`."""
-        from saeray.files.checkpoint import load_sae
-
-        return load_sae(self.folder / "trials" / trial / "final")
+STABILITY_SECONDS = 60.0  # of a core, at a sweep's end; more is for `saeray compare --stability`
 
 
 def run(
@@ -155,7 +86,8 @@ def run(
     status.warnings += [w for w in warnings if w not in status.warnings]
     if status.error is not None:
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
-    rows = SweepFolder(folder, name).read_rows()
+    rows, left_out = add_stability(folder, SweepFolder(folder, name).read_rows(), STABILITY_SECONDS)
+    status.warnings += left_out
     times = Times(began, time.time(), trained_before)
     if note is not None:
         note.write(status, rows, times)
@@ -267,7 +199,9 @@ def done_already(place: Folder) -> SweepResult | None:
         SAERow(s.name, k.state, k.step, s.config.steps, k.n_training_tokens, k.metrics, k.error)
         for s, k in ((s, known[s.name]) for s in saes)
     ]
-    return SweepResult(place.name, place, files.read_rows(), SweepStatus(rows, "done already"))
+    status = SweepStatus(rows, "done already")
+    found, status.warnings = add_stability(place, files.read_rows(), STABILITY_SECONDS)
+    return SweepResult(place.name, place, found, status)
 
 
 def absolute(path: Any) -> Any:

@@ -69,7 +69,20 @@ def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]
 
 def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
     """results.csv and results.parquet."""
-    table = pa.Table.from_pylist(list(rows))
+    write_table(folder, pa.Table.from_pylist(list(rows)))
+
+
+def add_column(folder: Folder, name: str, values: Mapping[str, float | None]) -> None:
+    """Results that are there with one column more (or anew), before the last; values by trial."""
+    read = io.BytesIO(folder.read("results.parquet"))
+    table = pyarrow.parquet.read_table(read)
+    if name in table.column_names:
+        table = table.drop_columns(name)
+    column = pa.array([values.get(t) for t in table["trial"].to_pylist()], pa.float64())
+    write_table(folder, table.add_column(table.num_columns - 1, name, column))
+
+
+def write_table(folder: Folder, table: pa.Table) -> None:
     # A column no SAE has a value for (yet) has no type of its own.
     for i, column in enumerate(table.schema):
         if pa.types.is_null(column.type):

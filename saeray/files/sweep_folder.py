@@ -135,8 +135,9 @@ class SweepFolder:
         if "results.parquet" not in self.folder.names():
             return []
         table = pyarrow.parquet.read_table(io.BytesIO(self.folder.read("results.parquet")))
-        columns = dict.fromkeys(COLUMNS)  # of which an earlier version may not have all
-        return [columns | with_names_of_now(row) for row in table.to_pylist()]
+        rows = [with_names_of_now(row) for row in table.to_pylist()]
+        # An earlier version may not have all columns.
+        return [row | {c: None for c in COLUMNS if c not in row} for row in rows]
 
     def known(self, names: Sequence[str]) -> dict[str, Known]:
         """What was reached of each SAE. Interrupted ones wait again."""

@@ -1,0 +1,214 @@
+"""What a sweep has left behind: its rows, as a table, as a data frame, and the SAE to take.
+
+`load_sweep` opens it from the sweep's folder, finished or not; it starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saeray.client.speed import Times, account, human
+from saeray.errors import ConfigError, SaerayError, nearest
+from saeray.files import frontier, seeds
+from saeray.files.results import COLUMNS, result_row, varying_fields
+from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
+from saeray.spec.messages import DONE, INTERRUPTED, STOPPED, WAITING, SweepStatus
+
+if TYPE_CHECKING:
+    import pandas
+
+    from saeray.sae.architectures.base import SAE
+
+
+@dataclass
+class SweepResult:
+    """What a sweep has left behind."""
+
+    name: str
+    folder: Folder
+    rows: list[dict[str, Any]]  # results.csv, row by row
+    status: SweepStatus
+    times: Times | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every SAE finished, or was stopped by its scheduler."""
+        return all(row["status"] in (DONE, STOPPED) for row in self.rows)
+
+    def with_all_ended(self) -> SweepResult:
+        """The same, Ray's own end included in its times."""
+        if self.times is not None:
+            self.times = self.times._replace(ended=time.time())
+        return self
+
+    def best(
+        self, l0: float, by: str = "fvu", within: float = frontier.BAND, **where: Any
+    ) -> dict[str, Any]:
+        """The row of the SAE to take at an L0; `load` takes it.
+
+        Of the finished SAEs that no sparser one beats in `by` (the frontier), the one whose L0 is
+        nearest to `l0`, in ratio.
+
+        Args:
+            by: fvu, explained_variance, ce_loss_score, kl_div …: held-out figures.
+            within: how far off its L0 may be: with 0.2, from l0 / 1.2 to l0 * 1.2.
+            where: values of columns, for a part of the sweep: hook_point="blocks.2.hook_resid_pre".
+                A sweep over several models or hook points wants one of them.
+
+        Raises:
+            ConfigError: a number that is not above 0, a `by` or a column that is not there.
+            SaerayError: no finished SAE is there, or none near enough; says which are next to it.
+        """
+        rows = only(self.rows, where)
+        return rows[frontier.best(rows, l0, by, within)]
+
+    def dataframe(self) -> pandas.DataFrame:
+        """results.csv as a data frame: a row per SAE.
+
+        Beside its columns: fvu, and whether the SAE is on the frontier of L0 and fvu
+        (`on_frontier_fvu`) and on that of L0 and CE loss score (`on_frontier_ce_loss_score`).
+        """
+        return dataframe(self.rows)
+
+    def summary(self) -> str:
+        """A table of the SAEs, the account of tokens, and where everything is."""
+        lines = table(self.rows)
+        status = self.status
+        one_pass = sum(status.pass_tokens)
+        if one_pass and (status.harvested_tokens or status.cached_tokens):  # not all done already
+            n_streams = len(status.pass_tokens)
+            each = f" of each of {n_streams} streams" if n_streams > 1 else ""
+            cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
+            lines.append(
+                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE{each} trained "
+                f"on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); all SAEs together "
+                f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
+                "tokens, held out."
+            )
+        if self.times is not None:
+            lines += account(status, self.times)
+        lines += [f"! {warning}" for warning in status.warnings]
+        if any(row["status"] == INTERRUPTED for row in self.rows):
+            lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
+        lines.append(f"results: {self.folder.uri}")
+        return "\n".join(lines)
+
+    def final(self, row: Mapping[str, Any] | str) -> Folder:
+        """The folder of a trained SAE, of its row or its `trial`."""
+        trial = row if isinstance(row, str) else row["trial"]
+        return self.folder / "trials" / trial / "final"
+
+    def load(self, row: Mapping[str, Any] | str) -> SAE:
+        """The trained SAE of a row, or of its `trial`."""
+        from saeray.files.checkpoint import load_sae
+
+        return load_sae(self.final(row))
+
+
+def load_sweep(folder: str | os.PathLike[str] | Folder) -> SweepResult:
+    """The results of a sweep, finished or not, as its folder has them. Starts nothing.
+
+    Its rows have every SAE that was planned; one that nothing is known of yet is `waiting`.
+
+    Args:
+        folder: its path or URI (s3://…, gs://…).
+
+    Raises:
+        ConfigError: no sweep is there, or its sweep.yaml is damaged.
+    """
+    place = folder if isinstance(folder, Folder) else Folder.at(folder, "SWEEP")
+    files = SweepFolder(place, place.name)
+    try:
+        if "sweep.yaml" not in place.names():
+            raise ConfigError(f"{place.uri}: there is no sweep.yaml, so no sweep.{beside(place)}")
+        configs = files.read_configs()
+        found = {row["trial"]: row for row in files.read_rows()}
+    except OSError as error:
+        raise ConfigError(f"{place.uri}: can't be read: {error}") from None
+    axes = varying_fields(list(configs.values()))
+    rows = [
+        found.get(name) or result_row(name, config, axes, WAITING, None, {}, None)
+        for name, config in configs.items()
+    ]
+    return SweepResult(place.name, place, rows, SweepStatus([], "as its folder has it"))
+
+
+def beside(place: Folder) -> str:
+    """What may have been meant: sweeps in the folder, or names beside it that are like its own."""
+    inside = [name for name in place.names() if "sweep.yaml" in (place / name).names()]
+    if inside:
+        return f" Sweeps in it: {', '.join(inside[:12])}."
+    if "/" not in place.path.strip("/"):  # a bucket
+        return ""
+    names = Folder.at(place.parent_uri).names()
+    return f" Beside it: {nearest(place.name, names)}" if names else ""
+
+
+def only(rows: list[dict[str, Any]], where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows with these values; a text stands for the value that is written so.
+
+    Raises:
+        ConfigError: no such column. SaerayError: no such row.
+    """
+    for name, value in where.items():
+        columns = {key for row in rows for key in row}
+        if name not in columns:
+            raise ConfigError(
+                f"{name}: the SAEs do not differ in it, or there is no such column; "
+                f"{nearest(name, columns)}"
+            )
+        kept = [row for row in rows if is_value(row.get(name), value)]
+        if not kept:
+            there = ", ".join(dict.fromkeys(str(row.get(name)) for row in rows))
+            raise SaerayError(f"no SAE has {name} = {value}; there are: {there}.")
+        rows = kept
+    return rows
+
+
+def is_value(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return value == float(wanted)
+        except ValueError:
+            return False
+    return value == wanted or str(value) == wanted
+
+
+def cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines: a row per SAE, marked where it is on a frontier; then the figures over seeds."""
+    columns = {"L0": ("l0", 8, ".1f"), "expl.var": ("explained_variance", 9, ".3f")}
+    columns |= {"CE score": ("ce_loss_score", 9, ".3f"), "dead": ("dead_features", 6, ".0f")}
+    if any(row.get(seeds.COLUMN) is not None for row in rows):
+        columns["PW-MCC"] = (seeds.COLUMN, 7, ".3f")
+    heads = " ".join(f"{title:>{width}}" for title, (_, width, _) in columns.items())
+    lines = [f"{'SAE':<44} {'status':<8} {heads}  frontier"]
+    marks = frontier.marks(rows)
+    for row, mark in zip(rows, marks, strict=True):
+        cells = [f"{cell(row.get(key), form):>{w}}" for key, w, form in columns.values()]
+        lines.append(f"{row['trial']:<44} {row['status']:<8} {' '.join(cells)}  {mark}".rstrip())
+        if row["error"]:
+            lines.append(f"    {row['error']}")
+    if any(marks):
+        lines.append("frontier: no sparser SAE has a lower FVU (FVU), or a higher CE score (CE)")
+    return lines + seeds.table(rows)
+
+
+def dataframe(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Rows as a data frame, with fvu and the frontiers they are on."""
+    import pandas
+
+    frame = pandas.DataFrame(rows)
+    frame["fvu"] = [frontier.figure(row, "fvu") for row in rows]
+    for by in frontier.MARKS:
+        frame[f"on_frontier_{by}"] = frontier.on_frontier(rows, by)
+    figures = [c for c in (*COLUMNS, seeds.COLUMN, "fvu") if c in frame]
+    return frame.astype(dict.fromkeys(figures, "float64"))
