@@ -159,6 +159,19 @@ def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
         next(iter(r))
 
 
+def test_who_waits_for_a_slow_reader_waits_until_that_one_is_detached():
+    buffer = ActivationBuffer(ORDER, 4, ["one"], None, [None])
+    for name, window in (("slow", 0), ("fast", 3)):
+        buffer.policy.ask(name, window, 0.0)
+    answer = buffer.not_yet(ORDER.blocks_of(3))
+    assert (
+        answer.late == "slower readers, which hold the buffer: slow at window 0, fast at window 3"
+    )
+    assert answer.progress > 0  # which is what the reader's own limit counts from
+    buffer.policy.readers["slow"].detached = True
+    assert buffer.not_yet(ORDER.blocks_of(3)).progress == 0
+
+
 def test_its_time_counts_from_the_first_batch_on(stream):
     """What it waits for before is the sweep's start, which has an account of its own."""
     r = reader(stream())
