@@ -114,10 +114,10 @@ class Dispatch:
         while self.queue:
             stream, saes, fitted = self.queue[0]
             # One at least: Ray, and an autoscaler, shall see what is waited for.
-            full = bool(fitted.most_packs) and len(self.running) >= fitted.most_packs
-            if self.running and (
-                full or room.place_all(fitted.trainer, fitted.num_workers) is None
-            ):
+            has_room = room.place_all(fitted.trainer, fitted.num_workers) is not None
+            if fitted.most_packs and len(self.running) >= fitted.most_packs:
+                has_room = False
+            if not has_room and self.running:
                 return
             self.queue.popleft()
             name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"

@@ -88,7 +88,7 @@ class PackState:
     task: Any = None  # that follows it to its end
     stream: Stream | None = None  # once it is there
     admitted: bool = False  # to its stream: there is memory for its SAEs
-    nothing_to_do: bool = False  # its stream did not come about
+    nothing_to_do: bool = False  # its stream did not come about, or has no room for it yet
     reader: ReaderGauges | None = None
     heard_of: bool = False  # its trainer is up and has asked for the plan
     problem: str | None = None  # why it can't go on, in its own words

@@ -67,7 +67,8 @@ class Fitted:
         if self.one_pass_by:
             text += f"; one by {self.one_pass_by}"
         elif self.most_packs:
-            text += "; one by more memory, or by fewer values of train_batch_size"
+            text += "; one by more memory, or by fewer packs (a larger resources.saes_per_trainer, "
+            text += "fewer values of train_batch_size)"
         if cached:
             return f"{text}; all but the first from activation_cache"
         return f"{text}; activation_cache: DIR keeps what the first one harvests for the others"
