@@ -181,7 +181,7 @@ def train(pack: str, roster_handle: Any, limit: float) -> None:
                 kept.clear()
             asks += 1
             not_yet += isinstance(answer, NotYet)
-        refs = [refs[plan.hook_index] for refs in answer.refs]
+        refs = [of_block[0] for of_block in answer.refs]
         arrays = waiting.get(refs, limit, "object store")
         arrays = [*kept, *arrays]
         assert len(arrays) == len(order.blocks_of(window))

@@ -235,18 +235,22 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
 
 def memory_alone(configs: list[LanguageModelSAERunnerConfig], facts: Any, buffer: int) -> str:
     """What a stream and its SAEs would take on this machine alone, in words."""
-    from saeray.spec.memory import memory_of
-    from saeray.spec.placement import fit
+    import psutil  # Ray brings it
+
+    from saeray.spec.memory import fit_saes, memory_of
     from saeray.spec.room import Cluster
 
     use_gpu = facts.device == "cuda"
-    machine = Cluster.one_machine(os.cpu_count() or 1, gpus=float(use_gpu))
+    # What Ray would count: a third goes to the object store.
+    memory = psutil.virtual_memory().available * 0.7
+    machine = Cluster.one_machine(os.cpu_count() or 1, gpus=float(use_gpu), memory=memory)
     try:
-        fitted = fit(configs[0].resources, machine, len(configs), use_gpu)
+        fitted = fit_saes(configs, machine, use_gpu)
     except ConfigError as error:
         return f"on this machine alone: {error}"
-    memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, buffer)
-    return f"on this machine alone: {memory}"
+    taken = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, buffer)
+    passes = fitted.passes_said(configs[0].activation_cache is not None)
+    return f"on this machine alone: {taken}" + (f"; {passes}" if passes else "")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,8 +1,9 @@
 """From SAEs to running packs: cut, queued, launched and followed.
 
 Packs wait in a queue until the cluster has room for them. Each is followed to its end, so that none
-of its SAEs is left without one; a pack that fails further on than it began is queued again. SAEs
-whose stream has no room beside this sweep's other streams (`streams`) wait until those are through.
+of its SAEs is left without one; a pack that fails further on than it began is queued again, and so
+is one for whose SAEs memory turns out to have no room, once the model is there. SAEs whose stream
+has no room beside this sweep's other streams (`streams`) wait until those are through.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +27,12 @@ from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
 from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, PackPlan
-from saeray.spec.placement import Fitted
 from saeray.spec.plan import by_stream, cut_packs
 from saeray.spec.room import shown
+from saeray.stream.launch import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,10 @@ class Dispatch:
         while self.queue:
             stream, saes, fitted = self.queue[0]
             # One at least: Ray, and an autoscaler, shall see what is waited for.
-            if room.place_all(fitted.trainer, fitted.num_workers) is None and self.running:
+            has_room = room.place_all(fitted.trainer, fitted.num_workers) is not None
+            if fitted.most_packs and len(self.running) >= fitted.most_packs:
+                has_room = False
+            if not has_room and self.running:
                 return
             self.queue.popleft()
             name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"
@@ -152,16 +158,19 @@ class Dispatch:
 
     async def follow_through(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         problem: str | None = None
+        put_back, most = False, 0  # until there is memory for its SAEs
         try:
             pack.first_tokens = await asyncio.to_thread(self.saved_tokens, pack.members)
             stream = await self.streams.called(pack.about.stream)
-            order = stream.about.plan.order
-            first_window = order.window_of(pack.first_tokens)
-            for reader in pack.readers:
-                await steadily(
-                    partial(stream.buffer.expect.remote, reader, first_window, self.state.name)
-                )
-            pack.stream = stream
+            most = stream.about.most_packs
+            beside = [p for p in self.running if p.admitted and p.about.stream == pack.about.stream]
+            put_back = bool(most) and len(beside) >= most
+            if put_back:
+                pack.nothing_to_do = True
+            else:
+                pack.admitted = True
+                await self.expected(pack, stream)
+                pack.stream = stream
         except Exception as error:
             problem = str(error)
             pack.nothing_to_do = True
@@ -176,6 +185,11 @@ class Dispatch:
         if self.state.over:
             return
         left = [self.state.entries[n] for n in pack.members if not self.state.entries[n].ended]
+        if put_back:
+            saes = [SAE(e.name, e.config) for e in left]
+            later = replace(pack.about.fitted, most_packs=most)
+            self.queue.append((pack.about.stream, saes, later))
+            return
         problem = pack.problem or problem or ended or "its trainer ended early"
         if pack.stream is not None:
             for reader in pack.readers:
@@ -190,6 +204,12 @@ class Dispatch:
                 left = []
         for entry in left:
             self.reports.end(entry, INTERRUPTED, f"{entry.name}: {problem}")
+
+    async def expected(self, pack: PackState, stream: Stream) -> None:
+        """Has the stream's buffer keep what the pack will begin with."""
+        window = stream.about.plan.order.window_of(pack.first_tokens)
+        for reader in pack.readers:
+            await steadily(partial(stream.buffer.expect.remote, reader, window, self.state.name))
 
     def saved_tokens(self, names: Sequence[str]) -> int:
         """The least of these SAEs' newest checkpoints, in tokens; 0 where one has none."""
@@ -242,13 +262,12 @@ class Dispatch:
         configs = {n: c for n, c in about.configs.items() if not self.state.entries[n].ended}
         if not configs:
             return NOTHING
-        first = LanguageModelSAERunnerConfig.from_dict(next(iter(configs.values())))
         return PackPlan(
             pack=pack,
             configs=configs,
             folder=self.state.folder.uri,
-            hook_index=stream.hook_points.index(first.resolved_hook_point),
-            d_in=stream.widths[first.resolved_hook_point],
+            hook_points=stream.hook_points,
+            widths=stream.widths,
             order=stream.plan.order,
             buffer=state.stream.buffer,
             threads=about.fitted.threads,

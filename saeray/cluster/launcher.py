@@ -15,7 +15,7 @@ from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train
 from saeray.actors.make import actor
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.spec.placement import Fitted
+from saeray.spec.fitted import Fitted
 from saeray.stream.launch import Stream, running_stream
 
 RESTARTS = 3  # of a pack's worker group, by Ray Train

@@ -1,8 +1,8 @@
 """The pack loop: what each Ray Train worker runs. One reader, one batch at a time, every SAE steps.
 
-A pack is a set of SAEs trained together: each batch is read and moved to the device once. SAEs of
-a pack share hook point and batch size and may differ in everything else. An SAE that fails or is
-withdrawn leaves; the others do not notice.
+A pack is a set of SAEs trained together: each batch is read and moved to the device once, at every
+hook point that one of them wants. SAEs of a pack share the stream and the batch size and may differ
+in everything else. An SAE that fails or is withdrawn leaves; the others do not notice.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Member:
     folder: Folder
     trainer: SAETrainer
     checkpoints: set[int]
+    hooks: tuple[int, ...]  # what it reads: places among the stream's hook points
 
     @property
     def n_training_tokens(self) -> int:
@@ -153,6 +154,7 @@ class Pack:
             name: LanguageModelSAERunnerConfig.from_dict(c) for name, c in plan.configs.items()
         }
         self.shared = next(iter(self.configs.values()))  # for what is equal in all of them
+        self.widths = [plan.widths[h] for h in plan.hook_points]
         self.device = choose_device(self.shared.device)
         self.limit = self.shared.wait_limit_s
         self.members = [self.enrol(name, config) for name, config in self.configs.items()]
@@ -169,7 +171,7 @@ class Pack:
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
         folder = self.folder / "trials" / name
-        options = options_of(config, self.device, self.plan.d_in)
+        options = options_of(config, self.device, self.d_in(config))
         found, damaged = newest_checkpoint(folder / "checkpoints")
         for reason in damaged:
             self.warn(f"{name}: checkpoint passed over: {reason}")
@@ -178,8 +180,8 @@ class Pack:
         else:
             scale = self.activation_scale(config)
             sae = initial_sae(
-                self.plan.d_in,
-                config.d_sae(self.plan.d_in),
+                self.d_in(config),
+                config.d_sae(self.d_in(config)),
                 seed=config.seed,
                 b_dec=self.initial_b_dec(config) * scale,
                 dtype=getattr(torch, config.dtype),
@@ -190,18 +192,22 @@ class Pack:
                 options=options,
             )
             trainer = SAETrainer(sae.to(self.device), options, scale)
-        return Member(name, config, folder, trainer, checkpoint_steps(config))
+        hooks = tuple(self.plan.hook_points.index(h) for h in config.hooks_read)
+        return Member(name, config, folder, trainer, checkpoint_steps(config), hooks)
+
+    def d_in(self, config: LanguageModelSAERunnerConfig) -> int:
+        return self.plan.widths[config.resolved_hook_point]
 
     def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
         if config.b_dec_init_method == "zeros":
-            return torch.zeros(self.plan.d_in)
+            return torch.zeros(self.d_in(config))
         return self.statistic(config, filled(config.b_dec_init_method))
 
     def activation_scale(self, config: LanguageModelSAERunnerConfig) -> float:
         """What activations are multiplied by: 1, or for a mean norm of sqrt(d_in)."""
         if config.normalize_activations == "none":
             return 1.0
-        return float(math.sqrt(self.plan.d_in) / self.statistic(config, "mean_norm"))
+        return float(math.sqrt(self.d_in(config)) / self.statistic(config, "mean_norm"))
 
     def statistic(self, config: LanguageModelSAERunnerConfig, name: str) -> Tensor:
         """Of a sample of the first half buffer; float32."""
@@ -220,9 +226,8 @@ class Pack:
         last = max(m.config.steps for m in active)
         place = Place(
             name=reader_name(self.plan.pack, self.ranks.rank),
-            hook_index=self.plan.hook_index,
+            widths={h: self.widths[h] for m in active for h in m.hooks},
             order=self.plan.order,
-            d_in=self.plan.d_in,
             dtype=getattr(torch, self.shared.activation_dtype),
             batch_rows=self.shared.train_batch_size,
         )
@@ -241,7 +246,8 @@ class Pack:
                 due = [m for m in active if m.trainer.step == step - 1]
                 wants = any(m.config.logs_at(step) for m in due)
                 began = time.perf_counter()
-                metrics = self.step_all.step([m.trainer for m in due], x, want_metrics=wants)
+                xs = [tuple(x[h] for h in m.hooks) for m in due]
+                metrics = self.step_all.step([m.trainer for m in due], xs, want_metrics=wants)
                 self.stepped += time.perf_counter() - began
 
                 if step == first + 1:
@@ -256,6 +262,7 @@ class Pack:
                     active = [m for m in active if m.name not in gone]
                     if not active:
                         break
+                    reader.wanted = {h for m in active for h in m.hooks}
                 if self.ranks.is_first:
                     self.save([m for m in due if m in active], step)
             self.wait_until_settled()

@@ -24,9 +24,11 @@ from saeray.cluster.reports import Reports
 from saeray.cluster.sweep_state import SweepState
 from saeray.errors import ConfigError, Late, SaerayError
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
+from saeray.spec.memory import fit_saes
 from saeray.spec.messages import Gauges
-from saeray.spec.placement import Fitted, fit, wants_gpu
+from saeray.spec.placement import wants_gpu
 from saeray.spec.plan import hook_points_of
 from saeray.spec.room import Cluster, Room
 from saeray.stream.launch import (
@@ -83,21 +85,21 @@ class Streams:
         packs: what this sweep's packs take, running and waiting ones, at the time it is called.
         None: it fits, but not now, beside the other streams of this sweep.
         """
-        config = saes[0].config
-        hooks = hook_points_of(s.config for s in saes)
+        configs = [s.config for s in saes]
+        config, hooks = configs[0], hook_points_of(configs)
         running = await self.stream_for(key, hooks, config)
         if self.taken is None:
             self.taken = await settled_holdings()
         fitted = None
         if running is None and self.own:
-            fitted = self.fitted_beside(config, len(saes), packs())
+            fitted = self.fitted_beside(configs, packs())
             if fitted is None:
                 if packs():
                     return None
                 await self.end_own()
         if fitted is None:
-            fitted = self.fitted(config, len(saes), harvest=running is None)
-        self.placement = str(fitted)
+            fitted = self.fitted(configs, harvest=running is None)
+        self.say_placement(fitted, config)
         if running is not None:
             first = self.own[running].fitted if running in self.own else fitted
             self.state.do(self.state.write_sweep_yaml(first))
@@ -107,26 +109,30 @@ class Streams:
         else:
             name = f"{self.state.name}/stream-{uuid.uuid4().hex[:6]}"
         self.own[name] = Own(fitted, fitted.harvester_nodes)
-        self.starting[name] = self.state.do(self.start(name, key, [s.config for s in saes], fitted))
+        self.starting[name] = self.state.do(self.start(name, key, configs, fitted))
         return name, fitted
 
-    def fitted(self, config: LanguageModelSAERunnerConfig, n_saes: int, harvest: bool) -> Fitted:
+    def say_placement(self, fitted: Fitted, config: LanguageModelSAERunnerConfig) -> None:
+        passes = fitted.passes_said(config.activation_cache is not None)
+        self.placement = f"{fitted}; {passes}" if passes else str(fitted)
+
+    def fitted(self, configs: list[LanguageModelSAERunnerConfig], harvest: bool) -> Fitted:
         """`fit` beside what others hold of the cluster; where there is no room, in their place."""
-        use_gpu = wants_gpu(config, cluster_now())
+        use_gpu = wants_gpu(configs[0], cluster_now())
         if self.taken:
             free = Cluster(self.room().left().nodes)
             try:
-                return fit(config.resources, free, n_saes, use_gpu, harvest)
+                return fit_saes(configs, free, use_gpu, harvest)
             except ConfigError:
                 pass  # other work has the room now
         everything = self.room(others=False).left()
-        fitted = fit(config.resources, everything, n_saes, use_gpu, harvest)
+        fitted = fit_saes(configs, everything, use_gpu, harvest)
         if self.taken and not fitted.waits_for:
             fitted = replace(fitted, waits_for="room that other work on the cluster holds")
         return fitted
 
     def fitted_beside(
-        self, config: LanguageModelSAERunnerConfig, n_saes: int, packs: list[Fitted]
+        self, configs: list[LanguageModelSAERunnerConfig], packs: list[Fitted]
     ) -> Fitted | None:
         """Where one more stream fits beside the others of this sweep and all their packs.
 
@@ -137,18 +143,18 @@ class Streams:
             ConfigError: it would not fit alone either.
         """
         everything = cluster_now()
-        use_gpu = wants_gpu(config, everything)
-        alone = fit(config.resources, everything, n_saes, use_gpu)
+        use_gpu = wants_gpu(configs[0], everything)
+        alone = fit_saes(configs, everything, use_gpu)
         room = self.room()
         for fitted in packs:
             if room.place_all(fitted.trainer, fitted.num_workers) is None:
                 return None
         try:
-            beside = fit(config.resources, Cluster(room.left().nodes), n_saes, use_gpu)
+            beside = fit_saes(configs, Cluster(room.left().nodes), use_gpu)
         except ConfigError:
             return None
         same = (beside.harvester, beside.trainer) == (alone.harvester, alone.trainer)
-        return beside if same else None
+        return beside if same and beside.passes <= alone.passes else None
 
     def room(self, others: bool = True) -> Room:
         """The cluster without what others (unless not `others`) and our own harvesters hold."""
@@ -193,6 +199,8 @@ class Streams:
             raise
         self.state.reached("language model and text")
         self.running.append(stream)
+        if most := stream.about.most_packs:
+            self.say_placement(replace(fitted, packs=most, most_packs=most), configs[0])
         if stream.memory:
             self.placement += f"; {stream.memory}"
         device = "cuda" if fitted.trainer_gpus else "cpu"

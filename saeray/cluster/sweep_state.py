@@ -27,8 +27,8 @@ from saeray.errors import SaerayError
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Memory, Outcome, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
+from saeray.spec.fitted import Fitted
 from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, SAERow, reader_name
-from saeray.spec.placement import Fitted
 from saeray.stream.launch import Stream
 from saeray.version import __version__
 
@@ -87,7 +87,8 @@ class PackState:
     launcher: Any = None
     task: Any = None  # that follows it to its end
     stream: Stream | None = None  # once it is there
-    nothing_to_do: bool = False  # its stream did not come about
+    admitted: bool = False  # to its stream: there is memory for its SAEs
+    nothing_to_do: bool = False  # its stream did not come about, or has no room for it yet
     reader: ReaderGauges | None = None
     heard_of: bool = False  # its trainer is up and has asked for the plan
     problem: str | None = None  # why it can't go on, in its own words

@@ -46,9 +46,9 @@ class StepMetrics(NamedTuple):
     reconstruction: Reconstruction
 
 
-def batch_key(t: SAETrainer) -> tuple[Any, ...]:
-    """SAEs that agree in this are trained on the same form of a batch."""
-    return (t.sae.W_enc.dtype, t.options.mse_normalization, t.activation_scale)
+def batch_key(t: SAETrainer, x: Tensor) -> tuple[Any, ...]:
+    """SAEs that agree in this are trained on the same form of the same batch."""
+    return (id(x), t.sae.W_enc.dtype, t.options.mse_normalization, t.activation_scale)
 
 
 class FreeList:
@@ -96,27 +96,44 @@ class PackStep:
         self.lock = Lock()
 
     def step(
-        self, trainers: Sequence[SAETrainer], x: Tensor, *, want_metrics: bool = False
+        self,
+        trainers: Sequence[SAETrainer],
+        x: Tensor | Sequence[tuple[Tensor, ...]],
+        *,
+        want_metrics: bool = False,
     ) -> list[StepMetrics | None]:
-        """One optimizer step of every trainer on batch x [B, D] (the same device as the SAEs)."""
+        """One optimizer step of every trainer on a batch (on the same device as the SAEs).
+
+        x: [B, D] for all of them, or for each trainer what it reads, a tensor for each hook point.
+        SAEs that are handed the same tensor share what is made of it.
+        """
+        if not trainers:
+            return []
+        each: Sequence[tuple[Tensor, ...]] = (
+            x if not isinstance(x, Tensor) else [(x,)] * len(trainers)
+        )
         batches: dict[tuple[Any, ...], Batch] = {}
-        for t in trainers:
-            if batch_key(t) not in batches:
-                scaled = x.to(t.sae.W_enc.dtype)
+        of: dict[SAETrainer, Batch] = {}
+        for t, (source, *_) in zip(trainers, each, strict=True):
+            key = batch_key(t, source)
+            if key not in batches:
+                scaled = source.to(t.sae.W_enc.dtype)
                 if t.activation_scale != 1.0:
                     scaled = scaled * t.activation_scale
-                batches[batch_key(t)] = Batch.of(scaled, t.options.mse_normalization)
+                batches[key] = Batch.of(scaled, t.options.mse_normalization)
+            of[t] = batches[key]
 
         def advance(t: SAETrainer, run_lanes: RunLanes) -> StepMetrics | None:
-            return self.advance(t, batches[batch_key(t)], run_lanes, want_metrics)
+            return self.advance(t, of[t], run_lanes, want_metrics)
 
-        if x.device.type == "cuda":
+        device = each[0][0].device.type
+        if device == "cuda":
             results = []
             for t in trainers:
                 with cuda_step.product_precision(t.options.compute_dtype):
                     results.append(advance(t, map))
             return results
-        if x.device.type != "cpu" or self.threads == 1:
+        if device != "cpu" or self.threads == 1:
             return [advance(t, map) for t in trainers]
         if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
             return [advance(t, self.pool.map) for t in trainers]

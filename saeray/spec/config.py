@@ -120,7 +120,8 @@ class LanguageModelSAERunnerConfig:
     stream_tokens: int | None = None  # saeray: length of the stream; None: training_tokens
     data_seed: int | None = None  # saeray: seeds the order of text and rows; None: seed
     activation_cache: str | None = None  # saeray: path or URI to keep harvested blocks in
-    reader_lag_s: float = 300.0  # saeray: how long fast packs wait, in all, for a slow one
+    # saeray: how long fast packs wait for a slow one, in all; where they share cores, at a time
+    reader_lag_s: float = 300.0
     share_stream: bool = False  # saeray: with other sweeps of the cluster that say so, too
 
     # Dead features
@@ -193,6 +194,11 @@ class LanguageModelSAERunnerConfig:
     def resolved_hook_point(self) -> str:
         """`hook_point` with `{layer}` filled in from `hook_point_layer`."""
         return self.hook_point.replace("{layer}", str(self.hook_point_layer))
+
+    @property
+    def hooks_read(self) -> tuple[str, ...]:
+        """The hook points whose activations a training step takes, the SAE's input first."""
+        return (self.resolved_hook_point,)
 
     @property
     def resolved_eval_every(self) -> int:

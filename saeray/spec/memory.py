@@ -7,13 +7,15 @@ they share counts once) on Linux with Python 3.11, torch 2.13, transformers 5 an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from saeray.errors import ConfigError
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.placement import Fitted
-from saeray.spec.plan import DTYPE_BYTES
+from saeray.spec.fitted import Fitted
+from saeray.spec.grid import SAE
+from saeray.spec.placement import fit
+from saeray.spec.plan import DTYPE_BYTES, cut_packs, kinds_of
 from saeray.spec.room import Cluster, Room
 
 HARVESTER = 0.65e9  # torch and TransformerLens, beside the weights
@@ -34,15 +36,32 @@ class Memory(NamedTuple):
     object_store: int  # of the buffer
     language_model: int  # each harvester
     harvesters: int
-    pack: int  # the largest one's ranks, with their SAEs
-    packs: int  # at once
+    each_pack: tuple[int, ...]  # the largest ones' ranks, with their SAEs, of those at once
     trials: int  # all of them together
+
+    @property
+    def packs(self) -> int:
+        """At once."""
+        return len(self.each_pack)
+
+    @property
+    def pack(self) -> int:
+        """The largest one."""
+        return max(self.each_pack)
+
+    def of_packs(self, n: int) -> Memory:
+        """With no more than so many of its packs at once."""
+        return self._replace(each_pack=self.each_pack[:n])
 
     def __str__(self) -> str:
         parts = [f"{size(self.object_store)} of the object store"]
         if self.harvesters:
             parts.append(f"{self.harvesters} x {size(self.language_model)} for the language model")
-        parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
+        if min(self.each_pack) == self.pack:
+            parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
+        else:
+            together = sum(self.each_pack) + self.packs * PACK
+            parts.append(f"{size(together)} for {self.packs} packs")
         parts.append(f"{size(self.trials)} for trials")
         parts.append(f"{size(SWEEP)} for the rest")
         return "memory: " + ", ".join(parts)
@@ -51,7 +70,7 @@ class Memory(NamedTuple):
 def memory_of(
     configs: Sequence[LanguageModelSAERunnerConfig],
     fitted: Fitted,
-    widths: dict[str, int],
+    widths: Mapping[str, int],
     parameter_bytes: int,
     buffer_bytes: int,
 ) -> Memory:
@@ -60,18 +79,60 @@ def memory_of(
     widths: d_in by hook point. parameter_bytes: of the language model's weights.
     """
     on_gpu = fitted.trainer_gpus > 0
-    each = sorted(sae_bytes(c, widths[c.resolved_hook_point], on_gpu) for c in configs)
-    per_pack = min(fitted.saes_per_trainer, len(each))
-    n_packs = -(-len(each) // per_pack)
-    as_bytes = max(sae_bytes(c, widths[c.resolved_hook_point], on_gpu=True) for c in configs)
+
+    def of(sae: SAE, on_gpu: bool) -> int:
+        return sae_bytes(sae.config, widths[sae.config.resolved_hook_point], on_gpu)
+
+    def ranks(members: list[SAE]) -> int:
+        one = int(WORKER) + sum(of(sae, on_gpu) for sae in members)
+        return fitted.num_workers * one + max(of(sae, on_gpu=True) for sae in members)
+
+    packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
     return Memory(
         buffer_bytes,
         int(HARVESTER) + parameter_bytes,
         fitted.harvesters,
-        fitted.num_workers * (int(WORKER) + sum(each[-per_pack:])) + as_bytes,
-        min(n_packs, fitted.packs or n_packs),
-        int(TRIAL) * len(each),
+        tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
+        int(TRIAL) * len(configs),
     )
+
+
+def fit_saes(
+    configs: Sequence[LanguageModelSAERunnerConfig],
+    cluster: Cluster,
+    use_gpu: bool,
+    harvest: bool = True,
+) -> Fitted:
+    """`fit` of these SAEs, with no more packs at a time than main memory has room for.
+
+    That is told from what processes take by themselves, and from the SAEs where `d_in` is given:
+    the language model is yet to be loaded.
+
+    Raises:
+        ConfigError: as `fit`.
+    """
+    resources = configs[0].resources
+    kinds = [len(kind) for kind in kinds_of([SAE("", c) for c in configs])]
+    fitted = fit(resources, cluster, kinds, use_gpu, harvest)
+    widths = {c.resolved_hook_point: c.d_in or 0 for c in configs}
+    memory = memory_of(configs, fitted, widths, 0, 0)
+    most = packs_that_fit(memory, fitted, cluster, fitted.harvester_nodes)
+    if most == fitted.packs:
+        return fitted
+    return fit(resources, cluster, kinds, use_gpu, harvest, most)
+
+
+def packs_that_fit(
+    memory: Memory, fitted: Fitted, cluster: Cluster, harvester_nodes: Sequence[str]
+) -> int:
+    """How many of its packs may run at the same time; one, at least."""
+    for n in range(memory.packs, 1, -1):
+        try:
+            check_memory(memory.of_packs(n), fitted, cluster, harvester_nodes)
+        except ConfigError:
+            continue
+        return n
+    return 1
 
 
 def sae_bytes(config: LanguageModelSAERunnerConfig, d_in: int, on_gpu: bool = False) -> int:
@@ -99,10 +160,10 @@ def check_memory(
         if node_id in index:
             taken[index[node_id]]["the language model"] += memory.language_model
             room.take(node_id, fitted.harvester)
-    for _ in range(memory.packs * fitted.num_workers):
-        node = room.place(fitted.trainer)
-        if node is not None:
-            taken[index[node.id]]["packs"] += memory.pack // fitted.num_workers
+    for pack in memory.each_pack:
+        for node in [room.place(fitted.trainer) for _ in range(fitted.num_workers)]:
+            if node is not None:
+                taken[index[node.id]]["packs"] += pack // fitted.num_workers
     for at, node in enumerate(room.nodes):
         if node.is_head:
             taken[at]["Ray Train"] += int(PACK) * memory.packs

@@ -76,8 +76,8 @@ class PackPlan:
     pack: str
     configs: dict[str, dict[str, Any]]  # by SAE
     folder: str  # of the sweep
-    hook_index: int  # of its hook point among the stream's
-    d_in: int
+    hook_points: list[str]  # of the stream, in the order of a block's references
+    widths: dict[str, int]  # d_in at each of them
     order: StreamOrder
     buffer: Any  # actor handle
     threads: int
@@ -90,7 +90,7 @@ def reader_name(pack: str, rank: int) -> str:
     return f"{pack}/{rank}" if rank else pack
 
 
-NOTHING = PackPlan("", {}, "", 0, 0, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
+NOTHING = PackPlan("", {}, "", [], {}, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted
 
 
 class Answer(NamedTuple):

@@ -8,73 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from saeray.errors import ConfigError
 from saeray.spec.checks import AUTO
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.fitted import Fitted
 from saeray.spec.resources import Resources
-from saeray.spec.room import EPSILON, Cluster, Need, Node, Room, need
+from saeray.spec.room import EPSILON, Cluster, Need, Node, Room
 
 LEAST_CPUS = 0.1  # of a trainer: below it Ray's accounting means nothing any more
+LEAST_SHARE = 0.01  # of one of many that share cores: they are counted, by memory, long before
 # Of an object store, buffers may take this share: Ray begins to spill to disk at 0.8
 # (object_spilling_threshold), and snapshots of weights need some as well.
 STORE_SHARE = 0.75
+ONE_PASS_BY = ("trainer_cpus", "trainer_gpus", "saes_per_trainer")  # left to "auto"
 GPUS_PER_HARVESTER = 8  # trainers that one harvester feeds, where nobody says otherwise
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """`resources:` with every "auto" decided."""
-
-    harvesters: int
-    harvester_cpus: float
-    harvester_gpus: float
-    saes_per_trainer: int
-    num_workers: int
-    trainer_cpus: float
-    trainer_gpus: float
-    threads: int
-    why: str
-    packs: int = 0  # that run at the same time
-    harvester_resources: Mapping[str, float] = field(default_factory=dict)
-    harvester_labels: Mapping[str, str] = field(default_factory=dict)
-    trainer_resources: Mapping[str, float] = field(default_factory=dict)
-    trainer_labels: Mapping[str, str] = field(default_factory=dict)
-    waits_for: str = ""  # what must come first, in words: nodes to be started, other work's end
-    harvester_nodes: tuple[str, ...] = ()  # ids of nodes that are there, one a harvester
-
-    @property
-    def harvester(self) -> Need:
-        return need(
-            self.harvester_cpus,
-            self.harvester_gpus,
-            self.harvester_resources,
-            self.harvester_labels,
-        )
-
-    @property
-    def trainer(self) -> Need:
-        return need(
-            self.trainer_cpus, self.trainer_gpus, self.trainer_resources, self.trainer_labels
-        )
-
-    def as_data(self) -> dict[str, Any]:
-        """For sweep.yaml: without what is of this moment only."""
-        gone = ("waits_for", "harvester_nodes")
-        return {name: value for name, value in vars(self).items() if name not in gone}
-
-    def __str__(self) -> str:
-        harvesters = f"{self.harvesters} harvester{'s' * (self.harvesters != 1)} ({self.harvester})"
-        if not self.harvesters:
-            harvesters = "a stream that runs already"
-        ranks = f"{self.num_workers} ranks of " if self.num_workers > 1 else ""
-        return (
-            f"{harvesters}, packs of up to "
-            f"{self.saes_per_trainer} SAEs ({ranks}{self.trainer}; "
-            f"{self.threads} threads): {self.why}"
-        )
 
 
 class Store(NamedTuple):
@@ -111,24 +62,64 @@ def wants_gpu(config: LanguageModelSAERunnerConfig, cluster: Cluster) -> bool:
 
 
 def fit(
-    resources: Resources, cluster: Cluster, n_saes: int, use_gpu: bool, harvest: bool = True
+    resources: Resources,
+    cluster: Cluster,
+    saes: int | Sequence[int],
+    use_gpu: bool,
+    harvest: bool = True,
+    most_packs: int = 0,
 ) -> Fitted:
     """Decides every "auto" from the nodes there are; asks for more only where nothing fits.
 
     On CPUs: one harvester, and a pack per node with a thread per core: the SAEs of a pack share
     each batch, and a second pack on the same cores would only read it twice. On GPUs: one pack per
     GPU that is left after the harvesters (which share one GPU with the trainers when there is only
-    one). Without `harvest` the stream is there already, and only trainers need room.
+    one). Where SAEs need more packs than that they get smaller shares, so that all run at the same
+    time. Without `harvest` the stream is there already, and only trainers need room.
+
+    saes: how many; or how many of each kind, where only those of one kind may share a pack.
+    most_packs: at the same time, where memory has room for no more.
 
     Raises:
         ConfigError: what is asked for fits neither the nodes there are nor those an autoscaler
             could add; with the numbers.
     """
+    kinds = (saes,) if isinstance(saes, int) else tuple(saes)
+    fitted = fit_as_asked(resources, cluster, kinds, use_gpu, harvest, most_packs)
+    if fitted.passes == 1:
+        return fitted
+    given = [name for name in ONE_PASS_BY if getattr(resources, name) != AUTO]
+    for names in (some for n in range(1, len(given) + 1) for some in combinations(given, n)):
+        left_open: dict[str, Any] = dict.fromkeys(names, AUTO)
+        freed = replace(resources, **left_open)
+        try:
+            other = fit_as_asked(freed, cluster, kinds, use_gpu, harvest, most_packs)
+        except ConfigError:
+            continue
+        if other.passes == 1:
+            by = ", ".join(f"resources.{name}: auto" for name in names)
+            return replace(fitted, one_pass_by=by)
+    return fitted
+
+
+def fit_as_asked(
+    resources: Resources,
+    cluster: Cluster,
+    kinds: Sequence[int],
+    use_gpu: bool,
+    harvest: bool,
+    most_packs: int,
+) -> Fitted:
+    """`fit`, without a look at what else could be asked for."""
+
+    def into(nodes: Sequence[Node]) -> Fitted:
+        return fit_into(resources, nodes, kinds, use_gpu, harvest, most_packs, str(cluster))
+
     everything = (*cluster.nodes, *cluster.planned)
     if use_gpu and sum(node.gpus for node in everything) < EPSILON:
         raise ConfigError("device = 'cuda': the cluster has no GPU; use device: cpu.")
     try:
-        return fit_into(resources, cluster.nodes, n_saes, use_gpu, harvest, str(cluster))
+        return into(cluster.nodes)
     except ConfigError:
         if not cluster.planned:
             raise
@@ -137,11 +128,11 @@ def fit(
     for more in range(1, len(cluster.planned) + 1):
         nodes = [*cluster.nodes, *interleaved(cluster.planned)[:more]]
         try:
-            fitted = fit_into(resources, nodes, n_saes, use_gpu, harvest, str(cluster))
+            fitted = into(nodes)
         except ConfigError:
             continue
-        return with_waiting(fitted, cluster, n_saes)
-    return fit_into(resources, everything, n_saes, use_gpu, harvest, str(cluster))
+        return with_waiting(fitted, cluster, sum(kinds))
+    return into(everything)
 
 
 def interleaved(planned: Sequence[Node]) -> list[Node]:
@@ -157,7 +148,7 @@ def interleaved(planned: Sequence[Node]) -> list[Node]:
 def with_waiting(fitted: Fitted, cluster: Cluster, n_saes: int) -> Fitted:
     """Notes which planned nodes a fitted sweep will use."""
     room = Room((*cluster.nodes, *cluster.planned))
-    n_ranks = -(-n_saes // fitted.saes_per_trainer) * fitted.num_workers
+    n_ranks = fitted.all_packs * fitted.num_workers
     used = room.place_all(fitted.harvester, fitted.harvesters) or []
     used += [node for node in (room.place(fitted.trainer) for _ in range(n_ranks)) if node]
     kinds: dict[str, set[int]] = {}
@@ -174,12 +165,14 @@ def with_waiting(fitted: Fitted, cluster: Cluster, n_saes: int) -> Fitted:
 def fit_into(
     resources: Resources,
     nodes: Sequence[Node],
-    n_saes: int,
+    kinds: Sequence[int],
     use_gpu: bool,
     harvest: bool,
+    most_packs: int,
     cluster: str,
 ) -> Fitted:
     """`fit` into exactly these nodes."""
+    n_saes = sum(kinds)
     gpus = sum(node.gpus for node in nodes)
     values = amounts(resources, gpus, n_saes, use_gpu, harvest)
     room = Room(nodes)
@@ -187,41 +180,81 @@ def fit_into(
     places = room.place_all(harvester, values["harvesters"])
     placed = places is not None
     values["harvester_nodes"] = tuple(n.id for n in places or () if n.id)
-    most_packs = (
-        n_saes
-        if resources.saes_per_trainer == AUTO
-        else -(-n_saes // int(resources.saes_per_trainer))
-    )
-    n_ranks = most_packs * resources.num_workers
-    if placed and resources.trainer_cpus == AUTO and not use_gpu:
-        if resources.saes_per_trainer == AUTO:
-            values["trainer_cpus"] = best_trainer_cpus(room, Fitted(**values), n_saes) or 1.0
-        else:
-            values["trainer_cpus"] = most_cpus(room, Fitted(**values), n_ranks)
+    auto, ranks = resources.saes_per_trainer == AUTO, resources.num_workers
+    possible = n_saes if auto else packs_of(kinds, int(resources.saes_per_trainer))
+    at_once = min(possible, most_packs or possible)
+    # So many at the same time are one pass, if they fit.
+    wanted = min(len(kinds) if auto else possible, at_once)
+    if placed:
+        values |= shares(resources, room, Fitted(**values), n_saes, wanted, use_gpu)
     fitted = Fitted(**values)
-    slots = room.how_many(fitted.trainer, n_ranks) if placed else 0
-    if slots < resources.num_workers:
+    slots = room.how_many(fitted.trainer, at_once * ranks) if placed else 0
+    if slots < ranks:
         raise does_not_fit(fitted, cluster)
-    packs = min(most_packs, slots // resources.num_workers)
-    if resources.saes_per_trainer == AUTO:
+    packs = min(at_once, slots // ranks)
+    one_each = room.n_nodes(fitted.trainer)
+    if auto:
         if not use_gpu:  # a second pack on the same cores would only read the stream twice
-            packs = min(packs, room.n_nodes(fitted.trainer))
-        values["saes_per_trainer"] = -(-n_saes // packs)
-        packs = -(-n_saes // values["saes_per_trainer"])
-        values["packs"] = packs
+            packs = min(packs, max(one_each, wanted))
+        values["saes_per_trainer"] = most_per_pack(kinds, packs)
+        values["all_packs"] = packs_of(kinds, values["saes_per_trainer"])
+        packs = min(packs, values["all_packs"])
         where = "GPU beside the harvesters" if use_gpu else "node, on all its cores"
-        values["why"] = (
-            f"{packs} packs, one per {where}" if packs > 1 else "one pack of all SAEs fits best"
-        )
+        values["why"] = f"{packs} packs, one per {where}"
+        if values["all_packs"] == 1:
+            values["why"] = "one pack of all SAEs fits best"
+        elif len(kinds) > 1:
+            values["why"] = f"{values['all_packs']} packs, each of one train_batch_size"
     else:
         values["saes_per_trainer"] = int(resources.saes_per_trainer)
-        values["why"], values["packs"] = "saes_per_trainer as given", packs
+        values["why"], values["all_packs"] = "saes_per_trainer as given", possible
+    values["packs"], values["most_packs"] = packs, most_packs
+    values["share_cores"] = fitted.trainer_gpus <= 0.5 if use_gpu else packs * ranks > one_each
     values["threads"] = (
         max(1, int(values["trainer_cpus"]))
         if use_gpu or resources.trainer_cpus != AUTO
-        else threads_of(room, fitted, packs * resources.num_workers)
+        else threads_of(room, fitted, packs * ranks)
     )
     return Fitted(**values)
+
+
+def packs_of(kinds: Sequence[int], per_pack: int) -> int:
+    """How many packs of at most so many SAEs, where only those of one kind may share one."""
+    return sum(-(-n // per_pack) for n in kinds)
+
+
+def most_per_pack(kinds: Sequence[int], packs: int) -> int:
+    """The smallest packs of which there are no more than `packs`, or than kinds."""
+    sizes = range(1, max(kinds) + 1)
+    return next(size for size in sizes if packs_of(kinds, size) <= max(packs, len(kinds)))
+
+
+def shares(
+    resources: Resources, room: Room, fitted: Fitted, n_saes: int, wanted: int, use_gpu: bool
+) -> dict[str, float]:
+    """What each rank takes where that is "auto", so that `wanted` packs run at the same time."""
+    n_ranks = wanted * fitted.num_workers
+    auto = resources.saes_per_trainer == AUTO
+    if not use_gpu:
+        if resources.trainer_cpus != AUTO:
+            return {}
+        cpus = (best_trainer_cpus(room, fitted, n_saes) or 1.0) if auto else 0.0
+        alone = replace(fitted, trainer_cpus=cpus)
+        if not auto or room.how_many(alone.trainer, n_ranks) < n_ranks:
+            cpus = most_cpus(room, fitted, n_ranks)
+        return {"trainer_cpus": cpus}
+    if not auto:  # cut like this by someone who knows what fits onto a GPU
+        return {}
+    free = [n for n in ("trainer_gpus", "trainer_cpus") if getattr(resources, n) == AUTO]
+    for part in range(1, wanted + 1):
+        for names in (free[:1], free):
+            smaller: dict[str, Any] = {
+                name: hundredths(getattr(fitted, name) / part) for name in names
+            }
+            trainer = replace(fitted, **smaller).trainer
+            if all(smaller.values()) and room.how_many(trainer, n_ranks) >= n_ranks:
+                return smaller
+    return {}
 
 
 def amounts(
@@ -304,8 +337,8 @@ def most_cpus(room: Room, fitted: Fitted, n_ranks: int) -> float:
     candidates = {
         hundredths(free.get("CPU", 0.0) / k) for free in room.free for k in range(1, n_ranks + 1)
     }
-    enough = [c for c in candidates if c >= LEAST_CPUS and slots(c) >= n_ranks]
-    return max(enough, default=LEAST_CPUS)
+    enough = [c for c in candidates if c >= LEAST_SHARE and slots(c) >= n_ranks]
+    return max(enough, default=LEAST_SHARE)
 
 
 def hundredths(cpus: float) -> float:

@@ -84,19 +84,23 @@ def check_fits(plan: StreamPlan, store: Store) -> int:
     return limit // plan.block_bytes
 
 
-def pack_key(sae: SAE) -> tuple[object, ...]:
-    """SAEs that agree in this may train together from one reader."""
-    c = sae.config
-    return (stream_key(c), c.resolved_hook_point, c.train_batch_size, c.wait_limit_s)
+def kinds_of(saes: Sequence[SAE]) -> list[list[SAE]]:
+    """SAEs that may train together from one reader, wherever their hook points are."""
+    by_key: dict[tuple[object, ...], list[SAE]] = {}
+    for sae in saes:
+        c = sae.config
+        by_key.setdefault((stream_key(c), c.train_batch_size, c.wait_limit_s), []).append(sae)
+    return list(by_key.values())
 
 
 def cut_packs(saes: Sequence[SAE], per_pack: int) -> list[list[SAE]]:
-    """Packs of at most `per_pack`, of SAEs that may train together, as even as can be."""
-    by_key: dict[tuple[object, ...], list[SAE]] = {}
-    for sae in saes:
-        by_key.setdefault(pack_key(sae), []).append(sae)
+    """Packs of at most `per_pack`, of SAEs that may train together, as even as can be.
+
+    Those at one hook point are kept together: a pack reads the blocks of as few as there can be.
+    """
     packs = []
-    for members in by_key.values():
+    for members in kinds_of(saes):
+        members.sort(key=lambda sae: sae.config.hooks_read)
         n = -(-len(members) // per_pack)
         sizes = [len(members) // n + (i < len(members) % n) for i in range(n)]
         at = 0
@@ -108,7 +112,7 @@ def cut_packs(saes: Sequence[SAE], per_pack: int) -> list[list[SAE]]:
 
 def hook_points_of(configs: Iterable[LanguageModelSAERunnerConfig]) -> list[str]:
     """The hook points of SAEs on one stream, each once."""
-    return sorted({c.resolved_hook_point for c in configs})
+    return sorted({hook for c in configs for hook in c.hooks_read})
 
 
 def by_stream(saes: Sequence[SAE]) -> dict[str, list[SAE]]:

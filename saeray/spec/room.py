@@ -77,8 +77,12 @@ class Cluster:
     planned: tuple[Node, ...] = ()
 
     @classmethod
-    def one_machine(cls, cpus: float, gpus: float = 0.0, store_bytes: int = 0) -> Cluster:
-        return cls((Node("this machine", {"CPU": cpus, "GPU": gpus}, store_bytes),))
+    def one_machine(
+        cls, cpus: float, gpus: float = 0.0, store_bytes: int = 0, memory: float = 0.0
+    ) -> Cluster:
+        """memory: in bytes, as Ray counts it; 0: not known."""
+        resources = {"CPU": cpus, "GPU": gpus, "memory": memory, HEAD: 1.0}
+        return cls((Node("this machine", resources, store_bytes, id="this machine"),))
 
     @property
     def gpus(self) -> float:

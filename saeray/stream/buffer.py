@@ -32,6 +32,7 @@ from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
 
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
+SLOWER_READERS = "slower readers"
 USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
 
 
@@ -57,6 +58,7 @@ class ActivationBuffer:
         harvesters: list[Any],
         *,
         lag_s: float = LAG_SECONDS,
+        lag_at_a_time: bool = False,
         room: int | None = None,
         cache: CacheKey | None = None,
         about: Any = None,
@@ -71,7 +73,7 @@ class ActivationBuffer:
         room: blocks the object store can hold, those included that are released and not yet freed;
         at least `slots`. None: there is no need to look.
         """
-        self.policy = Policy(order, slots)
+        self.policy = Policy(order, slots, lag_at_a_time)
         self.order = order
         self.hook_points = hook_points
         self.token_server = token_server
@@ -314,8 +316,11 @@ class ActivationBuffer:
     def not_yet(self, blocks: range, let_go: bool = False) -> NotYet:
         """The answer to who asks for a window that is not ready."""
         late = self.late(blocks)
-        # A source of text that is slow is waited for as long as something comes from it.
+        # A source of text that is slow is waited for as long as something comes from it, and a
+        # slow reader until the policy detaches it.
         progress = self.pool.text_progress if late.startswith("the token server") else 0
+        if late.startswith(SLOWER_READERS) and self.policy.stragglers():
+            progress = int(time.monotonic())
         return NotYet(late, let_go, progress)
 
     def late(self, blocks: range) -> str:
@@ -329,7 +334,7 @@ class ActivationBuffer:
         if self.pool.all_down:
             return "the harvesters (all of them are being started again)"
         slowest = sorted(self.policy.readers.items(), key=lambda item: item[1].window)[:3]
-        return "slower readers, which hold the buffer: " + ", ".join(
+        return f"{SLOWER_READERS}, which hold the buffer: " + ", ".join(
             f"{name} at window {r.window}" for name, r in slowest
         )
 

@@ -30,9 +30,10 @@ from saeray.actors.waiting import POLL_SECONDS
 from saeray.errors import ConfigError, Late
 from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.memory import check_memory, memory_of
+from saeray.spec.fitted import Fitted
+from saeray.spec.memory import check_memory, memory_of, packs_that_fit
 from saeray.spec.messages import Bos, CacheKey, ModelFacts
-from saeray.spec.placement import Fitted, store_of
+from saeray.spec.placement import store_of
 from saeray.spec.plan import StreamPlan, check_fits, hook_points_of, plan_stream
 from saeray.spec.room import shown
 from saeray.stream.buffer import ActivationBuffer
@@ -64,6 +65,7 @@ class AboutStream(NamedTuple):
     n_harvesters: int
     nodes: list[str]  # of the harvesters that were up when it began: where its blocks lie
     bos: Bos | None = None  # what begins every window
+    most_packs: int = 0  # that memory has room for at once, their SAEs known; 0: all
 
 
 @dataclass
@@ -113,6 +115,9 @@ async def start_stream(
         facts, bos = await checked(first, token_server, configs, later)
         plan = plan_stream(config, hook_points, facts.d_in)
         memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes)
+        at_once = packs_that_fit(memory, fitted, cluster_now(), list(nodes.values()))
+        most_packs = at_once if at_once < memory.packs else 0
+        memory = memory.of_packs(at_once)
         check_memory(memory, fitted, cluster_now(), list(nodes.values()))
         room = await store_room(plan, list(nodes.values()))
         cache = None
@@ -135,13 +140,14 @@ async def start_stream(
         fitted.harvesters,
         list(nodes.values()),
         bos,
+        most_packs,
     )
     absent = sorted(set(range(fitted.harvesters)) - set(nodes))
     return Stream(
         about,
         token_server,
         harvesters,
-        start_buffer(about, config, token_server, harvesters, absent, room, cache),
+        start_buffer(about, config, fitted, token_server, harvesters, absent, room, cache),
         sorted(nodes),
         config.share_stream,
         nodes=list(nodes.values()),
@@ -214,6 +220,7 @@ def start_sources(
 def start_buffer(
     about: AboutStream,
     config: LanguageModelSAERunnerConfig,
+    fitted: Fitted,
     token_server: Any,
     harvesters: list[Any],
     absent: list[int],
@@ -233,6 +240,7 @@ def start_buffer(
         token_server,
         harvesters,
         lag_s=config.reader_lag_s,
+        lag_at_a_time=fitted.share_cores,
         room=room,
         cache=cache,
         about=about,

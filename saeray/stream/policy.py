@@ -25,7 +25,8 @@ class Policy:
     """Decides what to harvest, keep and release. No Ray, no clock of its own.
 
     Attached readers share one stretch of the stream, from the slowest one's window to ahead of the
-    fastest one's, as far as slots reach. A reader that others have waited for too long is detached:
+    fastest one's, as far as slots reach. A reader that others have waited for too long, in all or
+    (`at_a_time`) for one window, is detached:
     while there are such readers the shared stretch gives up one group of slots, and the detached
     reader that has waited longest gets the two groups its window needs. So the bound is exceeded
     by at most one group, and a slow reader stops the others for no longer than `LAG_SECONDS`.
@@ -33,6 +34,7 @@ class Policy:
 
     order: StreamOrder
     slots: int
+    at_a_time: bool = False  # for readers that share cores, where one that waits costs nothing
     readers: dict[str, ReaderState] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)  # blocks under way or ready
     ready: set[int] = field(default_factory=set)
@@ -141,6 +143,8 @@ class Policy:
         """A reader asks for a window and has done with all before it."""
         r = self.readers.setdefault(name, ReaderState(window))
         if r.window != window or r.asks_since is None:
+            if self.at_a_time and r.window != window:
+                r.blocks_since, r.blocked = None, 0.0
             r.window, r.asks_since = window, now
         if r.detached:
             others = [o.window for n, o in self.readers.items() if n != name and not o.detached]

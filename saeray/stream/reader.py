@@ -1,8 +1,9 @@
 """Reader: the buffer as an iterator of batches on the trainer's device.
 
 A thread asks the buffer for one window after the other and gathers batches from the window's blocks
-in the stream's order. The blocks are read where they lie in shared memory; a batch is always a copy
-of its own, since writing to a block would silently change it for every other reader.
+in the stream's order: the same rows at every hook point that its pack reads. The blocks are read
+where they lie in shared memory; a batch is always a copy of its own, since writing to a block would
+silently change it for every other reader.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from saeray.stream.buffer import WindowBlocks
 
 AHEAD = 2  # batches gathered before they are asked for
 
+AtHooks = dict[int, Tensor]  # [rows, d_in] at hook points, by their places among the stream's
+
 
 class Place(NamedTuple):
     """What a reader reads."""
 
     name: str
-    hook_index: int  # of its hook point among the stream's
+    widths: dict[int, int]  # d_in at each hook point it reads, by its place among the stream's
     order: StreamOrder
-    d_in: int
     dtype: torch.dtype  # of the activations
     batch_rows: int
 
 
 class Reader:
-    """Iterates over batches [batch_rows, d_in] from a position on, to the stream's end.
+    """Iterates over batches, [batch_rows, d_in] at each hook point, to the stream's end.
 
     The position is a number of batches, so resuming is starting at another number. The last rows of
     the stream that do not fill a batch are left out.
@@ -60,18 +62,19 @@ class Reader:
     ) -> None:
         self.buffer = buffer
         self.place = place
+        self.wanted = set(place.widths)  # hook points of the batches to come; may shrink
         self.first_batch = first_batch
         self.n_batches = n_batches
         self.device = device
         self.wait_limit_s = wait_limit_s
-        self.queue: queue.Queue[Tensor | Exception | None] = queue.Queue(maxsize=AHEAD)
+        self.queue: queue.Queue[AtHooks | Exception | None] = queue.Queue(maxsize=AHEAD)
         self.stopped = threading.Event()
         self.waited = 0.0  # since the first batch came
         self.started: float | None = None  # when it did
         self.thread = threading.Thread(target=self.run, name="reader", daemon=True)
         self.thread.start()
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[AtHooks]:
         while True:
             started = time.perf_counter()
             item = self.queue.get()  # the thread limits its own waits and passes errors on
@@ -84,7 +87,8 @@ class Reader:
                 return
             if isinstance(item, Exception):
                 raise item
-            yield item.to(self.device, non_blocking=self.device.type == "cuda")
+            on_gpu = self.device.type == "cuda"
+            yield {h: x.to(self.device, non_blocking=on_gpu) for h, x in item.items()}
 
     def gauges(self) -> ReaderGauges:
         elapsed = 0.0 if self.started is None else time.perf_counter() - self.started
@@ -115,7 +119,7 @@ class Reader:
         except Exception as error:
             self.put(error)
 
-    def put(self, item: Tensor | Exception | None) -> None:
+    def put(self, item: AtHooks | Exception | None) -> None:
         while not self.stopped.is_set():
             try:
                 self.queue.put(item, timeout=0.5)
@@ -123,7 +127,7 @@ class Reader:
             except queue.Full:
                 continue
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[AtHooks]:
         place, order = self.place, self.place.order
         rows = place.batch_rows
         position, end = self.first_batch * rows, (self.first_batch + self.n_batches) * rows
@@ -137,15 +141,18 @@ class Reader:
                     del window  # its other blocks must be gone before the next ones are asked for
                     window = Window(self, next_window, kept)
                 b = min(stop, window.stop)
-                window.gather(a, b, out=batch[a - position : b - position])
+                window.gather(a, b, {h: x[a - position : b - position] for h, x in batch.items()})
                 a = b
             yield batch
             position = stop
 
-    def new_batch(self, rows: int) -> Tensor:
-        return torch.empty(
-            rows, self.place.d_in, dtype=self.place.dtype, pin_memory=self.device.type == "cuda"
-        )
+    def new_batch(self, rows: int) -> AtHooks:
+        pinned = self.device.type == "cuda"
+        return {
+            hook: torch.empty(rows, d_in, dtype=self.place.dtype, pin_memory=pinned)
+            for hook, d_in in self.place.widths.items()
+            if hook in self.wanted
+        }
 
 
 def is_lost(ref: Any) -> bool:
@@ -162,20 +169,25 @@ def is_lost(ref: Any) -> bool:
 class Window:
     """One window's blocks, mapped from shared memory, and the order to read them in."""
 
-    def __init__(self, reader: Reader, index: int, kept: list[Tensor] | None = None) -> None:
+    def __init__(self, reader: Reader, index: int, kept: list[AtHooks] | None = None) -> None:
         """kept: of the window before, what belongs to this one too; taken over from the caller."""
         place = reader.place
         self.index = index
         self.start = place.order.window_start(index)
         self.stop = place.order.window_start(index + 1)
         self.own = len(place.order.group(index))
-        self.blocks: list[Tensor] = [] if kept is None else kept
+        self.blocks: list[AtHooks] = [] if kept is None else kept
         answer, arrays = self.fetch(reader)
         self.first_block = answer.blocks.start
-        self.blocks += [to_tensor(a, place.dtype) for a in arrays]
+        each = [to_tensor(a, place.dtype) for a in arrays]
+        n_hooks = len(place.widths)
+        self.blocks += [
+            dict(zip(place.widths, each[i : i + n_hooks], strict=True))
+            for i in range(0, len(each), n_hooks)
+        ]
         self.order = place.order.order(index)
 
-    def blocks_of_next(self) -> list[Tensor]:
+    def blocks_of_next(self) -> list[AtHooks]:
         """Takes out the blocks that the next window needs too: those of this one's own group."""
         kept = self.blocks[len(self.blocks) - self.own :]
         self.blocks = []
@@ -183,6 +195,8 @@ class Window:
 
     def fetch(self, reader: Reader) -> tuple[WindowBlocks, list[np.ndarray]]:
         """Those of the window's blocks that are not here, however often they are lost on the way.
+
+        Of each block an array for each hook point, in the order of `Place.widths`.
 
         Raises:
             Late: not within the limit; names who is waited for.
@@ -200,7 +214,7 @@ class Window:
 
         while True:
             answer = waiting.poll(ask, limit, "activation buffer", not_yet)
-            refs = [refs[place.hook_index] for refs in answer.refs]
+            refs = [of_block[hook] for of_block in answer.refs for hook in place.widths]
             try:
                 return answer, waiting.get(refs, limit, "object store")
             except ObjectLostError:  # with their node, or with the buffer, which owned them
@@ -211,8 +225,8 @@ class Window:
                     ) from None
                 lost = [ref.hex() for ref in refs if is_lost(ref)]
 
-    def gather(self, a: int, b: int, out: Tensor) -> None:
-        """Rows a … b - 1 of the stream into out [b - a, d_in]."""
+    def gather(self, a: int, b: int, out: AtHooks) -> None:
+        """Rows a … b - 1 of the stream into each out [b - a, d_in]."""
         block = self.order.block[a - self.start : b - self.start]
         row = self.order.row[a - self.start : b - self.start]
         by_block = np.argsort(block, kind="stable")  # where each row goes, block after block
@@ -222,4 +236,6 @@ class Window:
         for i, source in enumerate(self.blocks):
             first, last = int(ends[i]), int(ends[i + 1])
             if first < last:
-                out.index_copy_(0, to[first:last], source.index_select(0, rows[first:last]))
+                for hook, x in out.items():
+                    chosen = source[hook].index_select(0, rows[first:last])
+                    x.index_copy_(0, to[first:last], chosen)

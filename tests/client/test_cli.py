@@ -1,5 +1,7 @@
 """The command line: exit codes, overrides, and errors of one paragraph without a traceback."""
 
+import os
+
 import pytest
 import yaml
 from support.bundled import MODEL, ROOT
@@ -110,6 +112,15 @@ def test_a_dry_run_warns_of_what_is_odd(capsys):
     # 1,048,576 tokens in batches of 4,096; one line for all SAEs.
     (warning,) = warnings
     assert warning.startswith("! lr_warm_up_steps = 2,000: training ends after 256 steps")
+
+
+def test_a_dry_run_says_how_many_passes_over_the_text_there_will_be(capsys):
+    most = max(1, (os.cpu_count() or 1) - 1)  # beside a harvester there is room for one of these
+    apart = ["train_batch_size=[2048,4096]", f"resources.trainer_cpus={most}"]
+    options = [x for one in apart for x in ("--set", one)]
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), *options, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "; 2 passes over the text (2 packs, 1 at a time); one by resources.trainer_cpus: " in out
 
 
 def test_every_shipped_sweep_file_is_a_valid_config():

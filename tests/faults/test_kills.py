@@ -8,6 +8,7 @@ import time
 import pytest
 import ray
 import yaml
+from support.bundled import HOOK
 from support.running import Ended, Running, assert_same, command, config, held, pids
 
 import saeray
@@ -160,3 +161,20 @@ def test_one_kill(undisturbed, tmp_path, capsys, kind):
         print(f"\n{kind} killed at {reached} steps: 30 more after {pause:.1f} s")
     running.end()
     assert_same(running, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind", ["RayTrainWorker", "ActivationBuffer"])
+def test_one_kill_of_a_pack_at_two_hook_points(undisturbed, tmp_path, kind):
+    """Those that `undisturbed` has too, at one of them, are the same; and it is still one pack."""
+    running = Running(tmp_path, "killed", hook_point=[HOOK, "blocks.1.mlp.hook_post"])
+    reached = running.wait_for(100)
+    kill(kind)
+    running.wait_for(reached + 30)
+    result = running.end()
+    assert [row["status"] for row in result.rows] == ["done"] * 4
+    assert [len(pack) for pack in result.status.packs] == [4]
+    weights = running.weights()
+    for name, theirs in undisturbed.weights().items():
+        assert weights[f"hook_point={HOOK},{name}"] == theirs

@@ -85,10 +85,10 @@ def options(**changes):
     return TrainingOptions(**(values | changes))
 
 
-def new_trainer(seed=0, dtype=torch.float64, d_sae=L, **changes):
-    b_dec = torch.linspace(-0.2, 0.3, D, dtype=dtype)
+def new_trainer(seed=0, dtype=torch.float64, d_sae=L, d_in=D, **changes):
+    b_dec = torch.linspace(-0.2, 0.3, d_in, dtype=dtype)
     return SAETrainer(
-        initial_sae(D, d_sae, seed=seed, b_dec=b_dec, dtype=dtype), options(**changes)
+        initial_sae(d_in, d_sae, seed=seed, b_dec=b_dec, dtype=dtype), options(**changes)
     )
 
 
@@ -257,6 +257,22 @@ def test_threads_and_packing_do_not_change_a_bit(ghosts):
     assert run(3, [2, 1, 0]) == together
     assert {s: run(2, [s])[s] for s in (0, 1, 2)} == together
     assert together[0] != together[1]
+
+
+def test_each_sae_of_a_pack_is_stepped_on_what_it_is_handed():
+    """Three SAEs at two hook points of different widths, the batches of which are other ones."""
+
+    def trained(*seeds):
+        trainers = [new_trainer(s, torch.float32, 64, d_in=D + s % 2) for s in seeds]
+        step = PackStep(2)
+        for i in range(3):
+            g = torch.Generator().manual_seed(i)
+            at = [torch.randn(50, d_in, generator=g) for d_in in (D, D + 1)]
+            step.step(trainers, [(at[s % 2],) for s in seeds])
+        return {s: bits(t) for s, t in zip(seeds, trainers, strict=True)}
+
+    assert trained(0, 1, 2) == {**trained(0), **trained(1), **trained(2)}
+    assert PackStep().step([], []) == []
 
 
 def test_state_restores_exactly():

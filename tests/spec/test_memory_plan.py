@@ -5,7 +5,16 @@ from support.bundled import HOOK
 from support.configs import config
 
 from saeray.errors import ConfigError
-from saeray.spec.memory import HARVESTER, PACK, SWEEP, WORKER, check_memory, memory_of, sae_bytes
+from saeray.spec.memory import (
+    HARVESTER,
+    PACK,
+    SWEEP,
+    WORKER,
+    check_memory,
+    fit_saes,
+    memory_of,
+    sae_bytes,
+)
 from saeray.spec.placement import fit
 from saeray.spec.resources import Resources
 from saeray.spec.room import HEAD, Cluster, Node
@@ -81,3 +90,30 @@ def test_trials_and_ray_trains_processes_count_on_the_head():
     assert memory.trials + PACK + SWEEP == pytest.approx(14.3 * GB)
     # Where Ray does not say how much memory a node has, nothing is refused.
     check_memory(memory, fitted, Cluster((Node("n", {"CPU": 8, HEAD: 1.0}, id="n"),)), ["n"])
+
+
+def of_batch_sizes(n, **changes):
+    return [config(expansion_factor=8, train_batch_size=512 * (i + 1), **changes) for i in range(n)]
+
+
+def test_packs_go_in_waves_where_memory_has_no_room_for_all_of_them():
+    # Beside 1.1 of the rest, 0.65 that harvest and 8 x 0.12 of trials 1.85 for each pack.
+    saes = of_batch_sizes(8)
+    for head_gb, packs, passes in ((24, 8, 1), (10, 3, 3), (3, 1, 8)):
+        fitted = fit_saes(saes, nodes(head_gb), use_gpu=False)
+        assert (fitted.packs, fitted.passes) == (packs, passes)
+        assert fitted.most_packs == (0 if passes == 1 else packs)
+    # With their SAEs, where their width is known: 0.45 and 0.19 more. (10 - 2.71) / 2.49 = 2.9
+    fitted = fit_saes(of_batch_sizes(8, d_in=1000), nodes(10), use_gpu=False)
+    assert (fitted.packs, fitted.passes) == (2, 4)
+    memory = memory_of(of_batch_sizes(8, d_in=1000), fitted, {HOOK: 1000}, 0, 0)
+    check_memory(memory, fitted, nodes(10), ["head"])
+
+
+def test_packs_of_different_sizes_are_counted_as_they_are():
+    saes = [*of_batch_sizes(1), *[config(expansion_factor=8)] * 3]
+    fitted = fit_saes(saes, nodes(100), use_gpu=False)
+    memory = memory_of(saes, fitted, {HOOK: 1000}, 0, 0)
+    one = 16_009_000 * 28
+    assert memory.each_pack == (WORKER + 3 * one + AS_BYTES, WORKER + one + AS_BYTES)
+    assert "5.88 GB for 2 packs" in str(memory)  # 2 x (0.65 + 0.19 + 1.2) + 4 x 0.448

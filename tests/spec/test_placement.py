@@ -156,12 +156,12 @@ MACHINE = Cluster.one_machine(cpus=2)
 
 
 def test_auto_fits_the_machine():
-    fitted = fit(Resources(), MACHINE, n_saes=6, use_gpu=False)
+    fitted = fit(Resources(), MACHINE, saes=6, use_gpu=False)
     assert (fitted.harvesters, fitted.saes_per_trainer, fitted.threads) == (1, 6, 2)
     assert fitted.harvesters * fitted.harvester_cpus + fitted.trainer_cpus <= 2
-    gpus = fit(Resources(harvesters=2), Cluster.one_machine(16, 8), n_saes=12, use_gpu=True)
+    gpus = fit(Resources(harvesters=2), Cluster.one_machine(16, 8), saes=12, use_gpu=True)
     assert (gpus.trainer_gpus, gpus.saes_per_trainer) == (1.0, 2)
-    alone = fit(Resources(), Cluster.one_machine(16, 1), n_saes=12, use_gpu=True)
+    alone = fit(Resources(), Cluster.one_machine(16, 1), saes=12, use_gpu=True)
     assert alone.harvester_gpus + alone.trainer_gpus <= 1
     assert alone.saes_per_trainer == 12
 
@@ -171,3 +171,70 @@ def test_resources_that_contradict_the_cluster_are_refused():
         fit(Resources(harvesters=4, trainer_cpus=1), MACHINE, 6, use_gpu=False)
     with pytest.raises(ConfigError, match="no GPU"):
         fit(Resources(), MACHINE, 6, use_gpu=True)
+
+
+# --- SAEs of several batch sizes: only those of one may share a pack -----------------------------
+
+
+def shape(fitted):
+    return fitted.packs, fitted.saes_per_trainer, fitted.trainer_cpus, fitted.passes
+
+
+def test_kinds_that_share_no_pack_run_at_once_on_smaller_shares_of_the_cores():
+    # Beside the harvester 1.5 CPUs are left: half for each of two, a twelfth for each of 12.
+    assert shape(fit(Resources(), MACHINE, [4, 8], use_gpu=False)) == (2, 8, 0.75, 1)
+    assert shape(fit(Resources(), MACHINE, [1] * 12, use_gpu=False)) == (12, 1, 0.12, 1)
+    assert shape(fit(Resources(), MACHINE, [1] * 40, use_gpu=False)) == (40, 1, 0.03, 1)
+    # A grid of one kind, 40 SAEs or 3 hook points times 4, is one pack, as ever.
+    assert shape(fit(Resources(), MACHINE, [40], use_gpu=False)) == (1, 40, 1.0, 1)
+    assert not fit(Resources(), MACHINE, 12, use_gpu=False).share_cores
+    assert fit(Resources(), MACHINE, [4, 8], use_gpu=False).share_cores
+
+
+def test_kinds_have_nodes_of_their_own_where_there_are_enough():
+    two = fit(Resources(), cluster(2, 2), [4, 4], use_gpu=False)
+    assert (shape(two), two.share_cores) == ((2, 4, 1.5, 1), False)
+    three = fit(Resources(), cluster(2, 2), [4, 4, 4], use_gpu=False)
+    assert (shape(three), three.share_cores) == ((3, 4, 1.0, 1), True)
+    # Four packs of two: three of the one kind, one of the other.
+    assert shape(fit(Resources(), cluster(8, 8, 8, 8), [6, 2], use_gpu=False)) == (4, 2, 7.0, 1)
+
+
+def test_kinds_share_a_gpu_and_the_cpus_beside_it():
+    one_gpu = fit(Resources(), Cluster.one_machine(16, 1), [6, 6], use_gpu=True)
+    assert (shape(one_gpu), one_gpu.trainer_gpus) == ((2, 6, 1.0, 1), 0.37)
+    few_cpus = fit(Resources(), Cluster.one_machine(2, 1), [6, 6], use_gpu=True)
+    assert (shape(few_cpus), few_cpus.trainer_gpus) == ((2, 6, 0.5, 1), 0.37)
+    assert one_gpu.share_cores
+    # One of three GPUs harvests.
+    two_left = fit(Resources(), Cluster.one_machine(16, 3), [6, 6], use_gpu=True)
+    assert (shape(two_left), two_left.trainer_gpus) == ((2, 6, 1.0, 1), 1.0)
+
+
+def test_where_packs_go_in_waves_it_is_said_with_what_would_make_it_one_pass():
+    one_pass = fit(Resources(), MACHINE, [4, 8], use_gpu=False)
+    assert one_pass.passes_said(cached=False) == ""
+    waves = fit(Resources(trainer_cpus=1), MACHINE, [4, 8], use_gpu=False)
+    assert shape(waves) == (1, 8, 1.0, 2)
+    assert waves.passes_said(cached=False) == (
+        "2 passes over the text (2 packs, 1 at a time); one by resources.trainer_cpus: auto; "
+        "activation_cache: DIR keeps what the first one harvests for the others"
+    )
+    assert waves.passes_said(cached=True).endswith("; all but the first from activation_cache")
+    # On one GPU packs as given are taken to be what fits into its memory.
+    given = fit(Resources(saes_per_trainer=4), Cluster.one_machine(16, 1), [6, 6], use_gpu=True)
+    assert (given.packs, given.all_packs, given.passes) == (1, 4, 4)
+    assert given.one_pass_by == "resources.saes_per_trainer: auto"
+    both = fit(Resources(trainer_cpus=1, harvester_cpus=1, saes_per_trainer=1), MACHINE, 4, False)
+    assert (both.passes, both.one_pass_by) == (4, "resources.trainer_cpus: auto")
+
+
+def test_no_more_packs_at_once_than_memory_allows():
+    three = fit(Resources(), MACHINE, [1] * 8, use_gpu=False, most_packs=3)
+    assert shape(three) == (3, 1, 0.5, 3)
+    assert three.passes_said(cached=False).startswith(
+        "3 passes over the text (8 packs, 3 at a time, as memory allows); one by more memory"
+    )
+    # Where they are apart only because they were to be, they need not be.
+    cut = fit(Resources(saes_per_trainer=1), MACHINE, 8, use_gpu=False, most_packs=3)
+    assert (cut.passes, cut.one_pass_by) == (3, "resources.saes_per_trainer: auto")

@@ -44,19 +44,37 @@ def test_buffer_bytes_below_the_least_is_refused():
     assert guide_stream(buffer_bytes=1_700_000_000).slots == 135
 
 
-def test_packs_are_even_and_share_hook_and_batch_size():
-    saes = expand(
-        config(
-            lr=[1e-3, 2e-3, 3e-3, 4e-3, 5e-3],
-            hook_point="blocks.{layer}.hook_mlp_out",
-            hook_point_layer=[1, 2],
-        )
-    )
+def grid(**changes):
+    """Five lr at two hook points."""
+    lr = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    hook = "blocks.{layer}.hook_mlp_out"
+    return expand(config(lr=lr, hook_point=hook, hook_point_layer=[1, 2], **changes))
+
+
+def hooks_of(pack):
+    return {s.config.resolved_hook_point for s in pack}
+
+
+def test_packs_are_even_and_hold_saes_of_several_hook_points():
+    saes = grid()
+    (one,) = cut_packs(saes, per_pack=12)
+    assert len(one) == 10
     packs = cut_packs(saes, per_pack=3)
     assert sorted(map(len, packs)) == [2, 2, 3, 3]
     assert sorted(s.name for p in packs for s in p) == sorted(s.name for s in saes)
+
+
+def test_packs_are_of_as_few_hook_points_as_can_be():
+    # Of 10 SAEs, 5 at each: two packs of one hook point, four with one that has both.
+    assert [len(hooks_of(p)) for p in cut_packs(grid(), per_pack=5)] == [1, 1]
+    assert sorted(len(hooks_of(p)) for p in cut_packs(grid(), per_pack=3)) == [1, 1, 1, 2]
+
+
+def test_packs_are_of_one_batch_size():
+    packs = cut_packs(grid(train_batch_size=[1024, 2048]), per_pack=40)
+    assert [len(p) for p in packs] == [10, 10]
     for pack in packs:
-        assert len({s.config.resolved_hook_point for s in pack}) == 1
+        assert len({s.config.train_batch_size for s in pack}) == 1
 
 
 def test_a_store_below_the_minimum_is_refused_with_the_numbers(tiny):

@@ -72,7 +72,7 @@ class Consumer:
 
     def read(self, buffer, name, order, seconds_per_batch):
         torch.set_num_threads(1)
-        place = Place(name, 0, order, D, torch.float32, batch_rows=ROWS)
+        place = Place(name, {0: D}, order, torch.float32, batch_rows=ROWS)
         reader = Reader(
             buffer,
             place,
@@ -83,7 +83,7 @@ class Consumer:
         )
         sums, times = [], []
         for batch in reader:
-            sums.append(float(batch[:, 0].double().sum()))
+            sums.append(float(batch[0][:, 0].double().sum()))
             times.append(time.time())
             time.sleep(seconds_per_batch)
         reader.close()

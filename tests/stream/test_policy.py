@@ -108,6 +108,19 @@ def test_small_waits_for_one_reader_add_up():
     assert (detached, window) == (["slow"], 3)
 
 
+def test_readers_that_share_cores_wait_for_a_slow_one_as_long_as_it_gets_on():
+    policy = Policy(ORDER, slots=8, at_a_time=True)
+    now = 0.0
+    for window in range(8):  # as above
+        policy.ask("slow", window, now)
+        policy.ask("fast", window + 1, now)
+        policy.ask("fast", window + 2, now)
+        assert policy.watch_lag(now, limit=10.0) == []
+        now += 9.0
+        assert policy.watch_lag(now, limit=10.0) == []
+    assert policy.watch_lag(now + 2.0, limit=10.0) == ["slow"]  # 11 s at window 7
+
+
 def test_a_detached_reader_still_gets_every_window_and_the_bound_holds():
     policy = Policy(ORDER, slots=12)
     policy.ask("slow", 0, 0.0)

@@ -11,7 +11,7 @@ from saeray.errors import Late
 from saeray.spec.order import StreamOrder
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvested
-from saeray.stream.reader import Place, Reader
+from saeray.stream.reader import AHEAD, Place, Reader
 
 # Workers can't import a test module: its classes travel whole.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -64,8 +64,8 @@ def stream(ray_instance):
         ray.kill(a)
 
 
-def reader(buffer, name="a", hook_index=0, first_batch=0, n_batches=7, limit=30.0):
-    place = Place(name, hook_index, ORDER, D, torch.float32, batch_rows=48)
+def reader(buffer, name="a", hooks=(0,), first_batch=0, n_batches=7, limit=30.0):
+    place = Place(name, dict.fromkeys(hooks, D), ORDER, torch.float32, batch_rows=48)
     return Reader(
         buffer,
         place,
@@ -76,6 +76,11 @@ def reader(buffer, name="a", hook_index=0, first_batch=0, n_batches=7, limit=30.
     )
 
 
+def rows_of(reader, hook=0):
+    """All it yields of one hook point."""
+    return torch.cat([batch[hook] for batch in reader])
+
+
 def expected(n):
     rows = [ORDER.order(w) for w in range(ORDER.n_windows)]
     return np.concatenate([o.block.astype(np.int64) * 32 + o.row for o in rows])[:n]
@@ -83,7 +88,7 @@ def expected(n):
 
 def test_batches_are_the_streams_rows_in_its_order(stream):
     r = reader(stream())
-    got = torch.cat(list(r))  # 7 batches of 48 rows, over windows of 32 and 64
+    got = rows_of(r)  # 7 batches of 48 rows, over windows of 32 and 64
     r.close()
     assert got.shape == (336, D)
     assert np.array_equal(got[:, 0].numpy(), expected(336))
@@ -92,8 +97,8 @@ def test_batches_are_the_streams_rows_in_its_order(stream):
 
 def test_a_reader_can_start_anywhere_and_at_another_hook_point(stream):
     buffer = stream()
-    first, second = reader(buffer), reader(buffer, "b", hook_index=1, first_batch=3, n_batches=4)
-    whole, late = torch.cat(list(first)), torch.cat(list(second))
+    first, second = reader(buffer), reader(buffer, "b", hooks=[1], first_batch=3, n_batches=4)
+    whole, late = rows_of(first), rows_of(second, hook=1)
     first.close()
     second.close()
     assert torch.equal(late, -whole[3 * 48 :])
@@ -101,13 +106,36 @@ def test_a_reader_can_start_anywhere_and_at_another_hook_point(stream):
     assert ray.get(buffer.gauges.remote()).harvested_tokens == 11 * 32
 
 
+def test_a_reader_of_two_hook_points_gets_the_same_rows_of_both(stream):
+    """In one harvest, from where it starts, and of those only that anyone still wants."""
+    buffer = stream()
+    both = reader(buffer, hooks=(0, 1), first_batch=2, n_batches=5)
+    got = list(both)
+    both.close()
+    assert [sorted(batch) for batch in got] == [[0, 1]] * 5
+    assert np.array_equal(torch.cat([b[0] for b in got])[:, 0].numpy(), expected(336)[2 * 48 :])
+    assert all(torch.equal(b[1], -b[0]) for b in got)
+    assert ray.get(buffer.gauges.remote()).harvested_tokens <= 11 * 32
+
+    less = reader(buffer, "b", hooks=(0, 1))
+    batches = iter(less)
+    assert sorted(next(batches)) == [0, 1]
+    less.wanted = {1}
+    rest = list(batches)
+    less.close()
+    # AHEAD in the queue, one on its way into it, and one being gathered were begun before.
+    assert all(sorted(batch) == [1] for batch in rest[AHEAD + 2 :])
+    assert np.array_equal(-torch.cat([b[1] for b in rest])[:, 0].numpy(), expected(336)[48:])
+
+
 def test_writing_to_a_batch_does_not_change_the_block_for_others(stream):
     buffer = stream()
     vandal, other = reader(buffer), reader(buffer, "b")
     got = []
     for spoilt, batch in zip(vandal, other, strict=True):
-        spoilt.fill_(-1)  # as soon as it is there; what `other` reads next lies in the same blocks
-        got.append(batch)
+        # As soon as it is there; what `other` reads next lies in the same blocks.
+        spoilt[0].fill_(-1)
+        got.append(batch[0])
     got = torch.cat(got)
     vandal.close()
     other.close()
@@ -129,6 +157,19 @@ def test_a_harvester_that_hangs_is_named_within_the_limit(stream):
         Late, match=r"harvester \d \(block \d, for \d+ s\) for 8 s \(wait_limit_s\)"
     ):
         next(iter(r))
+
+
+def test_who_waits_for_a_slow_reader_waits_until_that_one_is_detached():
+    buffer = ActivationBuffer(ORDER, 4, ["one"], None, [None])
+    for name, window in (("slow", 0), ("fast", 3)):
+        buffer.policy.ask(name, window, 0.0)
+    answer = buffer.not_yet(ORDER.blocks_of(3))
+    assert (
+        answer.late == "slower readers, which hold the buffer: slow at window 0, fast at window 3"
+    )
+    assert answer.progress > 0  # which is what the reader's own limit counts from
+    buffer.policy.readers["slow"].detached = True
+    assert buffer.not_yet(ORDER.blocks_of(3)).progress == 0
 
 
 def test_its_time_counts_from_the_first_batch_on(stream):

@@ -173,12 +173,16 @@ def test_packing_waves_and_harvesters_do_not_change_a_bit(six, tmp_path):
         log_to_wandb=False,
         # Beside harvesters of half a core in all there is room for one pack of one and a half.
         resources=dict(harvesters=3, harvester_cpus=0.16, saes_per_trainer=2, trainer_cpus=1),
+        activation_cache=str(tmp_path / "cache"),
     )
     again = saeray.sweep(apart, name="apart", storage_path=tmp_path, live=False)
     assert again.ok
     assert [len(p) for p in again.status.packs] == [2, 1]
-    # Packs that do not run at the same time can't share a block: two passes, and no more.
-    assert again.status.harvested_tokens <= 2 * 64 * 1024
+    # Packs that do not run at the same time can't share a block in the buffer: two passes, of which
+    # the second finds in the cache what the first one has harvested.
+    assert "2 passes over the text (2 packs, 1 at a time); one by " in again.status.placement
+    assert "all but the first from activation_cache" in again.status.placement
+    assert again.status.harvested_tokens == again.status.cached_tokens == 64 * 1024
     for row in again.rows:
         same = dict(lr=1e-3, l1_coefficient=row["l1_coefficient"])
         assert weights_of(again, **same) == weights_of(result, **same)
