@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
+from saeray.cluster.options import filled, options_of
 from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import (
@@ -36,11 +37,10 @@ from saeray.sae import sparse_step
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import kind_of
 from saeray.sae.initial import initial_sae
-from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.trainer import SAETrainer
-from saeray.spec.architectures import OWN_FIELDS, SPARSITY, widths_of
+from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import (
     DONE,
@@ -54,50 +54,6 @@ from saeray.spec.messages import (
 )
 from saeray.stream.arrays import to_array
 from saeray.stream.reader import Place, Reader
-
-
-def options_of(
-    config: LanguageModelSAERunnerConfig, device: torch.device, d_in: int
-) -> TrainingOptions:
-    """The part of a config that a training step depends on, on this device."""
-    own = {
-        name: value
-        for name in OWN_FIELDS[config.architecture]
-        if (value := getattr(config, name)) is not None
-    }
-    if config.architecture == "matryoshka":
-        own["matryoshka_widths"] = widths_of(config.matryoshka_widths, config.d_sae(d_in))
-    return TrainingOptions(
-        lr=config.lr,
-        total_steps=config.steps,
-        lr_scheduler_name=config.lr_scheduler_name,
-        lr_warm_up_steps=filled(config.lr_warm_up_steps),
-        lr_end=config.lr_end,
-        num_cycles=config.num_cycles,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        mse_normalization=filled(config.mse_normalization),
-        decoder_norm=filled(config.decoder_norm),
-        l1_warm_up_steps=filled(config.l1_warm_up_steps),
-        lr_decay_steps=filled(config.lr_decay_steps),
-        gradient_clip=filled(config.gradient_clip),
-        compute_dtype=config.computes_in(device.type),
-        feature_sampling_window=config.feature_sampling_window,
-        dead_feature_window=config.dead_feature_window,
-        dead_feature_threshold=config.dead_feature_threshold,
-        architecture=config.architecture,
-        seed=config.seed,
-        **own,
-    )
-
-
-T = TypeVar("T")
-
-
-def filled(value: T | None) -> T:
-    """A field that the config's recipe has filled where nobody gave it."""
-    assert value is not None
-    return value
 
 
 @dataclass

@@ -9,7 +9,7 @@ from support.configs import short_run
 
 from saeray.actors import waiting
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.errors import Late
 from saeray.files.checkpoint import newest_checkpoint, taken
 from saeray.files.storage import Folder

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load
 from support.configs import short_run
 
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.files.checkpoint import (
     load_sae,
     newest_checkpoint,

@@ -6,7 +6,7 @@ from safetensors.torch import load
 from support.configs import short_run
 from support.other_device import DEVICE, OtherDevice, There
 
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.files.checkpoint import load_sae, newest_checkpoint, save_checkpoint, save_final
 from saeray.files.storage import Folder
 from saeray.lm.evaluate import Evaluator

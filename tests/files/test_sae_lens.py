@@ -12,7 +12,7 @@ from support.bundled import ROOT
 from support.configs import short_run
 
 import saeray
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.files.checkpoint import save_final
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES

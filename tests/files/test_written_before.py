@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import saeray
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.files.cache import ActivationCache, identities_of
 from saeray.files.checkpoint import newest_checkpoint
 from saeray.files.metrics_log import MetricsLog
