@@ -1,14 +1,17 @@
 """saeray's figures of an SAE beside what sae_lens says of the same SAE, model and tokens.
 
-    python benchmarks/evals.py                                # about two minutes on 2 cores
+    python benchmarks/evals.py                       # about two minutes on 2 cores
+    python benchmarks/evals.py results/mine/trials/*/final
 
-Trains a few SAEs on the bundled model, evaluates each on 64 held-out windows of 128 tokens with
-saeray and with sae_lens's `run_evals` (in an environment of its own, see peers.py), and prints the
-table of docs/metrics.md: the largest difference of any SAE, relative to sae_lens's figure.
+Trains a few SAEs on the bundled model (or takes those at its hook that are given), evaluates each
+on 64 held-out windows of 128 tokens with saeray and with sae_lens's `run_evals` (in an environment
+of its own, see peers.py), and prints the table of docs/metrics.md; its last column is the largest
+difference of any SAE, relative to sae_lens's figure.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import tempfile
@@ -107,7 +110,8 @@ def theirs(saes: Sequence[Path], windows: Any, folder: Path) -> list[dict[str, A
 
 
 def table(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
-    each = "".join(f" L0 {of['metrics/l0']:.1f} | |" for of in mine)
+    """Ours and theirs of each SAE, in Markdown."""
+    each = "".join(f" ours, L0 {of['metrics/l0']:.0f} | theirs |" for of in mine)
     lines = [f"| saeray | sae_lens |{each} largest difference |"]
     lines.append("|---|---|" + "---|---|" * len(mine) + "---|")
     for key, name in NAMES.items():
@@ -119,8 +123,11 @@ def table(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("saes", type=Path, nargs="*", help="folders, at blocks.2.hook_resid_pre")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        saes = trained(Path(folder))
+        saes = [sae.resolve() for sae in arguments.saes] or trained(Path(folder))
         mine, windows = ours(saes, 64)
         print(table(mine, theirs(saes, windows, Path(folder))))
 

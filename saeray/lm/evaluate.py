@@ -14,9 +14,10 @@ SAEs that are evaluated together share the forward of the model as it is: S of t
 forwards of every window. What no SAE changes takes three more and a part of one, once per hook.
 The last evaluation takes one more that stops at the hook, for all of them (`final`).
 
-Memory: of the windows, one part at a time is in the model, with its logits twice; a part is one
-window, or as many as have `LOGITS_AT_ONCE` logits together. Of an SAE there are some blocks of
-`LATENTS_AT_ONCE` latents and a few numbers per feature, and `VALUE_BINS` counts at the end.
+Memory: of the windows, one part at a time is in the model, with its probabilities and the logits
+that they are compared with; a part is one window, or as many as have `LOGITS_AT_ONCE` logits. Of an
+SAE there are some blocks of `LATENTS_AT_ONCE` latents and a few numbers per feature, and at the end
+`VALUE_BINS` counts of each.
 """
 
 from __future__ import annotations
