@@ -124,8 +124,11 @@ class FakeModel:
     def harvest(self, index: int, tokens: np.ndarray, cache: Any = None) -> tuple[Any, ...]:
         return Harvested(index, tokens.size, 0.0), self.array
 
-    def evaluate(self, weights: Any, hook_point: str, held_out: np.ndarray) -> dict[str, Any]:
-        return {"eval/n_tokens": held_out.size, "metrics/CE_loss_score": 0.9, "metrics/l0": 30.0}
+    def evaluate(
+        self, hook_point: str, held_out: np.ndarray, final: bool, *weights: Any
+    ) -> list[dict[str, Any]]:
+        figures = {"metrics/CE_loss_score": 0.9, "metrics/l0": 30.0}
+        return [{"eval/n_tokens": held_out.size, **figures} for _ in weights]
 
 
 class FakeTrainers:

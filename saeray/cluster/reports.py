@@ -7,28 +7,43 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.exceptions import ObjectLostError
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.errors import SaerayError
+from saeray.files.features import FILE as FEATURES
 from saeray.files.tracking import Tracker
+from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import (
     DONE,
     ENDS,
     EVALUATING,
     FAILED,
+    FINAL_METRICS,
     INTERRUPTED,
     STOPPED,
     Answer,
     Report,
     Result,
 )
+from saeray.spec.plan import DTYPE_BYTES
 from saeray.stream.launch import Stream
+
+EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
+EVALUATED_BYTES = 1 << 28  # of their weights, which lie in its memory together
+
+
+class Wanted(NamedTuple):
+    """An evaluation that waits for others of the same report, to be made with them."""
+
+    entry: Entry
+    snapshot: Any  # reference
+    found: asyncio.Future[dict[str, Any]]
 
 
 class Reports:
@@ -39,6 +54,8 @@ class Reports:
         self.tracker = Tracker(state.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
         self.evaluation_tokens = 0
+        # By pack, hook point and whether it is their SAEs' last one.
+        self.wanted: dict[tuple[str, str, bool], list[Wanted]] = {}
         self.unwritten: list[Entry] = []  # that have ended, and have no row yet
         self.writing: asyncio.Task[None] | None = None
 
@@ -56,25 +73,67 @@ class Reports:
             entry.state = EVALUATING
         evaluation = None
         if report.snapshot is not None:
-            assert pack.stream is not None
-            evaluation = self.state.do(self.evaluate(entry, pack.stream, report.snapshot[0]))
+            evaluation = self.want(pack, entry, report.snapshot[0], report.state in ENDS)
         entry.pending.append((report, evaluation))
         if entry.settling is None or entry.settling.done():
             entry.settling = self.state.do(self.settle(entry))
 
-    async def evaluate(self, entry: Entry, stream: Stream, snapshot: Any) -> dict[str, Any]:
-        """Metrics of a snapshot on the held-out windows."""
-        if stream.held_out is None:
-            stream.held_out = stream.token_server.held_out.remote()
-        harvester = stream.harvesters[stream.ready[stream.evaluations % len(stream.ready)]]
-        stream.evaluations += 1
-        metrics = dict(
-            await harvester.evaluate.remote(
-                snapshot, entry.config.resolved_hook_point, stream.held_out
-            )
-        )
+    def want(
+        self, pack: PackState, entry: Entry, snapshot: Any, final: bool
+    ) -> asyncio.Future[dict[str, Any]]:
+        """Metrics of a snapshot on the held-out windows, once they are there.
+
+        SAEs that a pack reports at once are evaluated together, as far as memory allows; what is
+        found of one depends on no other. If the pack dies, the weights of all of them are lost.
+        """
+        assert pack.stream is not None
+        key = (pack.about.name, entry.config.resolved_hook_point, final)
+        others = self.wanted.setdefault(key, [])
+        if not others:
+            self.state.do(self.evaluate_wanted(key, pack.stream))  # runs when all are taken
+        found = asyncio.get_running_loop().create_future()
+        others.append(Wanted(entry, snapshot, found))
+        return found
+
+    async def evaluate_wanted(self, key: tuple[str, str, bool], stream: Stream) -> None:
+        wanted, (_, hook_point, final) = self.wanted.pop(key), key
+        size = together([w.entry.config for w in wanted], stream)
+        groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        await asyncio.gather(*(self.evaluate(stream, hook_point, final, g) for g in groups))
+
+    async def evaluate(
+        self, stream: Stream, hook_point: str, final: bool, wanted: Sequence[Wanted]
+    ) -> None:
+        """Some SAEs on one harvester; what is in the way of one of them keeps no other one back."""
+        try:
+            if stream.held_out is None:
+                stream.held_out = stream.token_server.held_out.remote()
+            harvester = stream.harvesters[stream.ready[stream.evaluations % len(stream.ready)]]
+            stream.evaluations += 1
+            snapshots = [w.snapshot for w in wanted]
+            found = await harvester.evaluate.remote(hook_point, stream.held_out, final, *snapshots)
+            for w, metrics in zip(wanted, found, strict=True):
+                w.found.set_result(await self.kept(w.entry, dict(metrics)))
+        except Exception as error:
+            left = [w for w in wanted if not w.found.done()]
+            if len(wanted) > 1 and not is_lost(error):
+                for w in left:
+                    await self.evaluate(stream, hook_point, final, [w])
+                return
+            for w in left:
+                w.found.set_exception(error)
+
+    async def kept(self, entry: Entry, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What goes into logs and results of an evaluation; the rest is said and written here."""
         for warning in metrics.pop("warnings", ()):
             await self.state.warn(warning)
+        features = metrics.pop("features", None)
+        if features is not None:  # before its SAE has ended for anyone
+            folder = self.state.folder / "trials" / entry.name
+            try:
+                await asyncio.to_thread(folder.write, FEATURES, features)
+            except Exception as problem:
+                self.state.say(f"{entry.name}: {FEATURES} could not be written: {problem}")
         self.evaluation_tokens += metrics["eval/n_tokens"]
         return metrics
 
@@ -97,7 +156,9 @@ class Reports:
             entry.metrics, entry.path = {**entry.metrics, **metrics}, report.path
             # Once this run has gone on, its log shall be that of an uninterrupted one.
             line: dict[str, Any] | None = metrics
-            if state == INTERRUPTED and not entry.config.evaluates_at(report.step):
+            if state == INTERRUPTED and entry.config.evaluates_at(report.step):
+                line = {k: v for k, v in metrics.items() if k not in FINAL_METRICS}
+            elif state == INTERRUPTED:
                 line = report.metrics if entry.config.logs_at(report.step) else None
             if line is None:
                 written = self.track(self.tracker.flush, entry.name)
@@ -212,6 +273,17 @@ class Reports:
         """After the last line and row."""
         await self.rows_written()
         await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
+
+
+def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) -> int:
+    """How many of these SAEs a harvester evaluates at once: all harvesters shall have some."""
+
+    def n_bytes(c: LanguageModelSAERunnerConfig) -> int:
+        d_in = stream.about.widths[c.resolved_hook_point]
+        return 2 * d_in * c.d_sae(d_in) * DTYPE_BYTES[c.dtype]
+
+    share = -(-len(configs) // len(stream.ready))
+    return max(1, min(share, EVALUATED_TOGETHER, EVALUATED_BYTES // max(map(n_bytes, configs))))
 
 
 def publish(entry: Entry) -> None:

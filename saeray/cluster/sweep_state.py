@@ -47,7 +47,7 @@ class Entry:
     path: str | None = None
     attached: bool = False  # a trial is there for it
     withdrawn: bool = False  # it shall leave its pack
-    pending: deque[tuple[Report, asyncio.Task[Any] | None]] = field(default_factory=deque)
+    pending: deque[tuple[Report, asyncio.Future[Any] | None]] = field(default_factory=deque)
     settling: asyncio.Task[None] | None = None
     settled: int = 0  # step up to which its reports are evaluated and written
     row_written: bool = False  # of its end: only then anyone hears of it

@@ -18,7 +18,8 @@ from saeray.files.storage import Folder
 from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
 
-# Column -> wandb key. Held-out figures, except those of the training state.
+# Column -> wandb key. Held-out figures, except those of the training state. docs/metrics.md says
+# what each of them is.
 COLUMNS = {
     "l0": "metrics/l0",
     "explained_variance": "metrics/explained_variance",
@@ -32,6 +33,16 @@ COLUMNS = {
     "dead_features": "sparsity/below_dead_feature_threshold",
     "features_never_fired_held_out": "eval/features_never_fired",
     "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
+    "fvu": "metrics/fvu",
+    "cosine": "metrics/cosine",
+    "l2_ratio": "metrics/l2_ratio",
+    "relative_reconstruction_bias": "metrics/relative_reconstruction_bias",
+    "ce_loss_score_mean_ablation": "metrics/CE_loss_score_mean_ablation",
+    "kl_div_score": "metrics/kl_div_score",
+    "l1": "metrics/l1",
+    "dense_share": "metrics/dense_share",
+    "s_n_dec": "metrics/s_n_dec",
+    "mdl": "metrics/mdl",
     "mse_loss": "losses/mse_loss",
     "l1_loss": "losses/l1_loss",
     "l0_loss": "losses/l0_loss",

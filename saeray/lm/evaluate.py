@@ -1,19 +1,29 @@
 """Evaluation of SAEs on held-out windows: reconstruction, sparsity, and the loss it costs the LM.
 
-Definitions (per token of every held-out window, the first token of a window not predicted):
+docs/metrics.md defines every figure. Of the language model, per token of every held-out window:
 
     ce_loss_without_sae    next-token cross-entropy of the model as it is, nats
     ce_loss_with_sae       the same with x̂ in the place of x at the hook
-    ce_loss_with_ablation  the same with zeros in its place
+    …with_ablation         with zeros there; …with_mean_ablation: with x's mean over all tokens
     CE_loss_score          (ablation - with) / (ablation - without): 1 is perfect, 0 is no better
                            than zeros
-    kl_div_with_sae        KL(model as it is ‖ with SAE), nats
+    kl_div_with_sae, …     KL(model as it is ‖ with SAE), nats, and so on
+    kl_div_score           (ablation - with) / ablation
+
+SAEs that are evaluated together share the forward of the model as it is: S of them take 1 + S
+forwards of every window. What no SAE changes takes three more and a part of one, once per hook.
+The last evaluation takes one more that stops at the hook, for all of them (`final`).
+
+Memory: of the windows, one part at a time is in the model, with its probabilities and the logits
+that they are compared with; a part is one window, or as many as have `LOGITS_AT_ONCE` logits. Of an
+SAE there are some blocks of `LATENTS_AT_ONCE` latents and a few numbers per feature, and at the end
+`VALUE_BINS` counts of each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +32,48 @@ from torch import Tensor
 from saeray.lm.model import LanguageModel
 from saeray.sae.architectures.base import SAE
 from saeray.sae.metrics import (
+    DescriptionLength,
+    FeatureSums,
     Reconstruction,
     ReconstructionSums,
     density_histogram,
-    log10_frequency,
+    feature_table,
+    nth_decoder_projection,
 )
 
 LOGITS_AT_ONCE = 1 << 20  # elements: 4 MB in float32, so it stays in cache
+LATENTS_AT_ONCE = 1 << 22  # elements of a block of feature activations
+PROJECTED_ROWS = 4096  # that s_n_dec is of, fewer in a wide SAE: see PROJECTIONS
+PROJECTIONS = 1 << 24  # rows times features: 64 MB in float32
 CHANCE_SHARE = 0.9  # of a uniform guess's cross-entropy, above which a model knows nothing
 NO_EFFECT = 1e-6  # nats between two losses that rounding alone may put there
+
+
+class Losses(NamedTuple):
+    """Of the language model, with something in the place of a hook's activations: nats."""
+
+    ce: float  # next-token cross-entropy: its sum over tokens, or its mean
+    kl: float  # KL(model as it is ‖ this one), the same
+
+    def __add__(self, other: Losses) -> Losses:  # type: ignore[override]
+        return Losses(self.ce + other.ce, self.kl + other.kl)
+
+
+class Plain(NamedTuple):
+    """The language model as it is, on a part of the windows."""
+
+    p: Tensor  # [n * context, V] probabilities of next tokens
+    following: Tensor  # int64 [n * context] what follows; -1 at a window's end
+    ce: float  # sum over tokens, nats
+    entropy: float  # of p, the same
 
 
 class Ablated(NamedTuple):
     """What evaluating any SAE at a hook point compares it with."""
 
-    ce: float  # mean next-token cross-entropy with zeros at the hook, nats
-    mean: Tensor  # [D] of the hook's activations
+    zeros: Losses  # means, with zeros at the hook
+    mean: Losses  # means, with the mean activation there
+    activation: Tensor  # that mean, [D]
 
 
 class Evaluator:
@@ -49,55 +85,78 @@ class Evaluator:
     def __init__(self, model: LanguageModel, windows: Tensor) -> None:
         """windows: int [n, context]."""
         self.model = model
+        self.n_tokens = windows.numel()
+        self.n_predicted = windows[:, 1:].numel()
         per_window = windows.shape[1] * model.facts.d_vocab
         self.parts = windows.split(max(1, LOGITS_AT_ONCE // per_window))
         self.clean_ce: float | None = None
-        self.at_hooks: dict[tuple[str, torch.dtype], Ablated] = {}
+        self.at_hooks: dict[str, Ablated] = {}
 
-    def evaluate(self, sae: SAE, hook_point: str) -> dict[str, Any]:
-        """Metrics by their wandb keys, and the density histogram, of one SAE.
+    def evaluate(self, sae: SAE, hook_point: str, final: bool = False) -> dict[str, Any]:
+        """`evaluate_all` of one SAE."""
+        return self.evaluate_all([sae], hook_point, final)[0]
 
-        A figure that has no meaning here is None, and `warnings` says why.
+    @torch.inference_mode()
+    def evaluate_all(
+        self, saes: Sequence[SAE], hook_point: str, final: bool = False
+    ) -> list[dict[str, Any]]:
+        """Metrics by their wandb keys, and the density histogram, of each SAE.
+
+        A figure that has no meaning here is None, and `warnings` says why. What an SAE's figures
+        are depends on no other one.
+
+        final: also s_n_dec and mdl, and `features`, {column: [L]} on the CPU; as costly as
+        evaluating twice where few SAEs are evaluated together.
         """
-        clean, ablated = self.clean(), self.ablated(hook_point, sae.W_enc.dtype)
-        ce, kl, n_tokens, n_predicted = 0.0, 0.0, 0, 0
-        fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        sums = ReconstructionSums(ablated.mean)
-
-        def splice(x: Tensor) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1]).to(sae.W_enc.dtype)
-            f = sae.encode(flat)
-            x_hat = sae.decode(f)
-            fired.add_((f > 0).sum(dim=0))
-            sums.add(flat.float(), (x_hat - flat).float())
-            return x_hat.reshape(x.shape)
-
+        ablated = self.ablated(hook_point)
+        of_saes = [OneSAE(sae, ablated.activation) for sae in saes]
         for tokens in self.parts:
-            spliced = self.model.logits(tokens, {hook_point: splice})[:, :-1].log_softmax(dim=-1)
-            plain = self.model.logits(tokens)[:, :-1].log_softmax(dim=-1)
-            ce += total(next_token_losses(spliced, tokens))
-            kl += total(kl_divergence(plain, spliced))
-            n_predicted += tokens[:, 1:].numel()
-            n_tokens += tokens.numel()
-        quality = sums.result()
-        frequency = fired.cpu().double() / n_tokens
-        counts, edges = density_histogram(frequency)
-        with_sae = ce / n_predicted
-        score = ce_loss_score(clean, with_sae, ablated.ce)
+            plain = self.plain(tokens)
+            for one in of_saes:
+                one.losses += losses(plain, self.model.logits(tokens, {hook_point: one}))
+        if final:
+            self.add_final(of_saes, hook_point)
+        return [self.figures(one, ablated, hook_point) for one in of_saes]
+
+    def figures(self, one: OneSAE, ablated: Ablated, hook_point: str) -> dict[str, Any]:
+        quality, clean, found = one.sums.result(), self.clean(), self.means(one.losses)
+        counts, edges = density_histogram(one.features.frequency)
+        score = ce_loss_score(clean, found.ce, ablated.zeros.ce)
         return {
             **quality.metrics(),
-            "metrics/l0": int(fired.sum()) / n_tokens,
-            "metrics/mean_log10_feature_sparsity": float(log10_frequency(frequency).mean()),
+            **one.features.metrics(),
             "metrics/ce_loss_without_sae": clean,
-            "metrics/ce_loss_with_sae": with_sae,
-            "metrics/ce_loss_with_ablation": ablated.ce,
+            "metrics/ce_loss_with_sae": found.ce,
+            "metrics/ce_loss_with_ablation": ablated.zeros.ce,
+            "metrics/ce_loss_with_mean_ablation": ablated.mean.ce,
             "metrics/CE_loss_score": score,
-            "metrics/kl_div_with_sae": kl / n_predicted,
-            "eval/n_tokens": n_tokens,
-            "eval/features_never_fired": int((fired == 0).sum()),
+            "metrics/CE_loss_score_mean_ablation": ce_loss_score(clean, found.ce, ablated.mean.ce),
+            "metrics/kl_div_with_sae": found.kl,
+            "metrics/kl_div_with_ablation": ablated.zeros.kl,
+            "metrics/kl_div_with_mean_ablation": ablated.mean.kl,
+            "metrics/kl_div_score": kl_div_score(found.kl, ablated.zeros.kl),
+            "metrics/kl_div_score_mean_ablation": kl_div_score(found.kl, ablated.mean.kl),
+            "eval/n_tokens": self.n_tokens,
             "plots/feature_density_line_chart": {"counts": counts, "edges": edges},
-            "warnings": [*self.warnings(), *self.reservations(hook_point, score, quality)],
+            "warnings": [*self.warnings(), *reservations(hook_point, score, quality)],
+            **one.final,
         }
+
+    def add_final(self, of_saes: Sequence[OneSAE], hook_point: str) -> None:
+        """What is left for the end, on a second pass: bins are made of the largest activations."""
+        lengths = [DescriptionLength(one.features) for one in of_saes]
+        every = -(-self.n_tokens // PROJECTED_ROWS)
+        sample, seen = [], 0
+        for tokens in self.parts:
+            x = self.model.activations(tokens)[hook_point]
+            for one, length in zip(of_saes, lengths, strict=True):
+                for rows in one.blocks(x):
+                    length.add(one.sae.encode(rows))
+            sample.append(x[-seen % every :: every].clone())
+            seen += len(x)
+        rows = torch.cat(sample)
+        for one, length in zip(of_saes, lengths, strict=True):
+            one.final = one.at_the_end(length, rows)
 
     def warnings(self) -> list[str]:
         """Of a model that does no better on this text than one that knows nothing."""
@@ -110,45 +169,110 @@ class Evaluator:
             "token ids made with this model's tokenizer, and are these its weights?"
         ]
 
-    def reservations(
-        self, hook_point: str, score: float | None, quality: Reconstruction
-    ) -> list[str]:
-        """Which figures this hook point has none of, and why: the same for all its SAEs."""
-        said = []
-        if score is None:
-            said.append(
-                f"{hook_point}: the model's loss is the same with zeros in its place, so it has "
-                "no CE loss score. Does it reach the logits?"
-            )
-        if quality.explained_variance is None:
-            said.append(
-                f"{hook_point}: all held-out activations are equal, so there is no variance to "
-                "explain."
-            )
-        return said
-
+    @torch.inference_mode()
     def clean(self) -> float:
+        """Mean next-token cross-entropy of the model as it is, nats."""
         if self.clean_ce is None:
-            self.clean_ce = mean_loss(self.model, self.parts, {})
+            self.clean_ce = sum(self.plain(t).ce for t in self.parts) / self.n_predicted
         return self.clean_ce
 
-    def ablated(self, hook_point: str, dtype: torch.dtype) -> Ablated:
-        """One pass with zeros at the hook; dtype: of the SAEs, which see activations in it."""
-        if (hook_point, dtype) not in self.at_hooks:
-            summed: Any = 0.0
-            n_rows = 0
+    @torch.inference_mode()
+    def ablated(self, hook_point: str) -> Ablated:
+        """With zeros, and with the mean, at the hook; the model's own loss on the way."""
+        if hook_point not in self.at_hooks:
+            activation = self.mean_activation(hook_point)
+            splices: list[Mapping[str, Any]] = [
+                {hook_point: torch.zeros_like},
+                {hook_point: lambda x: activation.to(x.dtype).expand_as(x)},
+            ]
+            sums, clean = [Losses(0.0, 0.0) for _ in splices], 0.0
+            for tokens in self.parts:
+                plain = self.plain(tokens)
+                clean += plain.ce
+                for i, splice in enumerate(splices):
+                    sums[i] += losses(plain, self.model.logits(tokens, splice))
+            self.clean_ce = clean / self.n_predicted
+            zeros, mean = map(self.means, sums)
+            self.at_hooks[hook_point] = Ablated(zeros, mean, activation)
+        return self.at_hooks[hook_point]
 
-            def zeros(x: Tensor) -> Tensor:
-                nonlocal summed, n_rows
-                flat = x.reshape(-1, x.shape[-1]).to(dtype).float()
-                summed = summed + flat.sum(dim=0).cpu().double()
-                n_rows += len(flat)
-                return torch.zeros_like(x)
+    def mean_activation(self, hook_point: str) -> Tensor:
+        """Of all held-out tokens: float32 [D] on the model's device."""
+        summed = torch.zeros(1, dtype=torch.float64)
+        for tokens in self.parts:
+            x = self.model.activations(tokens)[hook_point]
+            summed = summed + x.float().sum(dim=0).cpu().double()
+        return (summed / self.n_tokens).float().to(self.model.device)
 
-            ce = mean_loss(self.model, self.parts, {hook_point: zeros})
-            mean = (summed / n_rows).float().to(self.model.device)
-            self.at_hooks[hook_point, dtype] = Ablated(ce, mean)
-        return self.at_hooks[hook_point, dtype]
+    def plain(self, tokens: Tensor) -> Plain:
+        """The model as it is on a part."""
+        p = self.model.logits(tokens).flatten(0, 1)
+        following = next_tokens(tokens, p.device)
+        blocks = row_blocks(p)
+        ce, entropy = 0.0, 0.0
+        for rows, after in zip(blocks, following.split(len(blocks[0])), strict=True):
+            log_p = rows.log_softmax(dim=-1)
+            rows.copy_(log_p).exp_()
+            ce += cross_entropy(log_p, after)
+            entropy -= total(torch.linalg.vecdot(rows, log_p))
+        return Plain(p, following, ce, entropy)
+
+    def means(self, sums: Losses) -> Losses:
+        return Losses(sums.ce / self.n_predicted, sums.kl / self.n_tokens)
+
+
+class OneSAE:
+    """An SAE while it is evaluated. Called with x, it gives x̂ and adds up what it has seen."""
+
+    def __init__(self, sae: SAE, mean: Tensor) -> None:
+        """mean [D] of all x that it will be given."""
+        self.sae = sae
+        self.losses = Losses(0.0, 0.0)
+        self.sums = ReconstructionSums(mean)
+        self.features = FeatureSums(sae.d_sae, sae.W_enc.device)
+        self.final: dict[str, Any] = {}
+
+    def blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """Rows of x [..., D], so many that their latents are `LATENTS_AT_ONCE` at most."""
+        flat = x.reshape(-1, x.shape[-1]).to(self.sae.W_enc.dtype)
+        yield from flat.split(max(1, LATENTS_AT_ONCE // self.sae.d_sae))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = []
+        for rows in self.blocks(x):
+            f = self.sae.encode(rows)
+            x_hat = self.sae.decode(f)
+            self.features.add(f)
+            self.sums.add(rows.float(), (x_hat - rows).float())
+            parts.append(x_hat)
+        return torch.cat(parts).reshape(x.shape)
+
+    def at_the_end(self, length: DescriptionLength, x: Tensor) -> dict[str, Any]:
+        """s_n_dec of some rows x [B, D], mdl, and a table of the features."""
+        sae = self.sae
+        every = -(-len(x) // max(1, PROJECTIONS // sae.d_sae))
+        x = x[torch.arange(0, len(x), every, device=x.device)].to(sae.W_dec.dtype)
+        s_n_dec = nth_decoder_projection(x, sae.W_dec, sae.b_dec, max(1, sae.d_sae // 4))
+        return {
+            "metrics/s_n_dec": s_n_dec,
+            "metrics/mdl": length.bits(),
+            "features": feature_table(self.features, sae.W_dec),
+        }
+
+
+def reservations(hook_point: str, score: float | None, quality: Reconstruction) -> list[str]:
+    """Which figures this hook point has none of, and why: the same for all its SAEs."""
+    said = []
+    if score is None:
+        said.append(
+            f"{hook_point}: the model's loss is the same with zeros in its place, so it has "
+            "no CE loss score. Does it reach the logits?"
+        )
+    if quality.explained_variance is None:
+        said.append(
+            f"{hook_point}: all held-out activations are equal, so there is no variance to explain."
+        )
+    return said
 
 
 def ce_loss_score(clean: float, with_sae: float, ablated: float) -> float | None:
@@ -161,27 +285,44 @@ def ce_loss_score(clean: float, with_sae: float, ablated: float) -> float | None
     return (ablated - with_sae) / (ablated - clean)
 
 
+def kl_div_score(with_sae: float, ablated: float) -> float | None:
+    """(ablated - with) / ablated; None where the ablation changes nothing."""
+    return None if abs(ablated) <= NO_EFFECT else (ablated - with_sae) / ablated
+
+
 def total(values: Tensor) -> float:
     """Their sum, in float64 on the CPU: not every device has it."""
     return float(values.cpu().double().sum())
 
 
-def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """log_p [n, context - 1, V], tokens [n, context] -> cross-entropy [n, context - 1], nats."""
-    target = tokens[:, 1:].to(log_p.device, torch.int64)
-    return -log_p.gather(2, target.unsqueeze(2)).squeeze(2)
+def row_blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of blocks of rows of x [rows, V], of `LOGITS_AT_ONCE` elements at most (or one row)."""
+    return x.split(max(1, LOGITS_AT_ONCE // x.shape[1]))
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) [n, context - 1] of next-token log-probabilities [n, context - 1, V], nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+def next_tokens(tokens: Tensor, device: torch.device) -> Tensor:
+    """tokens [n, context] -> what follows each of them: int64 [n * context]; -1 after the last."""
+    following = tokens.new_full(tokens.shape, -1)
+    following[:, :-1] = tokens[:, 1:]
+    return following.flatten().to(device, torch.int64)
 
 
-def mean_loss(model: LanguageModel, parts: Iterable[Tensor], splice: Mapping[str, Any]) -> float:
-    """Mean next-token cross-entropy with `splice` in force, nats."""
-    summed, n = 0.0, 0
-    for tokens in parts:
-        log_p = model.logits(tokens, splice)[:, :-1].log_softmax(dim=-1)
-        losses = next_token_losses(log_p, tokens)
-        summed, n = summed + total(losses), n + losses.numel()
-    return summed / n
+def cross_entropy(log_p: Tensor, following: Tensor) -> float:
+    """Summed over rows of log_p [rows, V] that are followed by a token, nats."""
+    of_next = log_p.gather(1, following.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return -total(of_next[following >= 0])
+
+
+def losses(plain: Plain, logits: Tensor) -> Losses:
+    """Sums over tokens of the model with something in a hook's place: logits [n, context, V].
+
+    KL(p ‖ q) is Σ p log p - Σ p log q; the first is of the model as it is, and computed once.
+    """
+    found = Losses(0.0, -plain.entropy)
+    blocks = row_blocks(plain.p)
+    others = row_blocks(logits.flatten(0, 1))
+    following = plain.following.split(len(blocks[0]))
+    for p, other, after in zip(blocks, others, following, strict=True):
+        log_q = other.log_softmax(dim=-1)
+        found += Losses(cross_entropy(log_q, after), -total(torch.linalg.vecdot(p, log_q)))
+    return found

@@ -24,6 +24,8 @@ from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.resources import Resources, resources_from
 
+TRAINED_PER_EVALUATED = 200  # tokens; docs/metrics.md: what evaluation costs
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSAERunnerConfig:
@@ -133,7 +135,9 @@ class LanguageModelSAERunnerConfig:
 
     # saeray: evaluation on held-out windows
     eval_windows: int = 64  # contexts set aside; no SAE ever trains on them
-    eval_every: int | None = None  # optimizer steps; None: 10 x wandb_log_frequency; 0: at the end
+    # Optimizer steps; 0: at the end only; None: 10 x wandb_log_frequency, or what makes evaluation
+    # see one token for TRAINED_PER_EVALUATED that are trained on, whichever is more.
+    eval_every: int | None = None
 
     # Results
     log_to_wandb: bool = True
@@ -203,7 +207,11 @@ class LanguageModelSAERunnerConfig:
     @property
     def resolved_eval_every(self) -> int:
         """Optimizer steps between evaluations during training; 0: only at the end."""
-        return 10 * self.wandb_log_frequency if self.eval_every is None else self.eval_every
+        if self.eval_every is not None:
+            return self.eval_every
+        tokens = TRAINED_PER_EVALUATED * self.eval_windows * self.context_size
+        often = self.wandb_log_frequency
+        return max(10 * often, often * -(-tokens // (self.train_batch_size * often)))
 
     def logs_at(self, step: int) -> bool:
         """Whether an uninterrupted run has a line of this optimizer step in its log."""

@@ -43,6 +43,10 @@ class Snapshot(NamedTuple):
     tensors: dict[str, Any]  # numpy arrays by sae_lens's names
 
 
+# Figures, by wandb key, that only an SAE's last evaluation has.
+FINAL_METRICS = ("metrics/s_n_dec", "metrics/mdl")
+
+
 class Report(NamedTuple):
     """One SAE at one optimizer step, from its pack."""
 

@@ -179,16 +179,28 @@ class Harvester:
         sample = torch.stack([rows[i // per_block][i % per_block] for i in chosen.tolist()])
         return statistic_of(sample, name).numpy()
 
-    def evaluate(self, snapshot: Snapshot, hook_point: str, held_out: np.ndarray) -> dict[str, Any]:
-        """Metrics of one SAE on the held-out windows, by wandb key; `warnings` beside them."""
+    def evaluate(
+        self, hook_point: str, held_out: np.ndarray, final: bool, *snapshots: Snapshot
+    ) -> list[dict[str, Any]]:
+        """Metrics of SAEs on the held-out windows, by wandb key; `warnings` beside them.
+
+        final: `features` too, the bytes of a features.parquet.
+        """
         import torch
 
+        from saeray.files.features import as_parquet
         from saeray.lm.evaluate import Evaluator
         from saeray.sae.architectures import published_sae
 
         model = self.open()
         if self.evaluator is None:
             self.evaluator = Evaluator(model, torch.from_numpy(held_out.copy()))
-        tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
-        sae = published_sae(snapshot.cfg, tensors)
-        return self.evaluator.evaluate(sae.to(model.device), hook_point)
+        saes = []
+        for snapshot in snapshots:
+            tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
+            saes.append(published_sae(snapshot.cfg, tensors).to(model.device))
+        found = self.evaluator.evaluate_all(saes, hook_point, final)
+        for of in found:
+            if "features" in of:
+                of["features"] = as_parquet({k: v.numpy() for k, v in of["features"].items()})
+        return found

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from support.bundled import HOOK
 from support.configs import short_run
 
 from saeray.actors.waiting import NotYet
@@ -11,22 +12,57 @@ from saeray.cluster import sweep_state
 from saeray.cluster.reports import Reports
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.files import strict_json
-from saeray.spec.messages import DONE, Report
+from saeray.files.metrics_log import read_lines
+from saeray.files.storage import Folder
+from saeray.spec.messages import DONE, INTERRUPTED, STOPPED, Report
 
 
 class Harvester:
-    """Evaluates every SAE at a hook that does not reach the logits."""
+    """Evaluates every SAE at a hook that does not reach the logits; weights are their L0."""
 
     def __init__(self):
         self.evaluate = SimpleNamespace(remote=self.answer)
+        self.calls = []
 
-    async def answer(self, weights, hook_point, held_out):
-        return {
-            "metrics/CE_loss_score": None,
-            "metrics/l0": 3.0,
-            "eval/n_tokens": 64,
-            "warnings": [f"{hook_point}: no CE loss score"],
-        }
+    async def answer(self, hook_point, held_out, final, *weights):
+        self.calls.append(weights)
+        for of in weights:
+            if isinstance(of, Exception):
+                raise of
+        return [
+            {
+                "metrics/CE_loss_score": None,
+                "metrics/l0": of,
+                "eval/n_tokens": 64,
+                "warnings": [f"{hook_point}: no CE loss score"],
+                **({"metrics/mdl": 9.0, "features": b"of %d" % of} if final else {}),
+            }
+            for of in weights
+        ]
+
+
+def stream_of(*harvesters):
+    about = SimpleNamespace(widths={HOOK: 16})
+    ready = list(range(len(harvesters)))
+    return SimpleNamespace(
+        held_out="windows", harvesters=harvesters, ready=ready, evaluations=0, about=about
+    )
+
+
+def pack_of(reports, stream, names):
+    """A pack on the stream with SAEs of these names."""
+    for name in names:
+        entry = reports.state.entries[name] = Entry(name, short_run(eval_every=5))
+        reports.open(entry)
+    return SimpleNamespace(about=SimpleNamespace(name="pack"), stream=stream, members=names)
+
+
+async def taken(reports, pack, *told):
+    """Reports of one call, until they are settled."""
+    for report in told:
+        reports.take(pack, report)
+    while await reports.settled(pack) is not None:
+        pass
 
 
 @pytest.fixture
@@ -37,24 +73,69 @@ def reports(monkeypatch, tmp_path):
 
 
 def test_a_figure_without_meaning_is_null_and_its_reason_is_said_once(reports, tmp_path):
-    stream = SimpleNamespace(held_out="windows", harvesters=[Harvester()], ready=[0], evaluations=0)
-    entries = [Entry(n, short_run(lr=lr), state=DONE) for n, lr in (("a", 1e-3), ("b", 2e-3))]
-
-    async def evaluated():
-        return [await reports.evaluate(e, stream, {}) for e in entries]
-
-    found = asyncio.run(evaluated())
-    assert found == [{"metrics/CE_loss_score": None, "metrics/l0": 3.0, "eval/n_tokens": 64}] * 2
-    assert reports.state.warnings == ["blocks.2.hook_resid_pre: no CE loss score"]
+    pack = pack_of(reports, stream_of(Harvester()), ["a", "b"])
+    asyncio.run(taken(reports, pack, *(Report(n, 5, 40, {}, [3.0]) for n in "ab")))
+    assert reports.state.warnings == [f"{HOOK}: no CE loss score"]
     assert reports.evaluation_tokens == 128
-    for entry, metrics in zip(entries, found, strict=True):
-        entry.metrics = metrics
-        reports.state.entries[entry.name] = entry
+    for entry in reports.state.entries.values():
+        assert entry.metrics["metrics/CE_loss_score"] is None
         assert "metrics/CE_loss_score" not in reports.result_of(entry).metrics  # Tune wants numbers
     reports.state.files.write_results(reports.state.outcomes())
     assert [r["ce_loss_score"] for r in reports.state.files.read_rows()] == [None, None]
     memory = strict_json.loads((tmp_path / ".ray" / "roster.json").read_text())
     assert memory["warnings"] == reports.state.warnings  # also after the roster's death
+
+
+def test_saes_that_report_at_once_are_evaluated_together(reports, monkeypatch):
+    harvesters = [Harvester(), Harvester()]
+    pack = pack_of(reports, stream_of(*harvesters), list("abcde"))
+    told = [Report(n, 5, 40, {}, [float(i)]) for i, n in enumerate("abcde")]
+    asyncio.run(taken(reports, pack, *told))
+    # Three and two of them, so that both harvesters have some.
+    assert [h.calls for h in harvesters] == [[(0.0, 1.0, 2.0)], [(3.0, 4.0)]]
+    assert [e.metrics["metrics/l0"] for e in reports.state.entries.values()] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("saeray.cluster.reports.EVALUATED_BYTES", 2 * (2 * 16 * 64 * 4))
+    asyncio.run(taken(reports, pack, *(r._replace(step=10) for r in told)))
+    assert [len(weights) for h in harvesters for weights in h.calls[1:]] == [2, 1, 2]
+
+
+def test_one_that_cant_be_evaluated_keeps_no_other_one_back(reports):
+    pack = pack_of(reports, stream_of(Harvester()), list("abc"))
+    weights = [1.0, ValueError("no weights"), 3.0]
+    told = [Report(n, 5, 40, {}, [w]) for n, w in zip("abc", weights, strict=True)]
+    asyncio.run(taken(reports, pack, *told))
+    found = [e.metrics.get("metrics/l0") for e in reports.state.entries.values()]
+    assert found == [1.0, None, 3.0]
+    assert "b: not evaluated: no weights" in reports.state.warnings
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_features_are_written_before_an_sae_has_ended(reports, tmp_path, interrupted):
+    """An interrupted one's log shall be that of a run that goes on: it has no last evaluation."""
+    pack = pack_of(reports, stream_of(Harvester()), ["a"])
+    entry = reports.state.entries["a"]
+    file = tmp_path / "trials" / "a" / "features.parquet"
+    end, there = reports.end, []
+
+    def ended(*arguments):
+        there.append(file.read_bytes())
+        end(*arguments)
+
+    reports.end = ended
+    reports.state.interrupted = interrupted
+    step = entry.config.eval_every
+    told = Report("a", step, 8 * step, {}, [7.0], STOPPED if interrupted else DONE)
+
+    async def run():
+        await taken(reports, pack, told)
+        await reports.rows_written()
+
+    asyncio.run(run())
+    assert there == [b"of 7"]
+    (line,) = read_lines(Folder.at(tmp_path / "trials" / "a"))
+    assert line["metrics/l0"] == 7.0
+    assert ("metrics/mdl" in line) is not interrupted
+    assert entry.state == (INTERRUPTED if interrupted else DONE)
 
 
 def test_a_pack_may_ask_for_its_reports_up_to_a_step(reports, monkeypatch):

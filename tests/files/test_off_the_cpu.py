@@ -101,15 +101,19 @@ def test_activations_and_evaluation_are_the_cpus(tiny):
     model = LanguageModel(LanguageModelSAERunnerConfig(**tiny), [HOOK])
 
     def evaluated(device):
-        figures = Evaluator(model, tokens).evaluate(sae.to(device), HOOK)
+        figures = Evaluator(model, tokens).evaluate(sae.to(device), HOOK, final=True)
         del figures["plots/feature_density_line_chart"]
-        return figures, to_array(model.activations(tokens)[HOOK])
+        features = {name: values.numpy() for name, values in figures.pop("features").items()}
+        return figures, features, to_array(model.activations(tokens)[HOOK])
 
-    want, x = evaluated("cpu")
+    want, of_features, x = evaluated("cpu")
     with OtherDevice():
         model.model.to(DEVICE)
         model.device = DEVICE
-        got, y = evaluated(DEVICE)
+        got, features, y = evaluated(DEVICE)
     assert got.pop("warnings") == want.pop("warnings")
     assert got == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert features.keys() == of_features.keys()
+    for name, values in of_features.items():
+        assert features[name] == pytest.approx(values, rel=1e-3, abs=1e-3, nan_ok=True), name
     assert y == pytest.approx(x, rel=1e-3, abs=1e-3)

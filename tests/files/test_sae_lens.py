@@ -123,3 +123,17 @@ def test_heads_are_one_vector_in_sae_lens_too(tmp_path, python, hook, joined_the
     torch.testing.assert_close(
         theirs["x_hat"], sae(x.flatten(2)).view_as(given), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_figures_are_those_of_sae_lens_on_the_same_tokens(tmp_path, python):
+    import evals
+
+    saes = evals.trained(tmp_path)
+    mine, windows = evals.ours(saes, 16)
+    for ours, theirs in zip(mine, evals.theirs(saes, windows, tmp_path), strict=True):
+        assert 1 < ours["metrics/l0"] < 400
+        for key, name in evals.NAMES.items():
+            assert ours[key] == pytest.approx(theirs["scalars"][name], rel=0.01), key
+        assert ours["features"]["density"].tolist() == pytest.approx(theirs["density"], abs=1e-3)

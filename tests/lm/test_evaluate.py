@@ -9,6 +9,8 @@ import torch
 from saeray.lm import evaluate
 from saeray.lm.evaluate import Evaluator, ce_loss_score
 from saeray.sae.initial import initial_sae
+from saeray.sae.metrics import DescriptionLength, FeatureSums
+from saeray.spec.messages import FINAL_METRICS
 
 HOOK = "blocks.0.hook_resid_pre"
 V, D, CONTEXT = 32, 16, 24
@@ -25,7 +27,11 @@ class TwoMatrices:
         self.embed = offset + torch.randn(V, D, generator=generator)
         self.unembed = torch.randn(D, V, generator=generator) / 4
         self.reaches_the_logits = reaches_the_logits
-        self.n_calls, self.measure_at, self.measured = 0, 0, 0
+        self.n_calls, self.n_partly, self.measure_at, self.measured = 0, 0, 0, 0
+
+    def activations(self, tokens):
+        self.n_partly += 1
+        return {HOOK: self.embed[tokens.long()].reshape(-1, D)}
 
     def logits(self, tokens, splice=None):
         x = self.embed[tokens.long()]
@@ -71,41 +77,131 @@ def test_figures_are_those_of_all_rows_at_once(monkeypatch, windows_at_once, off
     error, x = (x_hat - x).double(), x.double()
     variance = (x - x.mean(0)).square().sum(1)
     explained = 1 - error.square().sum(1) / variance
-    log_p = (x_hat.reshape(50, CONTEXT, D) @ model.unembed)[:, :-1].double().log_softmax(-1)
-    plain = (model.embed[tokens] @ model.unembed)[:, :-1].double().log_softmax(-1)
+
+    def log_probabilities(x):
+        return (x.reshape(50, CONTEXT, D).float() @ model.unembed).double().log_softmax(-1)
+
+    def ce(log_p):
+        return float(-log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean())
+
+    def kl(log_p):
+        return float((plain.exp() * (plain - log_p)).sum(-1).mean())
+
+    plain, with_sae = log_probabilities(x), log_probabilities(x_hat)
+    zeros, mean = log_probabilities(0 * x), log_probabilities(x.mean(0).expand_as(x))
+    inner, norm = (x * x_hat).sum(1), x_hat.double().norm(dim=1)
     wanted = {
         "explained_variance": 1 - error.square().sum() / variance.sum(),
         "explained_variance_per_token": explained.mean(),
         "explained_variance_per_token_std": explained.std(),
-        "l2_norm": x_hat.double().norm(dim=1).mean(),
-        "l2_ratio": (x_hat.double().norm(dim=1) / x.norm(dim=1)).mean(),
+        "fvu": error.square().sum() / variance.sum(),
+        "cosine": (inner / norm / x.norm(dim=1)).mean(),
+        "relative_reconstruction_bias": norm.square().sum() / inner.sum(),
+        "l2_norm": norm.mean(),
+        "l2_ratio": (norm / x.norm(dim=1)).mean(),
         "l0": (sae.encode(x.float()) > 0).double().sum(1).mean(),
-        "ce_loss_with_sae": -log_p.gather(2, tokens[:, 1:, None]).mean(),
-        "kl_div_with_sae": (plain.exp() * (plain - log_p)).sum(-1).mean(),
+        "l1": sae.encode(x.float()).double().sum(1).mean(),
+        "ce_loss_without_sae": ce(plain),
+        "ce_loss_with_sae": ce(with_sae),
+        "ce_loss_with_ablation": ce(zeros),
+        "ce_loss_with_mean_ablation": ce(mean),
+        "CE_loss_score": (ce(zeros) - ce(with_sae)) / (ce(zeros) - ce(plain)),
+        "CE_loss_score_mean_ablation": (ce(mean) - ce(with_sae)) / (ce(mean) - ce(plain)),
+        "kl_div_with_sae": kl(with_sae),
+        "kl_div_with_ablation": kl(zeros),
+        "kl_div_with_mean_ablation": kl(mean),
+        "kl_div_score": 1 - kl(with_sae) / kl(zeros),
+        "kl_div_score_mean_ablation": 1 - kl(with_sae) / kl(mean),
     }
     for name, value in wanted.items():
-        assert got[f"metrics/{name}"] == pytest.approx(float(value), rel=1e-6, abs=1e-6), name
+        assert got[f"metrics/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     assert got["eval/n_tokens"] == 50 * CONTEXT
     assert got["warnings"] == []
 
 
 def test_memory_does_not_grow_with_the_windows(monkeypatch):
-    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 1)  # one window at a time
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", CONTEXT * V)  # one window at a time
     held = []
     for n in (4, 64):
         model, tokens, sae = TwoMatrices(), windows(n), some_sae()
         evaluator = Evaluator(model, tokens)
         before = bytes_of_tensors()
-        model.measure_at = 4 * n - 1  # the last forward that an SAE is spliced into
+        model.measure_at = 5 * n  # the last forward that an SAE is spliced into
         evaluator.evaluate(sae, HOOK)
-        assert model.n_calls == 4 * n
+        assert model.n_calls == 5 * n
         held.append(model.measured - before)
-    assert held[0] == held[1] < 3 * CONTEXT * V * 4  # bytes: not even a window's activations
+    assert held[0] == held[1] < 4 * CONTEXT * V * 4  # bytes: a window's logits, and what is small
+
+
+def test_the_last_evaluation_holds_a_bounded_sample_of_the_rows(monkeypatch):
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", CONTEXT * V)
+    monkeypatch.setattr(evaluate, "PROJECTED_ROWS", 64)
+    taken = []
+    monkeypatch.setattr(
+        evaluate, "nth_decoder_projection", lambda x, *_: taken.append(x) or float(len(x))
+    )
+    for n in (4, 64):
+        model = TwoMatrices()
+        Evaluator(model, windows(n)).evaluate(some_sae(), HOOK, final=True)
+        every = n * CONTEXT // 64 + (n * CONTEXT % 64 > 0)
+        rows = model.embed[windows(n).flatten()][::every]  # spread over all windows
+        assert torch.equal(taken[-1], rows)
+        assert len(rows) <= 64
+
+
+def test_saes_evaluated_together_share_the_models_own_forward_and_nothing_else():
+    model, tokens = TwoMatrices(), windows(6)
+    saes = [initial_sae(D, n, seed=n, b_dec=torch.zeros(D), dtype=torch.float32) for n in (8, 40)]
+    evaluator = Evaluator(model, tokens)
+    alone = [evaluator.evaluate(sae, HOOK, final=True) for sae in saes]
+    model.n_calls = model.n_partly = 0
+    together = evaluator.evaluate_all(saes, HOOK, final=True)
+    assert (model.n_calls, model.n_partly) == (1 + len(saes), 1)
+    for one, other in zip(alone, together, strict=True):
+        features, others = one.pop("features"), other.pop("features")
+        assert one == other
+        assert list(features) == list(others)
+        for name, values in features.items():
+            torch.testing.assert_close(others[name], values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("latents", [1 << 22, 7 * 40])
+def test_the_last_evaluation_also_has_what_takes_a_second_pass(monkeypatch, latents):
+    monkeypatch.setattr(evaluate, "LATENTS_AT_ONCE", latents)
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 3 * CONTEXT * V)
+    model, tokens, sae = TwoMatrices(), windows(10), some_sae()
+    sae.b_enc[3] = -100.0
+    evaluator = Evaluator(model, tokens)
+    plain, found = evaluator.evaluate(sae, HOOK), evaluator.evaluate(sae, HOOK, final=True)
+    assert found.keys() - plain.keys() == {*FINAL_METRICS, "features"}
+    x = model.embed[tokens.flatten()]
+    f = sae.encode(x)
+    projected = (x - sae.b_dec) @ (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).t()
+    ordered = projected.flatten().sort(descending=True).values
+    n = 40 // 4
+    assert found["metrics/s_n_dec"] == pytest.approx(float(ordered[n * len(x)]), rel=1e-5)
+    sums = FeatureSums(40, x.device)
+    sums.add(f)
+    length = DescriptionLength(sums)
+    length.add(f)
+    assert found["metrics/mdl"] == pytest.approx(length.bits(), rel=1e-6)
+    table = found["features"]
+    assert all(len(column) == 40 for column in table.values())
+    assert torch.equal(table["density"], (f > 0).double().mean(0))
+    torch.testing.assert_close(table["max_activation"], f.amax(0))
+    mean = f.double().sum(0) / (f > 0).sum(0)
+    torch.testing.assert_close(
+        table["mean_activation_when_active"].double(), mean, rtol=1e-5, atol=0, equal_nan=True
+    )
+    assert bool(table["dead_on_held_out"][3])
+    assert int(table["dead_on_held_out"].sum()) == found["eval/features_never_fired"]
 
 
 def test_a_hook_that_does_not_reach_the_logits_has_no_score_and_says_so():
     found = Evaluator(TwoMatrices(reaches_the_logits=False), windows(6)).evaluate(some_sae(), HOOK)
-    assert found["metrics/CE_loss_score"] is None
+    for ablation in ("", "_mean_ablation"):
+        assert found[f"metrics/CE_loss_score{ablation}"] is None
+        assert found[f"metrics/kl_div_score{ablation}"] is None
     assert found["metrics/ce_loss_with_ablation"] == found["metrics/ce_loss_without_sae"]
     assert found["metrics/explained_variance"] < 1  # this has a meaning all the same
     (warning,) = found["warnings"]
@@ -117,5 +213,5 @@ def test_activations_that_are_all_equal_have_no_variance_to_explain():
     model = TwoMatrices()
     model.embed[:] = 0.5
     found = Evaluator(model, windows(6)).evaluate(some_sae(), HOOK)
-    assert found["metrics/explained_variance"] is None
+    assert found["metrics/explained_variance"] is found["metrics/fvu"] is None
     assert any("no variance to explain" in w for w in found["warnings"])

@@ -259,13 +259,17 @@ def test_evaluation_of_a_perfect_and_of_an_empty_sae(tiny, tokens):
     assert perfect["metrics/explained_variance"] == pytest.approx(1.0, abs=1e-5)
     assert perfect["metrics/kl_div_with_sae"] == pytest.approx(0.0, abs=1e-4)
     assert perfect["metrics/l0"] == pytest.approx(128, abs=1)
-    assert perfect["metrics/l2_ratio"] == pytest.approx(1.0, abs=1e-5)
+    for name in ("l2_ratio", "cosine", "relative_reconstruction_bias"):
+        assert perfect[f"metrics/{name}"] == pytest.approx(1.0, abs=1e-5)
+    for name in ("kl_div_score", "kl_div_score_mean_ablation", "CE_loss_score_mean_ablation"):
+        assert perfect[f"metrics/{name}"] == pytest.approx(1.0, abs=1e-4)
     # One that gives zeros is the zero ablation itself.
     empty = initial_sae(128, 64, seed=0, b_dec=torch.zeros(128), dtype=torch.float32)
     empty.b_enc.fill_(-1e6)
     nothing = evaluator.evaluate(empty, HOOK)
     assert nothing["metrics/CE_loss_score"] == pytest.approx(0.0, abs=1e-6)
-    assert nothing["metrics/l0"] == 0
+    assert nothing["metrics/kl_div_score"] == pytest.approx(0.0, abs=1e-6)
+    assert nothing["metrics/l0"] == nothing["metrics/l1"] == 0
     assert nothing["eval/features_never_fired"] == 64
     assert nothing["metrics/ce_loss_with_sae"] == pytest.approx(
         nothing["metrics/ce_loss_with_ablation"]

@@ -125,6 +125,10 @@ def test_units_of_the_guide():
     assert c.steps == 73_242
     assert c.block_rows == 4_096
     assert c.d_sae(768) == 3_072
+    # 64 windows of 128 tokens: 8,192 are evaluated on once 200 times as many were trained on, which
+    # takes 400 batches of 4,096; then at the next step that has a line in the log.
+    assert config(wandb_log_frequency=10).resolved_eval_every == 400
+    assert config(wandb_log_frequency=30).resolved_eval_every == 420
     assert config(wandb_log_frequency=100).resolved_eval_every == 1_000
     assert config(eval_every=0).resolved_eval_every == 0
 

@@ -141,6 +141,12 @@ class Ended:
             for trial in (self.folder / self.name / "trials").glob("*/final")
         }
 
+    def features(self):
+        return {
+            file.parent.name: file.read_bytes()
+            for file in (self.folder / self.name / "trials").glob("*/features.parquet")
+        }
+
 
 class Running(Ended):
     """A sweep in a thread of its own, and how far it is."""
@@ -179,6 +185,8 @@ class Running(Ended):
 def assert_same(running, undisturbed):
     """Byte for byte the same weights, and the same log but for its times."""
     assert running.weights() == undisturbed.weights()
+    assert running.features() == undisturbed.features()
+    assert running.features().keys() == running.weights().keys()
     mine, theirs = running.logs(), undisturbed.logs()
     assert mine.keys() == theirs.keys()
     for name in theirs:

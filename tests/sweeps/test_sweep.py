@@ -6,6 +6,7 @@ import json
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
 import ray
 import torch
@@ -17,6 +18,7 @@ from support.wandb_files import read_run
 import saeray
 from saeray.errors import ConfigError
 from saeray.files.checkpoint import load_sae
+from saeray.files.results import COLUMNS
 from saeray.sae.architectures.standard import StandardSAE
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -100,7 +102,8 @@ def test_results_tell_what_training_did(six):
     result, folder = six
     by_l1 = {}
     for r in result.rows:
-        assert 0 < r["explained_variance"] < 1
+        assert not [column for column in COLUMNS if r[column] is None]
+        assert 0 < r["explained_variance"] == 1 - r["fvu"] < 1
         assert r["explained_variance_per_token"] != r["explained_variance"]
         assert 0 <= r["features_never_fired_held_out"] <= 512
         assert r["ce_loss_without_sae"] < r["ce_loss_with_sae"] < r["ce_loss_with_ablation"]
@@ -122,7 +125,12 @@ def test_the_sweeps_folder_is_as_documented(six):
     assert {"saeray", "ray", "torch", "git_commit"} <= set(data["versions"])
     for row in result.rows:
         trial = folder / "trials" / row["trial"]
-        assert sorted(p.name for p in trial.iterdir()) == ["checkpoints", "final", "metrics.jsonl"]
+        files = ["checkpoints", "features.parquet", "final", "metrics.jsonl"]
+        assert sorted(p.name for p in trial.iterdir()) == files
+        features = pyarrow.parquet.read_table(trial / "features.parquet").to_pandas()
+        assert len(features) == 512
+        assert int(features.dead_on_held_out.sum()) == row["features_never_fired_held_out"]
+        assert features.density.sum() == pytest.approx(row["l0"])
         # 65,536 tokens in 2 checkpoints: one in the middle; the end is `final`.
         assert [p.name for p in (trial / "checkpoints").iterdir()] == ["32768"]
         lines = [json.loads(x) for x in (trial / "metrics.jsonl").read_text().splitlines()]
