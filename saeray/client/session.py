@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeray.client.speed import Times, account, human
 from saeray.client.status_file import StatusFile
@@ -29,6 +29,29 @@ from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, SAERow, SweepStatus
 if TYPE_CHECKING:
     from saeray.sae.architectures.base import SAE as TrainedSAE
 
+
+class Column(NamedTuple):
+    """A figure of an SAE in the summary's table."""
+
+    title: str
+    key: str  # in the rows of the results
+    form: str
+    width: int
+
+
+L0 = Column("L0", "l0", ".1f", 8)
+EXPLAINED = Column("expl.var", "explained_variance", ".3f", 9)
+DEAD = Column("dead", "dead_features", ".0f", 6)
+SHOWN = (L0, EXPLAINED, Column("CE score", "ce_loss_score", ".3f", 9), DEAD)
+SHOWN_OF_KNOWN = (
+    L0,
+    EXPLAINED,
+    Column("MCC", "mcc", ".3f", 6),
+    Column("found", "features_found", ".3f", 6),
+    Column("F1", "firing_f1", ".3f", 6),
+    Column("shrunk", "shrinkage", ".3f", 7),
+    DEAD,
+)
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
 
@@ -56,18 +79,15 @@ class SweepResult:
 
     def summary(self) -> str:
         """A table of the SAEs, the account of tokens, and where everything is."""
-        lines = [f"{'SAE':<44} {'status':<8} {'L0':>8} {'expl.var':>9} {'CE score':>9} {'dead':>6}"]
+        known = any(row.get("mcc") is not None for row in self.rows)  # what the features are
+        columns = SHOWN_OF_KNOWN if known else SHOWN
+        titles = [f"{c.title:>{c.width}}" for c in columns]
+        lines = [" ".join([f"{'SAE':<44} {'status':<8}", *titles])]
         for row in self.rows:
             figures = [
-                "–" if row[key] is None else format(row[key], form)
-                for key, form in (
-                    ("l0", ".1f"),
-                    ("explained_variance", ".3f"),
-                    ("ce_loss_score", ".3f"),
-                    ("dead_features", ".0f"),
-                )
+                "–" if row.get(c.key) is None else format(row[c.key], c.form) for c in columns
             ]
-            widths = zip(figures, (8, 9, 9, 6), strict=True)
+            widths = zip(figures, (c.width for c in columns), strict=True)
             lines.append(
                 f"{row['trial']:<44} {row['status']:<8} " + " ".join(f"{f:>{w}}" for f, w in widths)
             )
