@@ -45,7 +45,7 @@ SHARED: dict[str, Any] = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "standard": {
         "recipe": "sae_lens",
-        "l1_coefficient": [0.05, 0.1, 0.2, 0.4],
+        "l1_coefficient": [0.15, 0.25, 0.4, 0.65],
         "lr": 3e-3,
     },
 }
@@ -138,7 +138,7 @@ def main() -> None:
         "--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="rows that an SAE trains on")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="rows that an SAE trains on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
