@@ -26,7 +26,6 @@ SETTINGS = {
     "zipf": "synthetic:d_in=64,features=256,l0=4,zipf=0.7",
     "hierarchy": "synthetic:d_in=64,features=256,l0=4,hierarchy=3",
     "correlation": "synthetic:d_in=64,features=256,l0=4,correlation=0.4",
-    "noise": "synthetic:d_in=64,features=256,l0=4,noise=0.05",
 }
 # What all of them have; a width of 4 * 64 is as many latents as there are features.
 SHARED: dict[str, Any] = {
@@ -41,13 +40,18 @@ SHARED: dict[str, Any] = {
     "log_to_wandb": False,
     "device": "cpu",
 }
-# Fields of each architecture; lists are its grid.
+# Fields of each architecture; lists are its grid. The loss is the summed error of recipe sae_lens.
+TOPK = {"k": [4, 6, 8], "lr": 3e-3}
+# In a thousand steps most features would be dead before a window of a thousand says so.
+REVIVED = {"lr": 1e-2, "auxk_scaling": "dead_share", "dead_feature_window": 20}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "standard": {
-        "recipe": "sae_lens",
-        "l1_coefficient": [0.15, 0.25, 0.4, 0.65],
-        "lr": 3e-3,
-    },
+    "standard": {"recipe": "sae_lens", "l1_coefficient": [0.2, 0.3, 0.45], "lr": 3e-3},
+    "p_anneal": {"l1_coefficient": [0.2, 0.3, 0.45], "lr": 3e-3},
+    "gated": {"l1_coefficient": [1.0, 1.5, 2.0], "lr": 3e-3},
+    "topk": TOPK,
+    "batchtopk": TOPK | REVIVED,
+    "matryoshka": TOPK | REVIVED | {"k": [4, 5, 6], "matryoshka_widths": "128"},
+    "jumprelu": {"l0_coefficient": [0.05, 0.1, 0.2], "lr": 3e-3},
 }
 FIGURES = (
     ("L0", "l0", ".2f"),
@@ -73,9 +77,8 @@ def trained(architecture: str, arguments: argparse.Namespace) -> list[dict[str, 
     if not (folder / "complete").exists():
         folder.mkdir(parents=True, exist_ok=True)
         sweep = SHARED | ARCHITECTURES[architecture]
-        if architecture != "standard":
-            sweep["architecture"] = architecture
         sweep |= {
+            "architecture": architecture,
             "model_name": [SETTINGS[s] for s in arguments.settings],
             "training_tokens": arguments.tokens,
             "seed": arguments.seed,
