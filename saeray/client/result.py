@@ -179,6 +179,14 @@ def is_value(value: Any, wanted: Any) -> bool:
     return value == wanted or str(value) == wanted
 
 
+KNOWN_FEATURES = {
+    "MCC": ("mcc", 6, ".3f"),
+    "found": ("features_found", 6, ".3f"),
+    "F1": ("firing_f1", 6, ".3f"),
+    "shrunk": ("shrinkage", 7, ".3f"),
+}
+
+
 def cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -186,7 +194,11 @@ def cell(value: float | None, form: str) -> str:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines: a row per SAE, marked where it is on a frontier; then the figures over seeds."""
     columns = {"L0": ("l0", 8, ".1f"), "expl.var": ("explained_variance", 9, ".3f")}
-    columns |= {"CE score": ("ce_loss_score", 9, ".3f"), "dead": ("dead_features", 6, ".0f")}
+    if any(row.get("mcc") is not None for row in rows):  # the features are known
+        columns |= KNOWN_FEATURES
+    else:
+        columns["CE score"] = ("ce_loss_score", 9, ".3f")
+    columns["dead"] = ("dead_features", 6, ".0f")
     if any(row.get(seeds.COLUMN) is not None for row in rows):
         columns["PW-MCC"] = (seeds.COLUMN, 7, ".3f")
     heads = " ".join(f"{title:>{width}}" for title, (_, width, _) in columns.items())

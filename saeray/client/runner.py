@@ -153,7 +153,7 @@ def language_model_sae_runner(
 
 def default_name(config: LanguageModelSAERunnerConfig) -> str:
     """<model>-<hook point>-<time>: readable, and new each time."""
-    model = Path(str(config.model_name)).name
+    model = Path(str(config.model_name)).name.partition(":")[0]  # of synthetic:… only that
     hook = str(config.hook_point).replace("blocks.", "").replace("{layer}", "x")
     return f"{model}-{hook}-{time.strftime('%Y%m%d-%H%M%S')}"
 

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from saeray.files.storage import Folder
 from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
+from saeray.spec.synthetic import is_synthetic
 
 # Column -> wandb key. Held-out figures, except those of the training state. docs/metrics.md says
 # what each of them is.
@@ -49,6 +50,17 @@ COLUMNS = {
     "n_training_tokens": "details/n_training_tokens",
 }
 
+# The same where the model is synthetic, and the features are known.
+GROUND_TRUTH_COLUMNS = {
+    "mcc": "ground_truth/mcc",
+    "features_found": "ground_truth/features_found",
+    "firing_precision": "ground_truth/firing_precision",
+    "firing_recall": "ground_truth/firing_recall",
+    "firing_f1": "ground_truth/firing_f1",
+    "shrinkage": "ground_truth/shrinkage",
+    "true_l0": "ground_truth/l0",
+}
+
 MOST_LABELS = 100  # points of the frontier that are labelled
 
 
@@ -64,7 +76,8 @@ def result_row(
     """One SAE's row: trial, status, path, the fields that vary, then the figures."""
     row: dict[str, Any] = {"trial": name, "status": status, "path": path}
     row.update({axis: getattr(config, axis) for axis in axes})
-    row.update({column: metrics.get(key) for column, key in COLUMNS.items()})
+    columns = COLUMNS | (GROUND_TRUTH_COLUMNS if is_synthetic(config.model_name) else {})
+    row.update({column: metrics.get(key) for column, key in columns.items()})
     row["error"] = error
     return row
 
@@ -80,7 +93,8 @@ def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]
 
 def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
     """results.csv and results.parquet."""
-    write_table(folder, pa.Table.from_pylist(list(rows)))
+    names = dict.fromkeys(name for row in rows for name in row)  # not all may have all
+    write_table(folder, pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]))
 
 
 def add_column(folder: Folder, name: str, values: Mapping[str, float | None]) -> None:
@@ -112,14 +126,20 @@ def has(row: Mapping[str, Any], key: str) -> bool:
 
 
 def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR."""
+    """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR.
+
+    Where the features are known, MCC is in the place of CE_loss_score, which there is none of.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
+    first = ("ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)")
+    if any(has(r, "mcc") for r in rows) and not any(has(r, "ce_loss_score") for r in rows):
+        first = ("mcc", "MCC (mean |cos| to the matched known features)")
     for panel, key, label in (
-        (panels[0], "ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)"),
+        (panels[0], *first),
         (panels[1], "explained_variance", "explained variance, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²"),
     ):
         drawn = [r for r in rows if has(r, "l0") and has(r, key)]

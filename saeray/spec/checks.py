@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from saeray.errors import bad_value, nearest
 from saeray.spec import architectures
 from saeray.spec.architectures import check_own_values
+from saeray.spec.synthetic import check_synthetic
 
 if TYPE_CHECKING:
     from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -164,6 +165,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             config.stream_tokens,
             f"shorter than training_tokens = {config.training_tokens}; leave it out.",
         )
+    check_synthetic(config)
     check_hook_layer(config)
 
 

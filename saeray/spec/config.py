@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.spec import architectures, recipes
+from saeray.spec import architectures, recipes, synthetic
 from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.resources import Resources, resources_from
@@ -36,7 +36,8 @@ class LanguageModelSAERunnerConfig:
     """
 
     # The language model and its text
-    model_name: str  # hub name (gpt2-small) or a local Hugging Face directory
+    # hub name (gpt2-small), a local Hugging Face directory, or synthetic:… (saeray.spec.synthetic)
+    model_name: str
     hook_point: str  # TransformerLens hook name; may hold {layer}
     hook_point_layer: int | None = None  # must agree with hook_point; None: read from it
     d_in: int | None = None  # width of the hooked activation; None: asked of the model
@@ -269,7 +270,7 @@ def guides_keywords_too(init: Callable[..., None]) -> Callable[..., None]:
     def made(self: Any, *positional: Any, **given: Any) -> None:
         if positional:
             raise ConfigError("fields are given by name: LanguageModelSAERunnerConfig(lr=…).")
-        values = in_our_words(given, [f.name for f in fields(self)])
+        values = synthetic.completed(in_our_words(given, [f.name for f in fields(self)]))
         missing = missing_fields(type(self), values)
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given.")

@@ -10,10 +10,13 @@ from saeray.spec.coefficients import MeanNorms
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ModelFacts
 from saeray.spec.plan import hook_points_of
+from saeray.spec.synthetic import is_synthetic
+from saeray.text.row_numbers import RowNumbers
 from saeray.text.tokens import TokenWindows
 
 if TYPE_CHECKING:
     from saeray.lm.model import LanguageModel
+    from saeray.lm.synthetic import SyntheticModel
 
 Configs = Sequence[LanguageModelSAERunnerConfig]
 MEASURED_TOKENS = 4096  # of held-out text, at most, for the norms of activations
@@ -32,7 +35,7 @@ def check_models(
     Raises:
         ConfigError: a model, a hook point or d_in is wrong.
     """
-    from saeray.lm.model import LanguageModel, check_d_in
+    from saeray.lm.model import check_d_in
 
     known: dict[object, ModelFacts] = {}
     found = []
@@ -43,7 +46,7 @@ def check_models(
             c.context_size, tuple(hooks),
         )  # fmt: skip
         if key not in known:
-            model = LanguageModel(c, hooks)
+            model = open_model(c, hooks)
             known[key] = model.facts
             if norms is not None:
                 norms |= {(c.model_name, h): n for h, n in mean_norms(model).items()}
@@ -53,7 +56,24 @@ def check_models(
     return found
 
 
-def mean_norms(model: LanguageModel) -> dict[str, MeanNorms]:
+def open_model(
+    config: LanguageModelSAERunnerConfig, hook_points: Sequence[str]
+) -> LanguageModel | SyntheticModel:
+    """The model that a config names.
+
+    Raises:
+        ConfigError: it can't be used; see `LanguageModel`.
+    """
+    if is_synthetic(config.model_name):
+        from saeray.lm.synthetic import SyntheticModel
+
+        return SyntheticModel(config, hook_points)
+    from saeray.lm.model import LanguageModel
+
+    return LanguageModel(config, hook_points)
+
+
+def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:
     """Of activations of the held-out text of the model's config, at each of its hook points."""
     import torch
 
@@ -80,6 +100,10 @@ def check_texts(configs: Configs) -> list[str]:
     return odd
 
 
-def open_text(config: LanguageModelSAERunnerConfig, warn: Callable[[str], None]) -> TokenWindows:
+def open_text(
+    config: LanguageModelSAERunnerConfig, warn: Callable[[str], None]
+) -> TokenWindows | RowNumbers:
+    if is_synthetic(config.model_name):
+        return RowNumbers(config)
     rows = embedding_rows(config)
     return TokenWindows(config, load_tokenizer(config), n_embeddings=rows, warn=warn)

@@ -19,9 +19,13 @@ from saeray.spec.messages import CacheKey, ModelFacts, Snapshot
 from saeray.spec.order import permutation
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saeray.files.cache import ActivationCache
     from saeray.lm.evaluate import Evaluator
+    from saeray.lm.evaluate_synthetic import GroundTruthEvaluator
     from saeray.lm.model import LanguageModel
+    from saeray.lm.synthetic import SyntheticModel
 
 
 class Harvested(NamedTuple):
@@ -49,8 +53,8 @@ class Harvester:
         os.environ.update(environment or {})
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
         self.hook_points = hook_points
-        self.model: LanguageModel | None = None
-        self.evaluator: Evaluator | None = None
+        self.model: LanguageModel | SyntheticModel | None = None
+        self.evaluator: Evaluator | GroundTruthEvaluator | None = None
         # One thread each on the CPU: the sums inside a matrix product are then the same however
         # many harvesters or cores there are. More harvesters, not more threads.
         self.threads = 1
@@ -58,14 +62,14 @@ class Harvester:
         self.writer = ThreadPoolExecutor(1, "cache")
         self.writes: list[Future[None]] = []
 
-    def open(self) -> LanguageModel:
+    def open(self) -> LanguageModel | SyntheticModel:
         if self.model is None:
             import torch
 
-            from saeray.lm.model import LanguageModel
+            from saeray.stream.check import open_model
 
             torch.set_num_threads(self.threads)
-            self.model = LanguageModel(self.config, self.hook_points)
+            self.model = open_model(self.config, self.hook_points)
         return self.model
 
     def check(self, configs: list[dict[str, Any]]) -> ModelFacts:
@@ -189,12 +193,11 @@ class Harvester:
         import torch
 
         from saeray.files.features import as_parquet
-        from saeray.lm.evaluate import Evaluator
         from saeray.sae.architectures import published_sae
 
         model = self.open()
         if self.evaluator is None:
-            self.evaluator = Evaluator(model, torch.from_numpy(held_out.copy()))
+            self.evaluator = evaluator_of(model, torch.from_numpy(held_out.copy()))
         saes = []
         for snapshot in snapshots:
             tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
@@ -204,3 +207,18 @@ class Harvester:
             if "features" in of:
                 of["features"] = as_parquet({k: v.numpy() for k, v in of["features"].items()})
         return found
+
+
+def evaluator_of(
+    model: LanguageModel | SyntheticModel, windows: Tensor
+) -> Evaluator | GroundTruthEvaluator:
+    """What evaluates SAEs of a model on held-out windows, int [n, context]."""
+    from saeray.lm.synthetic import SyntheticModel
+
+    if isinstance(model, SyntheticModel):
+        from saeray.lm.evaluate_synthetic import GroundTruthEvaluator
+
+        return GroundTruthEvaluator(model, windows)
+    from saeray.lm.evaluate import Evaluator
+
+    return Evaluator(model, windows)

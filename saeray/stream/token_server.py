@@ -16,7 +16,9 @@ from saeray.actors.waiting import NotYet
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import Bos
+from saeray.spec.synthetic import is_synthetic
 from saeray.stream.check import check_texts
+from saeray.text.row_numbers import RowNumbers
 from saeray.text.tokens import Position, TokenWindows
 
 AT_ONCE_SECONDS = 1.0  # that a call makes windows before it says how far it is
@@ -44,10 +46,12 @@ class TokenServer:
     def __init__(self, config: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         os.environ.update(environment or {})
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
-        self.windows: TokenWindows | None = None
+        self.windows: TokenWindows | RowNumbers | None = None
         self.warnings: list[str] = []
 
-    def open(self) -> TokenWindows:
+    def open(self) -> TokenWindows | RowNumbers:
+        if self.windows is None and is_synthetic(self.config.model_name):
+            self.windows = RowNumbers(self.config)
         if self.windows is None:
             tokenizer = load_tokenizer(self.config)
             self.windows = TokenWindows(

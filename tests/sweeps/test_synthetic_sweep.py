@@ -1,0 +1,70 @@
+"""A sweep on known features, on real Ray: the same plane, with the ground truth in its results."""
+
+import csv
+import io
+import json
+
+import pytest
+from support.running import weights_of
+
+import saeray
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+FIELDS = dict(
+    model_name="synthetic:d_in=16,features=32,l0=2",
+    expansion_factor=2,
+    l1_coefficient=[3e-3, 1e-2],
+    lr=3e-3,
+    context_size=64,
+    store_batch_size=16,
+    n_batches_in_buffer=4,
+    train_batch_size=256,
+    training_tokens=200 * 256,
+    b_dec_init_rows=256,
+    eval_windows=16,
+    eval_every=100,
+    wandb_log_frequency=20,
+    log_to_wandb=False,
+    device="cpu",
+    seed=7,
+)
+
+
+@pytest.fixture(scope="module")
+def swept(ray_instance, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    return saeray.sweep(FIELDS, name="known", storage_path=folder, live=False), folder / "known"
+
+
+def test_results_have_the_ground_truth(swept):
+    result, folder = swept
+    assert result.ok
+    for row in result.rows:
+        assert 0.3 < row["mcc"] <= 1
+        assert 0 <= row["features_found"] <= 1
+        assert 0 < row["firing_f1"] <= 1
+        assert row["true_l0"] == pytest.approx(2, rel=0.1)
+        assert row["ce_loss_score"] is None
+        log = (folder / "trials" / row["trial"] / "metrics.jsonl").read_text().splitlines()
+        by_step = {line["step"]: line.get("ground_truth/mcc") for line in map(json.loads, log)}
+        assert {step for step, mcc in by_step.items() if mcc is not None} == {100, 200}
+        assert by_step[200] == row["mcc"] > by_step[100]
+    read = list(csv.DictReader(io.StringIO((folder / "results.csv").read_text())))
+    assert [float(r["mcc"]) for r in read] == [r["mcc"] for r in result.rows]
+    title, *_ = result.summary().splitlines()
+    assert title.split()[-5:] == ["MCC", "found", "F1", "shrunk", "dead"]
+    assert result.status.harvested_tokens <= 1.05 * 200 * 256
+    assert (folder / "pareto.png").exists()
+
+
+def test_two_harvesters_change_no_byte(swept, tmp_path):
+    two = dict(harvesters=2, harvester_cpus=0.25, trainer_cpus=1)
+    again = saeray.sweep(
+        FIELDS | dict(resources=two), name="two", storage_path=tmp_path, live=False
+    )
+    assert again.ok
+    for row, other in zip(again.rows, swept[0].rows, strict=True):
+        same = dict(l1_coefficient=row["l1_coefficient"])
+        assert weights_of(again, **same) == weights_of(swept[0], **same)
+        assert row["mcc"] == other["mcc"]
