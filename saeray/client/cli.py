@@ -195,6 +195,14 @@ def wandb_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def fields_command(arguments: argparse.Namespace) -> int:
+    from saeray.spec.fields import as_markdown, described, matching
+
+    print(as_markdown() if arguments.markdown else described(matching(arguments.word)), end="")
+    print(end="" if arguments.markdown else "\n")
+    return 0
+
+
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     """Checks everything that a sweep checks, models and texts included, and prints the plan."""
     from saeray.spec.coefficients import MeanNorms, converted
@@ -334,6 +342,11 @@ def parser() -> argparse.ArgumentParser:
     )
     wandb.add_argument("directory", metavar="DIR", help="the sweep's folder: a path or s3://…")
     wandb.set_defaults(command=wandb_command)
+
+    fields = commands.add_parser("fields", help="what the fields of a sweep file mean")
+    fields.add_argument("word", metavar="WORD", nargs="?", default="", help="in a name or text")
+    fields.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md")
+    fields.set_defaults(command=fields_command)
     return top
 
 

@@ -70,7 +70,7 @@ class LanguageModelSAERunnerConfig:
     compute_dtype: str = "auto"
     seed: int = 42
 
-    # saeray: how it starts and what it minimises. None: as the recipe says (saeray.spec.recipes).
+    # saeray: how it starts and what it minimises; None: as the recipe says
     # guide, guide-2024, sae_lens or anthropic-april: fills what is not given. None: guide for
     # standard, sae_lens for the other architectures.
     recipe: str | None = None
