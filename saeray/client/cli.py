@@ -56,7 +56,7 @@ def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> 
             inner[rest[0]] = value
         else:
             data[target] = value
-    for key in ("model_name", "dataset_path"):
+    for key in ("model_name", "dataset_path", "init_from"):
         if key in data:
             data[key] = found_beside(file, data[key])
     return data

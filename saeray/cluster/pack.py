@@ -31,12 +31,14 @@ from saeray.files.checkpoint import (
     save_final,
     taken,
 )
+from saeray.files.init_from import started_from
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
 from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.architectures.base import kind_of
+from saeray.sae.architectures.base import SAE, kind_of
 from saeray.sae.initial import initial_sae
+from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.trainer import SAETrainer
@@ -135,21 +137,30 @@ class Pack:
             trainer = found.trainer(options, self.device)
         else:
             scale = self.activation_scale(config)
-            sae = initial_sae(
-                self.d_in(config),
-                config.d_sae(self.d_in(config)),
-                seed=config.seed,
-                b_dec=self.initial_b_dec(config) * scale,
-                dtype=getattr(torch, config.dtype),
-                encoder_init=filled(config.encoder_init),
-                encoder_init_scale=filled(config.encoder_init_scale),
-                decoder_init_norm=filled(config.decoder_init_norm),
-                architecture=ARCHITECTURES[config.architecture],
-                options=options,
-            )
+            sae = self.new_sae(config, scale, options)
             trainer = SAETrainer(sae.to(self.device), options, scale)
         hooks = tuple(self.plan.hook_points.index(h) for h in config.hooks_read)
         return Member(name, config, folder, trainer, checkpoint_steps(config), hooks)
+
+    def new_sae(
+        self, config: LanguageModelSAERunnerConfig, scale: float, options: TrainingOptions
+    ) -> SAE:
+        """What training starts from, on activations that are multiplied by scale."""
+        d_in = self.d_in(config)
+        if config.init_from is not None:
+            return started_from(config, d_in, options, scale)
+        return initial_sae(
+            d_in,
+            config.d_sae(d_in),
+            seed=config.seed,
+            b_dec=self.initial_b_dec(config) * scale,
+            dtype=getattr(torch, config.dtype),
+            encoder_init=filled(config.encoder_init),
+            encoder_init_scale=filled(config.encoder_init_scale),
+            decoder_init_norm=filled(config.decoder_init_norm),
+            architecture=ARCHITECTURES[config.architecture],
+            options=options,
+        )
 
     def d_in(self, config: LanguageModelSAERunnerConfig) -> int:
         return self.plan.widths[config.resolved_hook_point]

@@ -13,6 +13,7 @@ from saeray.errors import ConfigError, bad_value, nearest
 
 ALIASES = {
     "total_training_tokens": "training_tokens",
+    "from_pretrained_path": "init_from",
     "hook_name": "hook_point",
     "hook_layer": "hook_point_layer",
     "store_batch_size_prompts": "store_batch_size",
@@ -40,9 +41,6 @@ FOREIGN = {
     "cached_activations_path": CACHE,
     "hook_point_head_index": HEAD,
     "hook_head_index": HEAD,
-    "from_pretrained_path": Foreign(
-        (None,), "SAEs start anew; saeray sweep --resume goes on with a sweep."
-    ),
     "lp_norm": Foreign((1,), "the sparsity loss is the L1 norm."),
     "noise_scale": Foreign((0,), "no noise is added to the activations of features."),
     "normalize_sae_decoder": Foreign((), "write decoder_norm: unit or free."),

@@ -35,7 +35,6 @@ def check_models(
     Raises:
         ConfigError: a model, a hook point or d_in is wrong.
     """
-    from saeray.lm.model import check_d_in
 
     known: dict[object, ModelFacts] = {}
     found = []
@@ -51,7 +50,7 @@ def check_models(
             if norms is not None:
                 norms |= {(c.model_name, h): n for h, n in mean_norms(model).items()}
         for config in configs:
-            check_d_in(config, known[key])
+            check_config(config, known[key])
         found.append(known[key])
     return found
 
@@ -71,6 +70,20 @@ def open_model(
     from saeray.lm.model import LanguageModel
 
     return LanguageModel(config, hook_points)
+
+
+def check_config(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> None:
+    """One SAE's config against its model, and against the SAE that it starts from.
+
+    Raises:
+        ConfigError: d_in is wrong, or what depends on it; or there is no such SAE to start from.
+    """
+    from saeray.files.init_from import started_from
+    from saeray.lm.model import check_d_in
+
+    d_in = check_d_in(config, facts)
+    if config.init_from is not None:
+        started_from(config, d_in)
 
 
 def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:

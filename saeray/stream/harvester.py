@@ -78,11 +78,11 @@ class Harvester:
         Raises:
             ConfigError: the model, a hook point or d_in is wrong.
         """
-        from saeray.lm.model import check_d_in
+        from saeray.stream.check import check_config
 
         facts = self.open().facts
         for config in configs:
-            check_d_in(LanguageModelSAERunnerConfig.from_dict(config), facts)
+            check_config(LanguageModelSAERunnerConfig.from_dict(config), facts)
         return facts
 
     def check_others(self, streams: list[list[dict[str, Any]]]) -> list[ModelFacts]:

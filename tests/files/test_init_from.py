@@ -1,0 +1,77 @@
+"""Starting from an SAE that is there: the same function, or a refusal that says why."""
+
+import pytest
+import torch
+from support.configs import short_run
+
+from saeray.cluster.options import options_of
+from saeray.errors import ConfigError
+from saeray.files.checkpoint import save_final
+from saeray.files.init_from import started_from
+from saeray.files.storage import Folder
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.initial import initial_sae
+from saeray.sae.pack_step import PackStep
+from saeray.sae.trainer import SAETrainer
+
+CPU = torch.device("cpu")
+FIELDS = {
+    "standard": {}, "gated": {}, "topk": {"k": 3}, "batchtopk": {"k": 3},
+    "jumprelu": {"l0_coefficient": 0.01},
+}  # fmt: skip
+
+
+def config(architecture, folder=None, **changes):
+    return short_run(
+        architecture=architecture,
+        init_from=folder and str(folder),
+        **FIELDS[architecture] | changes,
+    )
+
+
+def trained(folder, architecture):
+    c = config(architecture, recipe="sae_lens")
+    options = options_of(c, CPU, 4)
+    sae = initial_sae(
+        4, 16, seed=0, b_dec=torch.ones(4), dtype=torch.float32, decoder_init_norm=0.5,
+        encoder_init="decoder_transpose", architecture=ARCHITECTURES[architecture], options=options,
+    )  # fmt: skip
+    t = SAETrainer(sae, options)
+    for i in range(5):
+        PackStep().step([t], torch.randn(64, 4, generator=torch.Generator().manual_seed(i)))
+    save_final(Folder.at(folder), c, t)
+    return t.published
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu"])
+def test_it_goes_on_as_what_it_was(tmp_path, architecture, decoder_norm, scale):
+    before = trained(tmp_path, architecture)
+    c = config(architecture, tmp_path, decoder_norm=decoder_norm)
+    options = options_of(c, CPU, 4)
+    t = SAETrainer(started_from(c, 4, options).for_unscaled(1 / scale), options, scale)
+    x = torch.randn(100, 4)
+    assert (before.encode(x) > 0).any()
+    torch.testing.assert_close(t.published(x), before(x), rtol=1e-4, atol=1e-5)
+
+
+def test_another_architecture_takes_the_weights(tmp_path):
+    before = trained(tmp_path, "standard")
+    for architecture in ("topk", "batchtopk", "jumprelu"):
+        c = config(architecture, tmp_path, decoder_norm="free")
+        sae = started_from(c, 4, options_of(c, CPU, 4))
+        assert torch.equal(sae.W_enc, before.W_enc) and torch.equal(sae.b_dec, before.b_dec)
+    assert sae.threshold.tolist() == pytest.approx([0.01] * 16)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    trained(tmp_path / "sae", "standard")
+    with pytest.raises(ConfigError, match="init_from = .*no SAE could be read there"):
+        started_from(config("standard", tmp_path / "nothing"), 4)
+    with pytest.raises(
+        ConfigError, match="d_in and d_sae are 4 and 16, those of this sweep 4 and 32"
+    ):
+        started_from(config("standard", tmp_path / "sae", expansion_factor=8), 4)
+    with pytest.raises(ConfigError, match="is a standard SAE; gated ones start from gated"):
+        started_from(config("gated", tmp_path / "sae"), 4)
