@@ -50,7 +50,7 @@ def test_it_goes_on_as_what_it_was(tmp_path, architecture, decoder_norm, scale):
     before = trained(tmp_path, architecture)
     c = config(architecture, tmp_path, decoder_norm=decoder_norm)
     options = options_of(c, CPU, 4)
-    t = SAETrainer(started_from(c, 4, options).for_unscaled(1 / scale), options, scale)
+    t = SAETrainer(started_from(c, 4, options, scale), options, scale)
     x = torch.randn(100, 4)
     assert (before.encode(x) > 0).any()
     torch.testing.assert_close(t.published(x), before(x), rtol=1e-4, atol=1e-5)
@@ -67,7 +67,7 @@ def test_another_architecture_takes_the_weights(tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path):
     trained(tmp_path / "sae", "standard")
-    with pytest.raises(ConfigError, match="init_from = .*no SAE could be read there"):
+    with pytest.raises(ConfigError, match=r"init_from = .*no SAE could be read there"):
         started_from(config("standard", tmp_path / "nothing"), 4)
     with pytest.raises(
         ConfigError, match="d_in and d_sae are 4 and 16, those of this sweep 4 and 32"
