@@ -35,7 +35,7 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
         "p_anneal_start_step": NO_DEFAULT,
         "p_updates": 10,
     },
-    "gated": L1,
+    "gated": L1 | {"gated_aux_decoder": "live"},
     "topk": TOPK,
     "batchtopk": BATCHTOPK,
     "matryoshka": BATCHTOPK | {"matryoshka_widths": NO_DEFAULT},
@@ -169,6 +169,7 @@ def check_own_values(config: Any) -> None:
         "feature_sampling_method": RESAMPLING,
         "jumprelu_sparsity_loss_mode": SPARSITY_LOSS_MODES,
         "auxk_scaling": tuple(AUXK_SCALINGS),
+        "gated_aux_decoder": ("constant", "live"),
     }
     for name, of in choices.items():
         if name in own and own[name] not in of:
