@@ -9,7 +9,7 @@
 In the paper, where decoder rows have norm 1, W_dec and b_dec are constants in the last term
 (gated_aux_decoder: constant). sae_lens's learn from it, too (live), and where rows are free they
 must: the weighted L1 shrinks rows, and if nothing holds against that the gate grows instead, until
-nearly all features are active.
+nearly all features are active. With unit rows a live decoder is worse.
 
 h of the step is π, and b_enc is b_gate: m = (π - b_gate) exp(r_mag) + b_mag.
 """
