@@ -203,16 +203,19 @@ def lane_gradients(
         factors.product(x_centred, factors.W_enc, sae.b_enc, h)
         rule.latents_of_block(h, f)
         decode_levels(sae, levels, f, batch.x[a:b], scale, error, dx_hat, factors, out.inner)
-        df_gate = None
+        gate = None
         if rule.has_gate:
-            df_gate = gate_gradient(sae, rule, h, batch.x[a:b], scale, factors, out.inner)
+            gate = gate_gradient(sae, rule, h, batch.x[a:b], scale, factors, out.inner)
 
         for (from_, to), dx in zip(levels, dx_hat, strict=True):
             part = f if len(levels) == 1 else f[:, from_:to]
             into = dh if len(levels) == 1 else dh[:, from_:to]
             factors.product(dx, factors.W_dec[from_:to].t(), None, into)
             factors.add_product(part.t(), dx, out.W_dec[from_:to], first)
-        active = Active(h, f, dh, whole, partial(row_l0, f), column, df_gate)
+        if gate is not None and rule.gate_teaches_decoder:
+            factors.add_product(gate.latents.t(), gate.dx_hat, out.W_dec, False)
+            out.b_dec.add_(gate.dx_hat.sum(dim=0))
+        active = Active(h, f, dh, whole, partial(row_l0, f), column, gate and gate.df)
         if want_l1 and rule.penalty is None:
             out.l1.add_(rule.sparsity(h, f, active))
         rule.pull_back_block(active, out.extra)
@@ -274,15 +277,22 @@ def decode_levels(
         dx_hat[i].add_(dx_hat[i + 1])
 
 
+class OfGate(NamedTuple):
+    """Of the squared error of what the gate's latents alone reconstruct."""
+
+    latents: Tensor  # [R, L]
+    dx_hat: Tensor  # [R, D]
+    df: Tensor  # [R, L]
+
+
 def gate_gradient(
     sae: SAE, rule: Rule, h: Tensor, x: Tensor, scale: Tensor, factors: Factors, inner: Tensor
-) -> Tensor:
-    """[R, L] of the squared error of what the gate's latents alone reconstruct."""
-    error = torch.empty_like(x)
-    factors.product(rule.gate_latents(h), factors.W_dec, sae.b_dec, error)
+) -> OfGate:
+    error, latents = torch.empty_like(x), rule.gate_latents(h)
+    factors.product(latents, factors.W_dec, sae.b_dec, error)
     error.sub_(x)
     dx_hat = error * scale
     inner.add_((dx_hat * error).sum() / 2)
     df = torch.empty_like(h)
     factors.product(dx_hat, factors.W_dec.t(), None, df)
-    return df
+    return OfGate(latents, dx_hat, df)

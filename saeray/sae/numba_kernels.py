@@ -328,6 +328,17 @@ def weight_gradients(
 
 
 @compiled(fastmath=REORDERED)
+def add_decoder_gradient(first, last, starts, row, value, dx_hat, dW_dec):
+    """Adds Σ value dx_hat to rows first to last of dW_dec; as in `weight_gradients`."""
+    for j in range(first, last):
+        to_dec = dW_dec[j]
+        for i in range(starts[j], starts[j + 1]):
+            e = dx_hat[row[i]]
+            for d in range(dx_hat.shape[1]):
+                to_dec[d] += value[i] * e[d]
+
+
+@compiled(fastmath=REORDERED)
 def remove_parallel(first, last, gradient, W_dec):
     """Of rows first to last: subtracts the component along the (unit) row of W_dec; both [L, D]."""
     d_in = W_dec.shape[1]
@@ -373,4 +384,5 @@ def one_entry(dtype: Any, bits: Any) -> None:
     weight_gradients(
         0, 1, starts, row, n, n, unit, unit, unit.copy(), unit.copy(), n.copy(), fired, n.copy()
     )
+    add_decoder_gradient(0, 1, starts, row, n, unit, unit.copy())
     remove_parallel(0, 1, unit.copy(), unit)

@@ -37,6 +37,7 @@ class TrainingOptions:
     p_end: float = 0.2
     p_anneal_start_step: int = 0
     p_updates: int = 10
+    gated_aux_decoder: str = "live"  # gated
     # topk, batchtopk, matryoshka
     k: float = 0.0
     auxk_coefficient: float = 1 / 32

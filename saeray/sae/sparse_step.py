@@ -54,6 +54,8 @@ class SparseSpace:
         self.bfloat16 = bfloat16
         self.x_centred = sae.W_dec.new_empty(n_rows, sae.d_in)
         self.dx_hat = sae.W_dec.new_zeros(len(rule.widths), n_rows, sae.d_in)
+        # Of what the gate's latents reconstruct.
+        self.dx_gate = sae.W_dec.new_empty((n_rows, sae.d_in) if rule.has_gate else (0, 0))
         self.x_factor = Factor(self.x_centred, bfloat16)
         self.W_enc_factor = Factor(sae.W_enc, bfloat16)
         self.lanes: dict[Lane, Entries] = {}
@@ -101,12 +103,17 @@ def sparse_gradients(
     for entries in parts:
         kernels.count_features(entries.feature, len(entries), space.starts)
     np.cumsum(space.starts, out=space.starts)
-    places = space.starts[:-1].copy()
-    for (first, _), entries in zip(lanes, parts, strict=True):
-        kernels.place_by_feature(
-            entries.offsets, entries.feature, entries.value, entries.dh, first, places,
-            space.row, space.value, space.dh,
-        )  # fmt: skip
+
+    def place(values: Sequence[np.ndarray]) -> None:
+        """Entries, with these values, in the order of features."""
+        places = space.starts[:-1].copy()
+        for (first, _), entries, value in zip(lanes, parts, values, strict=True):
+            kernels.place_by_feature(
+                entries.offsets, entries.feature, value, entries.dh, first, places,
+                space.row, space.value, space.dh,
+            )  # fmt: skip
+
+    place([entries.value for entries in parts])
 
     def features(task: tuple[int, int, int]) -> None:
         first, last, level = task
@@ -121,6 +128,18 @@ def sparse_gradients(
         pass
     own = slice(lanes[0][0], lanes[-1][1]) if lanes else slice(0, 0)
     torch.sum(space.dx_hat[0, own], dim=0, out=out.b_dec)
+    if rule.gate_teaches_decoder:
+        place([d.gate for d in done])
+
+        def decoder(task: tuple[int, int, int]) -> None:
+            kernels.add_decoder_gradient(
+                *task[:2], space.starts, space.row, space.value, space.dx_gate.numpy(),
+                out.W_dec.numpy(),
+            )  # fmt: skip
+
+        for _ in run(decoder, tasks_of(levels_of(rule))):
+            pass
+        out.b_dec.add_(space.dx_gate[own].sum(dim=0))
     if rule.penalty is not None:
         torch.sum(out.f, dim=0, out=out.l1)
     else:
@@ -130,6 +149,9 @@ def sparse_gradients(
         total.copy_(torch.from_numpy(sum((d.sums[name] for d in done), np.zeros(sae.d_sae))))
 
 
+NO_GATE = np.empty(0)
+
+
 class OfLane(NamedTuple):
     """What is found in one lane beside errors and dx_hat."""
 
@@ -137,6 +159,7 @@ class OfLane(NamedTuple):
     sparsity: float  # of the sparsity term, where it was asked for
     inner: float  # of other squared errors
     sums: dict[str, np.ndarray]  # [L] float64, of `Rule.SUMS`
+    gate: np.ndarray = NO_GATE  # [n] `Rule.gate_latents`
 
 
 class SparseStep:
@@ -221,10 +244,10 @@ class SparseStep:
         h = torch.from_numpy(entries.value[:n])
         h = h.clone() if rule.keeps_h or rule.has_gate else h
         f = torch.from_numpy(entries.value[:n])
-        df_gate, inner = None, 0.0
+        df_gate, inner, gate = None, 0.0, NO_GATE
         if rule.has_gate:
             f.copy_(rule.gate_latents(h))
-            inner = self.decode_gate(rows, entries)
+            inner, gate = self.decode_gate(rows, entries), entries.value[:n].copy()
             df_gate = torch.from_numpy(entries.dh[:n].copy())
         f.copy_(rule.latents(h, at))
         if len(self.widths) == 1:
@@ -246,7 +269,7 @@ class SparseStep:
             else np.zeros(self.sae.d_sae)
             for name in rule.SUMS
         }
-        return OfLane(entries, sparsity, inner, sums)
+        return OfLane(entries, sparsity, inner, sums, gate)
 
     def decode(self, rows: slice, entries: Entries) -> None:
         """Errors and dx_hat of the lane's rows, and df into the entries' dh."""
@@ -259,11 +282,14 @@ class SparseStep:
         )  # fmt: skip
 
     def decode_gate(self, rows: slice, entries: Entries) -> float:
-        """Half of Σ scale ‖error‖² of what the gate's latents reconstruct; df into dh."""
+        """Half of Σ scale ‖error‖² of what the gate's latents reconstruct; df into dh.
+
+        And dx_gate of the lane's rows.
+        """
         from saeray.sae import numba_kernels as kernels
 
-        x = self.x[rows]
-        error, dx_hat = np.empty_like(x), np.empty_like(x)
+        x, dx_hat = self.x[rows], self.space.dx_gate[rows].numpy()
+        error = np.empty_like(x)
         kernels.decode_rows(
             entries.offsets, entries.feature, entries.value, self.W_dec, self.b_dec,
             x, self.scale[rows], error, dx_hat, entries.dh,

@@ -35,7 +35,7 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
         "p_anneal_start_step": NO_DEFAULT,
         "p_updates": 10,
     },
-    "gated": L1,
+    "gated": L1 | {"gated_aux_decoder": NO_DEFAULT},
     "topk": TOPK,
     "batchtopk": BATCHTOPK,
     "matryoshka": BATCHTOPK | {"matryoshka_widths": NO_DEFAULT},
@@ -58,6 +58,8 @@ SPARSITY = ("l1_coefficient", "l0_coefficient", "target_l0", "k")
 L1_COEFFICIENT = {"centred_norm": 1e-3, "none": 1e-2, "sum": 1.0}
 L0_COEFFICIENT = 1.0  # of quadratic jumprelu
 RESAMPLING = ("l2",)
+# Of gated, by decoder_norm: unit rows are best left alone, free ones shrink unless they learn.
+GATED_AUX_DECODER = {"unit": "constant", "free": "live"}
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
 AUXK_SCALINGS = {"residual_variance": 1 / 32, "dead_share": 1.0}  # and their coefficients
 P_ANNEAL_START = 0.25  # of all steps, where p_anneal_start_step is not given
@@ -169,6 +171,7 @@ def check_own_values(config: Any) -> None:
         "feature_sampling_method": RESAMPLING,
         "jumprelu_sparsity_loss_mode": SPARSITY_LOSS_MODES,
         "auxk_scaling": tuple(AUXK_SCALINGS),
+        "gated_aux_decoder": tuple(GATED_AUX_DECODER.values()),
     }
     for name, of in choices.items():
         if name in own and own[name] not in of:

@@ -104,6 +104,8 @@ class LanguageModelSAERunnerConfig:
     p_end: float | None = None  # p_anneal: the power at the end
     p_anneal_start_step: int | None = None  # p_anneal: optimizer steps; a quarter of all
     p_updates: int | None = None  # p_anneal: in how many steps the power falls from 1
+    # gated: decoder in the auxiliary loss, constant or live. None: as its rows are, unit or free.
+    gated_aux_decoder: str | None = None
     k: float | None = None  # topk family: active features, of a row or as a mean over the batch
     auxk_coefficient: float | None = None  # topk family: of the term for dead features; 0: none
     auxk_scaling: str | None = None  # topk family: residual_variance (1/32) or dead_share (1)

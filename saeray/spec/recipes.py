@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saeray.errors import bad_value, nearest
-from saeray.spec.architectures import L1_COEFFICIENT, OWN_FIELDS, SPARSITY
+from saeray.spec.architectures import GATED_AUX_DECODER, L1_COEFFICIENT, OWN_FIELDS, SPARSITY
 
 
 class Share(NamedTuple):
@@ -105,6 +105,9 @@ def filled(config: Any) -> dict[str, Any]:
     if "l1_coefficient" in OWN_FIELDS[config.architecture] and config.l1_coefficient is None:
         loss = config.mse_normalization or recipe.mse_normalization
         values["l1_coefficient"] = L1_COEFFICIENT.get(loss)
+    if config.architecture == "gated" and config.gated_aux_decoder is None:
+        rows = config.decoder_norm or recipe.decoder_norm
+        values["gated_aux_decoder"] = GATED_AUX_DECODER.get(rows)
     return values
 
 

@@ -21,6 +21,9 @@ VARIANTS = {
     "p_anneal": dict(architecture="p_anneal", l1_coefficient=3e-2, p_end=0.3),
     "gated": dict(architecture="gated", l1_coefficient=3e-2),
     "steered": dict(architecture="gated", l1_coefficient=3e-2, target_l0=4.0),
+    "gated, constant decoder": dict(
+        architecture="gated", l1_coefficient=3e-2, gated_aux_decoder="constant"
+    ),
     "topk": dict(architecture="topk", k=9),
     "batchtopk": dict(architecture="batchtopk", k=9.5),
     "matryoshka": dict(architecture="matryoshka", k=9, matryoshka_widths=WIDTHS),
@@ -124,7 +127,10 @@ def reference_loss(x, w, t, o, dead, smallest=None):
         m = ((x - w["b_dec"]) @ w["W_enc"]) * w["r_mag"].exp() + w["b_mag"]
         f = (h > 0) * torch.relu(m)
         sparsity = (torch.relu(h) * norms).sum(1).mean()
-        inner = squared(torch.relu(h), L, w["W_dec"].detach(), w["b_dec"].detach())
+        decoder = w["W_dec"], w["b_dec"]
+        if o.gated_aux_decoder == "constant":
+            decoder = tuple(p.detach() for p in decoder)
+        inner = squared(torch.relu(h), L, *decoder)
     elif o.architecture in ("topk", "batchtopk", "matryoshka"):
         f, ranked = torch.relu(h), torch.relu(h) * norms
         if o.architecture == "topk":

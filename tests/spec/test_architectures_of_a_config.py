@@ -26,7 +26,8 @@ def test_fields_of_another_architecture_are_refused_by_name(architecture):
     config(architecture=architecture, **least)
     values = {"matryoshka_widths": "4,8", "auxk_scaling": "dead_share",
               "jumprelu_sparsity_loss_mode": "step", "use_ghost_grads": True,
-              "jumprelu_ste_to_input": True, "feature_sampling_method": "l2"}  # fmt: skip
+              "jumprelu_ste_to_input": True, "feature_sampling_method": "l2",
+              "gated_aux_decoder": "live"}  # fmt: skip
     for name in FIELDS:
         if name in OWN_FIELDS[architecture]:
             continue
@@ -51,6 +52,7 @@ def test_fields_of_another_architecture_are_refused_by_name(architecture):
         ),
         (dict(architecture="matryoshka", k=3, matryoshka_widths="9,4"), "ascending whole"),
         (dict(architecture="matryoshka", k=3, matryoshka_widths="a"), "ascending whole"),
+        (dict(architecture="gated", gated_aux_decoder="free"), "one of constant, live"),
         (dict(architecture="p_anneal", p_end=0), "p_end = 0"),
         (dict(architecture="p_anneal", p_updates=999), "steps are left for p_updates = 999"),
         (dict(target_l0=-1), "target_l0 = -1"),
@@ -69,7 +71,10 @@ def test_what_is_filled():
     assert config(architecture="topk", k=30, auxk_scaling="dead_share").auxk_coefficient == 1.0
     jumprelu = config(architecture="jumprelu", target_l0=30)
     assert (jumprelu.jumprelu_sparsity_loss_mode, jumprelu.l0_coefficient) == ("quadratic", 1.0)
-    for c in (topk, jumprelu):  # sweep.yaml holds what was filled, and is read again
+    gated = config(architecture="gated")
+    assert (gated.decoder_norm, gated.gated_aux_decoder) == ("free", "live")
+    assert config(architecture="gated", decoder_norm="unit").gated_aux_decoder == "constant"
+    for c in (topk, jumprelu, gated):  # sweep.yaml holds what was filled, and is read again
         assert type(c).from_dict(c.to_dict()) == c
 
 

@@ -180,6 +180,7 @@ class Rule:
     sparsity_loss: ClassVar[str | None] = "l1_loss"  # what reports call the sparsity term
     is_steered: ClassVar[bool] = True  # whether target_l0 moves its coefficient
     has_gate: ClassVar[bool] = False  # whether there are `gate_latents`
+    gate_teaches_decoder = False  # whether W_dec and b_dec learn from what those reconstruct
 
     def __init__(self, sae: SAE, options: TrainingOptions) -> None:
         self.sae = sae
@@ -259,7 +260,7 @@ class Rule:
         f.copy_(self.latents(h, whole))
 
     def gate_latents(self, h: Tensor) -> Tensor:
-        """What a second reconstruction is made of, with a decoder that is a constant there."""
+        """What a second reconstruction is made of, by the same decoder."""
         raise NotImplementedError
 
     def pull_back(self, active: Active) -> Pulled:

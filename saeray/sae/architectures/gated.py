@@ -4,7 +4,12 @@
     m = (x - b_dec) (W_enc · exp(r_mag)) + b_mag
 
     added:  l1_coefficient · mean_B Σ_j relu(π_j)      (times n_j where the decoder is free)
-            mean_B Σ_D (relu(π) W_dec + b_dec - x)²    W_dec and b_dec constants there
+            mean_B Σ_D (relu(π) W_dec + b_dec - x)²    the auxiliary reconstruction
+
+In the paper, where decoder rows have norm 1, W_dec and b_dec are constants in the last term
+(gated_aux_decoder: constant). sae_lens's learn from it, too (live), and where rows are free they
+must: the weighted L1 shrinks rows, and if nothing holds against that the gate grows instead, until
+nearly all features are active. With unit rows a live decoder is worse.
 
 h of the step is π, and b_enc is b_gate: m = (π - b_gate) exp(r_mag) + b_mag.
 """
@@ -53,6 +58,10 @@ class Gated(Rule):
     has_gate = True
 
     sae: GatedSAE
+
+    @property
+    def gate_teaches_decoder(self) -> bool:  # type: ignore[override]
+        return self.options.gated_aux_decoder == "live"
 
     def latents(self, h: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
         sae = self.sae
