@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeray.lm.evaluate import PROJECTED_ROWS, OneSAE
 from saeray.lm.synthetic import SyntheticModel
 from saeray.sae.architectures.base import SAE
 from saeray.sae.ground_truth import RecoverySums
-from saeray.sae.metrics import ReconstructionSums, density_histogram, log10_frequency
+from saeray.sae.metrics import DescriptionLength, density_histogram
 
 AT_ONCE = 1 << 22  # numbers: latents and features of the rows that are evaluated at a time
 
@@ -56,33 +57,40 @@ class GroundTruthEvaluator:
         self, saes: Sequence[SAE], hook_point: str, final: bool = False
     ) -> list[dict[str, Any]]:
         """`evaluate` of each."""
-        return [self.evaluate(sae, hook_point) for sae in saes]
+        return [self.evaluate(sae, hook_point, final) for sae in saes]
 
     @torch.inference_mode()
-    def evaluate(self, sae: SAE, hook_point: str) -> dict[str, Any]:
-        """Metrics by their wandb keys, and the density histogram, of one SAE."""
+    def evaluate(self, sae: SAE, hook_point: str, final: bool = False) -> dict[str, Any]:
+        """Metrics by their wandb keys, and the density histogram, of one SAE.
+
+        final: also s_n_dec and mdl, and `features`, as of a language model's SAE.
+        """
         width = sae.d_sae + self.model.known.spec.features
-        sums = ReconstructionSums(self.mean_row(width))
+        one = OneSAE(sae, self.mean_row(width))
         recovery = RecoverySums(sae.W_dec, torch.from_numpy(self.model.known.dictionary))
-        fired = torch.zeros(sae.d_sae, dtype=torch.int64)
-        n_rows, n_true = len(self.rows), 0
+        n_true = 0
         for part in self.parts(width):
-            x = part.x.to(sae.W_dec.dtype)
-            f = sae.encode(x)
-            sums.add(x.float(), (sae.decode(f) - x).float())
-            recovery.add(f, part.truth)
-            fired += (f > 0).sum(dim=0).cpu()
+            one(part.x)
+            recovery.add(sae.encode(part.x), part.truth)
             n_true += int((part.truth > 0).sum())
-        frequency = fired.double() / n_rows
-        counts, edges = density_histogram(frequency)
+        counts, edges = density_histogram(one.features.frequency)
         return {
-            **sums.result().metrics(),
+            **one.sums.result().metrics(),
+            **one.features.metrics(),
             **recovery.result().metrics(),
-            "ground_truth/l0": n_true / n_rows,
-            "metrics/l0": int(fired.sum()) / n_rows,
-            "metrics/mean_log10_feature_sparsity": float(log10_frequency(frequency).mean()),
-            "eval/n_tokens": n_rows,
-            "eval/features_never_fired": int((fired == 0).sum()),
+            "ground_truth/l0": n_true / len(self.rows),
+            "eval/n_tokens": len(self.rows),
             "plots/feature_density_line_chart": {"counts": counts, "edges": edges},
             "warnings": [],
+            **(self.at_the_end(one, width) if final else {}),
         }
+
+    def at_the_end(self, one: OneSAE, width: int) -> dict[str, Any]:
+        """What takes a second pass: the bins of mdl are made of the largest activations."""
+        length = DescriptionLength(one.features)
+        sample: list[Tensor] = []
+        for part in self.parts(width):
+            length.add(one.sae.encode(part.x))
+            left = PROJECTED_ROWS - sum(map(len, sample))
+            sample.append(part.x[:left].clone())  # rows are independent: the first do
+        return one.at_the_end(length, torch.cat(sample))
