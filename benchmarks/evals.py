@@ -72,6 +72,8 @@ def trained(folder: Path) -> list[Path]:
         storage_path=folder,
         live=False,
     )
+    if not result.ok:
+        raise RuntimeError(f"not trained: {[row['error'] for row in result.rows]}")
     return [Path(row["path"]) for row in result.rows]
 
 
