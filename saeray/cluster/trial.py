@@ -143,13 +143,15 @@ class SAETrial(tune.Trainable):
     def cleanup(self) -> None:
         """Tune is done with this trial; an SAE that is still training leaves its pack.
 
-        Waited for, so that what the trial's last result calls `path` is there when Tune has ended.
+        A bare one waits for that: what its last result calls `path` is there when Tune has ended.
+        A sweep of ours waits for all its SAEs itself.
         """
         try:
             waiting.ask(lambda: self.roster.withdraw.remote(self.name), 10.0, "roster")
-            waiting.poll(
-                lambda: self.roster.left.remote(self.name), self.sae.wait_limit_s, "roster"
-            )
+            if self.raises:
+                waiting.poll(
+                    lambda: self.roster.left.remote(self.name), self.sae.wait_limit_s, "roster"
+                )
         except (SaerayError, RayError):
             pass  # the roster is gone, and with it what there was to withdraw from
 
