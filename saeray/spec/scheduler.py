@@ -89,6 +89,13 @@ class Scheduler:
         first = evaluated_every(config) if OBJECTIVES[self.metric].evaluated else 1
         return max(1, first, int(longest(config) * GRACE))
 
+    def described(self, config: Any) -> str:
+        """In words, for --dry-run."""
+        of = f", one of {self.reduction_factor:g} goes on" if self.name == ASHA else ""
+        return (
+            f"{self.name} on {self.metric} ({self.mode}), from {self.grace(config):,} tokens on{of}"
+        )
+
 
 def evaluated_every(config: Any) -> int:
     """Training tokens between evaluations; 0: only at the end."""

@@ -8,6 +8,8 @@ from saeray.cluster.stopping import scheduler_of
 from saeray.errors import ConfigError
 from saeray.files.results import COLUMNS
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.grid import SAE
+from saeray.spec.plan import describe
 from saeray.spec.scheduler import OBJECTIVES, refuse_takeover
 
 ASHA = dict(name="asha", metric="CE_loss_score")
@@ -30,6 +32,13 @@ def test_nobody_is_stopped_before_a_tenth_or_the_first_evaluation():
     rarely = short_run(training_tokens=800, eval_every=20, scheduler=ASHA)
     assert rarely.scheduler.grace(rarely) == 160
     assert run(grace_period=100).scheduler.grace(run()) == 100
+
+
+def test_the_plan_says_it():
+    saes = [SAE("a", run(grace_period=100, reduction_factor=2))]
+    assert "scheduler: asha on metrics/CE_loss_score (max), from 100 tokens on, one of 2 goes" in (
+        describe(saes)
+    )
 
 
 def test_it_is_part_of_the_config_and_written_down():
