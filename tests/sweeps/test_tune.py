@@ -137,7 +137,7 @@ def test_a_sweep_stops_its_worst_saes_and_says_so(tiny, tmp_path):
     config = tiny | dict(
         training_tokens=LONG * 1024,
         eval_every=20,
-        grid=[dict(lr=[1e-5, 3e-5]), dict(lr=2e-3, l1_coefficient=5e-4), dict(lr=4e-3)],
+        grid=[dict(lr=4e-3), dict(lr=2e-3, l1_coefficient=5e-4), dict(lr=[3e-5, 1e-5])],
         scheduler=dict(
             name="asha", metric="CE_loss_score", grace_period=40 * 1024, reduction_factor=2
         ),
@@ -145,10 +145,10 @@ def test_a_sweep_stops_its_worst_saes_and_says_so(tiny, tmp_path):
     result = saeray.sweep(config, name="stops", storage_path=tmp_path, live=False)
     assert result.ok
     status = {r["trial"]: r["status"] for r in result.rows}
-    assert list(status) == ["lr=1e-05", "lr=3e-05", "lr=0.002,l1_coefficient=0.0005", "lr=0.004"]
+    assert list(status) == ["lr=0.004", "lr=0.002,l1_coefficient=0.0005", "lr=3e-05", "lr=1e-05"]
     assert "done" in status.values()
     stopped = [r for r in result.rows if r["status"] == "stopped"]
-    assert "lr=1e-05" in {r["trial"] for r in stopped}
+    assert "stopped" in (status["lr=3e-05"], status["lr=1e-05"])
     for r in stopped:
         assert 40 * 1024 <= r["n_training_tokens"] < LONG * 1024
         assert r["ce_loss_score"] < 1
