@@ -290,9 +290,14 @@ class Roster:
 
     async def gather(self) -> None:
         """Waits until no trial has come for GATHER_SECONDS, then launches those that are there."""
-        while time.monotonic() - self.last_enlisted < GATHER_SECONDS:
-            await asyncio.sleep(0.2)
-        await self.dispatch.launch([e for e in self.state.entries.values() if e.state == WAITING])
+        launched = None
+        while launched != self.last_enlisted:  # others may come while these are launched
+            while time.monotonic() - self.last_enlisted < GATHER_SECONDS:
+                await asyncio.sleep(0.2)
+            launched = self.last_enlisted
+            await self.dispatch.launch(
+                [e for e in self.state.entries.values() if e.state == WAITING]
+            )
 
     # --- housekeeping -----------------------------------------------------------------------
 
