@@ -142,11 +142,9 @@ class LanguageModelSAERunnerConfig:
     # see one token for TRAINED_PER_EVALUATED that are trained on, whichever is more.
     eval_every: int | None = None
 
-    # saeray: the grid, beside the lists in fields, and what stops SAEs of it early
-    grid: dict | None = None  # a list of partial configs (saeray.spec.points)
-    scheduler: Scheduler | None = (
-        None  # {name: asha, metric: CE_loss_score} (saeray.spec.scheduler)
-    )
+    # saeray: points beside those of the lists in fields, and what stops SAEs early
+    grid: dict | None = None  # a list of partial configs
+    scheduler: Scheduler | None = None  # {name: asha, metric: CE_loss_score}
 
     # Results
     log_to_wandb: bool = True

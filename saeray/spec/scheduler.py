@@ -140,14 +140,24 @@ def check_scheduler(config: Any) -> None:
     scheduler = config.scheduler
     if scheduler is None:
         return
-    tokens, grace = longest(config), scheduler.grace(config)
+    tokens, grace, every = longest(config), scheduler.grace(config), evaluated_every(config)
+    if (
+        scheduler.grace_period is None
+        and OBJECTIVES[scheduler.metric].evaluated
+        and every >= tokens
+    ):
+        raise bad_value(
+            "eval_every",
+            config.resolved_eval_every,
+            f"{scheduler.metric}, which SAEs shall be stopped on, would not be known before the "
+            "end; evaluate more often.",
+        )
     if grace >= tokens:
         raise bad_value(
             "scheduler.grace_period",
             grace,
             f"training ends after {tokens:,} tokens, so none would be stopped; lower it.",
         )
-    every = evaluated_every(config)
     if OBJECTIVES[scheduler.metric].evaluated and not 0 < every <= grace:
         when = (
             f"every {every:,} tokens (eval_every)" if every else "at the end only (eval_every: 0)"

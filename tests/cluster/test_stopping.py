@@ -2,9 +2,11 @@
 
 import pytest
 from ray.tune import schedulers
-from support.configs import short_run
+from ray.tune.execution.tune_controller import TuneController
+from support.configs import config, short_run
 
 from saeray.cluster.stopping import scheduler_of
+from saeray.cluster.trial import SAETrial, one_sae
 from saeray.errors import ConfigError
 from saeray.files.results import COLUMNS
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -42,8 +44,8 @@ def test_the_plan_says_it():
 
 
 def test_it_is_part_of_the_config_and_written_down():
-    config = run(reduction_factor=2)
-    assert LanguageModelSAERunnerConfig.from_dict(config.to_dict()) == config
+    asked = run(reduction_factor=2)
+    assert LanguageModelSAERunnerConfig.from_dict(asked.to_dict()) == asked
 
 
 def test_tunes_schedulers_are_made_of_it():
@@ -80,6 +82,8 @@ def test_what_can_not_be_is_refused(scheduler, words):
 def test_an_objective_that_comes_at_the_end_is_refused():
     with pytest.raises(ConfigError, match="known at the end only"):
         short_run(eval_every=0, scheduler=ASHA)
+    with pytest.raises(ConfigError, match="eval_every = 10: metrics/CE_loss_score, which"):
+        short_run(eval_every=10, scheduler=ASHA)  # of 10 steps
     assert short_run(eval_every=0, scheduler=ASHA | dict(metric="mse_loss")).scheduler is not None
     with pytest.raises(ConfigError, match="scheduler: metric must be given"):
         short_run(scheduler=dict(name="asha"))
@@ -91,6 +95,31 @@ def test_schedulers_with_which_saes_take_over_weights_are_refused_by_name():
         refuse_takeover(pbt)
     refuse_takeover(schedulers.ASHAScheduler())
     refuse_takeover(None)
+
+
+class Controller(TuneController):
+    """Tune's, as it asks a trainable class for its needs when it adds a trial."""
+
+    def __init__(self, scheduler):
+        self._scheduler_alg = scheduler
+
+    def add_trial(self, trial):
+        return trial.default_resource_request({})
+
+
+def test_so_they_are_where_tune_runs_them_itself(monkeypatch):
+    monkeypatch.setattr("saeray.cluster.trial.has_head", lambda: False)
+    pbt = schedulers.PopulationBasedTraining(hyperparam_mutations=dict(lr=[1e-3, 2e-3]))
+    with pytest.raises(ConfigError, match="PopulationBasedTraining: an SAE does not go on"):
+        Controller(pbt).add_trial(SAETrial)
+    assert Controller(schedulers.ASHAScheduler()).add_trial(SAETrial) is not None
+
+
+def test_a_trial_takes_no_lists_no_grid_and_no_scheduler():
+    for changes in (dict(lr=[1e-3, 2e-3]), dict(grid=[dict(lr=1e-3)]), dict(scheduler=ASHA)):
+        with pytest.raises(ConfigError, match=r"tune\.grid_search"):
+            one_sae(config(eval_every=5, **changes))
+    assert one_sae(config()) == config()
 
 
 def test_every_objective_is_a_figure_of_the_results_or_the_loss():
