@@ -21,6 +21,7 @@ from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
 from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.points import with_paths
 from saeray.version import __version__
 
 ADDRESSES = "of a Ray cluster: ray://HOST:10001, http://HOST:8265, or on a node of it auto"
@@ -56,10 +57,7 @@ def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> 
             inner[rest[0]] = value
         else:
             data[target] = value
-    for key in ("model_name", "dataset_path", "init_from"):
-        if key in data:
-            data[key] = found_beside(file, data[key])
-    return data
+    return data | with_paths(data, lambda value: found_beside(file, value))
 
 
 def found_beside(file: Path, value: Any) -> Any:

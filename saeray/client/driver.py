@@ -25,12 +25,12 @@ from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.client.connect import quieten
 from saeray.client.result import SweepResult
 from saeray.client.session import (
-    absolute,
     done_already,
     provenance,
     refuse_existing,
     run,
     saes_of,
+    with_absolute_inputs,
 )
 from saeray.client.watch import Outcome, Stopped, watch
 from saeray.cluster import registry
@@ -127,9 +127,7 @@ def sweep(config: LanguageModelSAERunnerConfig, scheduler: Any, live: bool) -> S
     """`saeray.sweep` on the cluster this process is a client of."""
     assert config.name is not None and config.storage_path is not None
     home, there = home_copy(config.storage_path), over_there(config.storage_path)
-    config = config.replace(
-        model_name=absolute(config.model_name),
-        dataset_path=absolute(config.dataset_path),
+    config = with_absolute_inputs(config).replace(
         storage_path=there,
         activation_cache=config.activation_cache and over_there(config.activation_cache),
     )

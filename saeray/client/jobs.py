@@ -22,7 +22,7 @@ from saeray.actors.waiting import NotYet
 from saeray.client.connect import runtime_env, why_not
 from saeray.client.driver import home_copy
 from saeray.client.result import SweepResult
-from saeray.client.session import absolute
+from saeray.client.session import with_absolute_inputs
 from saeray.client.speed import Times
 from saeray.client.status_file import STATUS_FILE, status_from
 from saeray.client.watch import Outcome, watch
@@ -125,10 +125,7 @@ def sweep_as_job(
     """`saeray.sweep` as a job on the cluster."""
     name, storage_path = config.name, config.storage_path
     assert name is not None and storage_path is not None
-    config = config.replace(
-        model_name=absolute(config.model_name), dataset_path=absolute(config.dataset_path)
-    )
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    text = yaml.safe_dump(with_absolute_inputs(config).to_dict(), sort_keys=False)
     arguments = ["sweep", SWEEP_FILE, "--storage-path", below_home(storage_path)]
     return follow(address, arguments, namespace, name, {SWEEP_FILE: text}, live)
 

@@ -90,6 +90,7 @@ class SweepResult:
                 f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
                 "tokens, held out."
             )
+        lines += stopped_early(self.rows)
         if self.times is not None:
             lines += account(status, self.times)
         lines += [f"! {warning}" for warning in status.warnings]
@@ -108,6 +109,18 @@ class SweepResult:
         from saeray.files.checkpoint import load_sae
 
         return load_sae(self.final(row))
+
+
+def stopped_early(rows: list[dict[str, Any]]) -> list[str]:
+    """A line on the SAEs that a scheduler has ended before their last step."""
+    tokens = [int(row["n_training_tokens"] or 0) for row in rows if row["status"] == STOPPED]
+    if not tokens:
+        return []
+    return [
+        f"stopped early by the scheduler: {len(tokens)} of {len(rows)} SAEs, after "
+        f"{min(tokens):,} to {max(tokens):,} tokens each; they are saved and evaluated as they "
+        "were then."
+    ]
 
 
 def load_sweep(folder: str | os.PathLike[str] | Folder) -> SweepResult:

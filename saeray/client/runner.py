@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
 from saeray.client.result import SweepResult
-from saeray.client.session import absolute, done_already, refuse_existing, run, saes_of
-from saeray.errors import SaerayError, bad_value
+from saeray.client.session import (
+    done_already,
+    refuse_existing,
+    run,
+    saes_of,
+    with_absolute_inputs,
+)
+from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve
 from saeray.spec.grid import expand
 from saeray.spec.messages import DONE
+from saeray.spec.scheduler import refuse_takeover
 
 if TYPE_CHECKING:
     from saeray.sae.architectures.base import SAE
@@ -49,7 +56,8 @@ def sweep(
             this machine alone (`local`: in any case). `ray://HOST:10001` from outside the cluster,
             `http://HOST:8265` for its job server.
         namespace: Ray's; sweeps of different ones know nothing of each other.
-        scheduler: a Ray Tune scheduler; default FIFO. Use `n_training_tokens` as time_attr.
+        scheduler: a Ray Tune scheduler; default: the config's, or FIFO. Use `n_training_tokens` as
+            time_attr.
         live: draw a table while it runs (plain lines when not a terminal).
 
     Raises:
@@ -62,6 +70,9 @@ def sweep(
         name=name or config.name or default_name(config),
         storage_path=str(storage_path or config.storage_path or config.checkpoint_path),
     )
+    refuse_takeover(scheduler)
+    if scheduler is not None and config.scheduler is not None:
+        raise ConfigError("scheduler is given twice: in the config and as an argument.")
     config = resolve(config)
     expand(config)  # what is wrong with it is said before anything is started
     if config.activation_cache is not None:
@@ -109,6 +120,7 @@ def resume(
     Raises:
         ConfigError: no sweep is there, or its sweep.yaml is damaged.
     """
+    refuse_takeover(scheduler)
     began, address = time.time(), chosen(address)
     if is_jobs(address):
         from saeray.client.jobs import resume_as_job
@@ -148,7 +160,7 @@ def language_model_sae_runner(
     if failed:
         raise SaerayError("; ".join(str(row["error"]) for row in failed))
     trained = [result.load(row["trial"]) for row in result.rows]
-    return trained if grid_axes(cfg) else trained[0]
+    return trained if grid_axes(cfg) or cfg.grid else trained[0]
 
 
 def default_name(config: LanguageModelSAERunnerConfig) -> str:
@@ -166,9 +178,7 @@ def with_absolute_paths(config: LanguageModelSAERunnerConfig) -> LanguageModelSA
             return str(Path(path).expanduser().absolute())
         return path
 
-    return config.replace(
-        model_name=absolute(config.model_name),
-        dataset_path=absolute(config.dataset_path),
+    return with_absolute_inputs(config).replace(
         storage_path=to_be_made(config.storage_path),
         activation_cache=to_be_made(config.activation_cache),
     )

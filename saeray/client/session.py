@@ -12,6 +12,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.files.wandb_runs import CLOSE_SECONDS
 from saeray.lm.hub import portable
+from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
 from saeray.spec.messages import ENDS, SAERow, SweepStatus
+from saeray.spec.points import with_paths
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
 STABILITY_SECONDS = 60.0  # of a core, at a sweep's end; more is for `saeray compare --stability`
@@ -100,14 +103,21 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
         return
     from ray import tune
 
+    from saeray.cluster.stopping import scheduler_of
     from saeray.cluster.trial import INTERNAL, SAETrial
 
+    scheduler = scheduler or scheduler_of(saes[0].config)
     keep_keys_out_of_logs()
 
     # A failed SAE is in the results with its reason; Tune would print its traceback too.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     points = [{"name": s.name, "config": s.config.to_dict()} for s in saes]
-    known = {"sweep": name, "folder": folder.uri, "sae": tune.grid_search(points)}
+    known = {
+        "sweep": name,
+        "folder": folder.uri,
+        "sae": tune.grid_search(points),
+        "decides": scheduler is not None,
+    }
     tune.run(
         SAETrial,
         name=f"tune-{uuid.uuid4().hex[:6]}",
@@ -202,6 +212,12 @@ def done_already(place: Folder) -> SweepResult | None:
     status = SweepStatus(rows, "done already")
     found, status.warnings = add_stability(place, files.read_rows(), STABILITY_SECONDS)
     return SweepResult(place.name, place, found, status)
+
+
+def with_absolute_inputs(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Model and text, where they are files of this machine, as other processes find them."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return config.replace(**with_paths(values, absolute))
 
 
 def absolute(path: Any) -> Any:

@@ -121,6 +121,7 @@ class Pack:
         self.call: Any = None  # the roster's answer to the last reports, on its way
         self.incarnation: str | None = None  # of the roster that was told all of them
         self.withdrawn: set[str] = set()
+        self.unevaluated: set[str] = set()  # whose next report shall be evaluated
         self.started = 0.0  # when the first batch was asked for
         self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.bos)
         self.stepped = 0.0  # seconds in the SAEs' step
@@ -279,7 +280,7 @@ class Pack:
             if report.state != FAILED:
                 if finished or m.name in withdrawn:
                     report = self.publish(m, report, DONE if finished else STOPPED)
-                elif m.config.evaluates_at(step):
+                elif m.config.evaluates_at(step) or m.name in self.unevaluated:
                     report = report._replace(snapshot=[self.snapshot(m)])
             if report.state in (DONE, STOPPED, FAILED):
                 gone.add(m.name)
@@ -314,6 +315,7 @@ class Pack:
             return
         self.incarnation = answer.incarnation
         self.withdrawn = set(answer.withdrawn)
+        self.unevaluated = set(answer.unevaluated)
         self.reports = [r for r in self.reports if r.step > answer.settled.get(r.name, 0)]
 
     def tell_again(self) -> None:
@@ -324,6 +326,7 @@ class Pack:
         )
         self.incarnation = answer.incarnation
         self.withdrawn = set(answer.withdrawn)
+        self.unevaluated = set(answer.unevaluated)
 
     def wait_until_settled(self) -> None:
         """Until everything is evaluated and written: then this process may go."""

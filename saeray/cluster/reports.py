@@ -27,6 +27,7 @@ from saeray.spec.messages import (
     FINAL_METRICS,
     INTERRUPTED,
     STOPPED,
+    TRAINING,
     Answer,
     Report,
     Result,
@@ -160,6 +161,8 @@ class Reports:
                 line = {k: v for k, v in metrics.items() if k not in FINAL_METRICS}
             elif state == INTERRUPTED:
                 line = report.metrics if entry.config.logs_at(report.step) else None
+            elif state == TRAINING and not entry.config.evaluates_at(report.step):
+                line = report.metrics  # evaluated for who decides on it, not for the log
             if line is None:
                 written = self.track(self.tracker.flush, entry.name)
             else:
@@ -205,6 +208,7 @@ class Reports:
             self.state.incarnation,
             [e.name for e in entries if e.withdrawn],
             {e.name: e.config.steps if e.row_written else e.settled for e in entries},
+            [e.name for e in entries if wants_evaluation(e)],
         )
 
     def end(self, entry: Entry, state: str, error: str | None) -> None:
@@ -247,6 +251,7 @@ class Reports:
         self.interrupt_rest(str(self.state.error))
 
     def result_of(self, entry: Entry) -> Result:
+        folder = self.state.folder / "trials" / entry.name
         return Result(
             entry.number,
             entry.n_training_tokens,
@@ -254,8 +259,9 @@ class Reports:
             {k: v for k, v in entry.metrics.items() if isinstance(v, (int, float))},
             entry.state,
             entry.error,
-            entry.path,
-            (self.state.folder / "trials" / entry.name).uri,
+            # Where it will be, however it is stopped.
+            entry.path if entry.ended else (folder / "final").uri,
+            folder.uri,
         )
 
     def track(self, call: Any, *args: Any) -> Any:
@@ -284,6 +290,13 @@ def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) ->
 
     share = -(-len(configs) // len(stream.ready))
     return max(1, min(share, EVALUATED_TOGETHER, EVALUATED_BYTES // max(map(n_bytes, configs))))
+
+
+def wants_evaluation(entry: Entry) -> bool:
+    """Whether its next report shall be evaluated, since results without one can't be decided on."""
+    if not entry.decided_upon or entry.evaluated or entry.ended:
+        return False
+    return not any(evaluation is not None for _, evaluation in entry.pending)
 
 
 def publish(entry: Entry) -> None:

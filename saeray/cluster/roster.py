@@ -15,16 +15,17 @@ import asyncio
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster import registry
 from saeray.cluster.dispatch import Dispatch
+from saeray.cluster.overview import Overview
 from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, SweepState
@@ -34,12 +35,12 @@ from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE, refuse_duplicates
 from saeray.spec.messages import (
+    ENDS,
     FAILED,
     INTERRUPTED,
     STOPPED,
     WAITING,
     Answer,
-    Gauges,
     PackPlan,
     ReaderGauges,
     Report,
@@ -88,7 +89,7 @@ class Roster:
         )
         self.recorded = 0.0
         self.gone = asyncio.Event()  # closed, with all there was to do
-        self.token_counts: Any = None
+        self.overview = Overview(self.state, self.reports, self.streams)
         # A call that arrives while memory comes back waits for it.
         self.ready = self.state.do(self.recall())
         self.state.do(self.watch())
@@ -137,36 +138,33 @@ class Roster:
         if self.state.closed:
             return None
         entry = self.state.entries.get(name)
+        while entry is not None and entry.withdrawn and entry.state not in (WAITING, *ENDS):
+            await asyncio.sleep(0.05)  # it is on its way out of its pack
         if entry is None:
             entry = self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
             await self.state.remember()
-            self.last_enlisted = time.monotonic()
             self.start_gathering()
         elif entry.state in (STOPPED, INTERRUPTED):  # paused by Tune and taken up again
             self.take_up_again(entry)
-            await self.dispatch.launch([entry])
+            self.start_gathering()  # HyperBand wakes several, which then train together
         elif entry.attached and entry.config.to_dict() != config:
             raise ConfigError(f"duplicate trial {name}: another trial has enlisted under it.")
-        entry.attached = True
+        entry.attached, entry.withdrawn = True, False
         return None if self.state.closed else True  # it may have begun to close meanwhile
 
-    async def next_result(self, name: str, after: int) -> Result | NotYet:
-        """The newest result of an SAE, once it is newer than `after`."""
+    async def next_result(self, name: str, after: int, decides: bool = False) -> Result | NotYet:
+        """The newest result of an SAE, once it is newer than `after`.
+
+        decides: for a scheduler or searcher, so that it has to have held-out figures.
+        """
         await self.ready
         self.seen()
         entry = self.state.entries[name]
         entry.attached = True
-        deadline = time.monotonic() + POLL_SECONDS
-        while entry.number <= after or (entry.ended and not entry.row_written):
-            self.state.raise_error()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return NotYet(f"{name} ({entry.state})")
-            try:
-                await asyncio.wait_for(entry.news.wait(), left)
-            except (TimeoutError, asyncio.TimeoutError):
-                return NotYet(f"{name} ({entry.state})")
-        return self.reports.result_of(entry)
+        entry.decided_upon |= decides
+        if await self.comes(entry, lambda: entry.number > after and entry.to_be_told):
+            return self.reports.result_of(entry)
+        return NotYet(f"{name} ({entry.state})")
 
     async def withdraw(self, name: str) -> None:
         """A trial was stopped: its SAE leaves its pack at the next log step."""
@@ -177,6 +175,31 @@ class Roster:
             entry.attached = False
             entry.withdrawn = not entry.ended
 
+    async def left(self, name: str) -> NotYet | None:
+        """Answers once a withdrawn SAE has left its pack and is saved, or another trial has it."""
+        await self.ready
+        self.seen()
+        entry = self.state.entries.get(name)
+        if entry is None:
+            return None
+
+        def through() -> bool:
+            waits = entry.withdrawn and not entry.attached and entry.state != WAITING
+            return not waits or self.state.over or (entry.ended and entry.row_written)
+
+        return None if await self.comes(entry, through) else NotYet(f"{name} ({entry.state})")
+
+    async def comes(self, entry: Entry, news: Callable[[], bool]) -> bool:
+        """Whether what is waited for of an SAE is so within POLL_SECONDS."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while not news():
+            self.state.raise_error()
+            try:
+                await asyncio.wait_for(entry.news.wait(), max(0.0, deadline - time.monotonic()))
+            except (TimeoutError, asyncio.TimeoutError):
+                return news()
+        return True
+
     async def status(self, passing: bool = False) -> SweepStatus:
         """The sweep as it stands, for the live view.
 
@@ -185,44 +208,7 @@ class Roster:
         await self.ready
         if not passing:
             self.seen()
-        now: list[Gauges] = []
-        for stream in self.streams.running:
-            gauges = await self.streams.look(stream)
-            if gauges is None:
-                continue
-            now.append(gauges)
-            try:
-                self.token_counts = await asyncio.wait_for(
-                    stream.token_server.counts.remote(), POLL_SECONDS
-                )
-            except (TimeoutError, asyncio.TimeoutError, RayError):
-                continue  # busy or being started again; the next look will tell
-        counts = self.token_counts
-        passes: dict[str, int] = {}
-        for e in self.state.entries.values():
-            passes[e.stream_key] = max(passes.get(e.stream_key, 0), e.n_training_tokens)
-        return SweepStatus(
-            rows=[e.row for e in self.state.entries.values()],
-            phase=self.state.phase,
-            # What a buffer that died has harvested was harvested all the same.
-            harvested_tokens=sum(harvested for harvested, _ in self.state.tokens.values()),
-            cached_tokens=sum(cached for _, cached in self.state.tokens.values()),
-            trained_tokens=sum(e.n_training_tokens for e in self.state.entries.values()),
-            gauges=now,
-            readers={n: p.reader for n, p in self.state.packs.items() if p.reader is not None},
-            warnings=[*self.warnings, *(counts.warnings if counts else [])],
-            error=None if self.state.error is None else str(self.state.error),
-            bad_input=isinstance(self.state.error, ConfigError),
-            epochs=counts.epochs if counts else 1,
-            skipped_rows=counts.skipped_rows if counts else 0,
-            evaluation_tokens=self.reports.evaluation_tokens,
-            packs=[p.members for p in self.state.packs.values()],
-            pass_tokens=list(passes.values()),
-            training_since=self.state.training_since,
-            training_until=self.state.training_until,
-            milestones=self.state.milestones,
-            placement=self.streams.placement,
-        )
+        return await self.overview.status(self.warnings)
 
     async def interrupt(self) -> None:
         """Ends the training: packs save what they have, trials hear of it and end.
@@ -298,14 +284,20 @@ class Roster:
     # --- gathering --------------------------------------------------------------------------
 
     def start_gathering(self) -> None:
+        self.last_enlisted = time.monotonic()
         if self.gathering is None or self.gathering.done():
             self.gathering = self.state.do(self.gather())
 
     async def gather(self) -> None:
         """Waits until no trial has come for GATHER_SECONDS, then launches those that are there."""
-        while time.monotonic() - self.last_enlisted < GATHER_SECONDS:
-            await asyncio.sleep(0.2)
-        await self.dispatch.launch([e for e in self.state.entries.values() if e.state == WAITING])
+        launched = None
+        while launched != self.last_enlisted:  # others may come while these are launched
+            while time.monotonic() - self.last_enlisted < GATHER_SECONDS:
+                await asyncio.sleep(0.2)
+            launched = self.last_enlisted
+            await self.dispatch.launch(
+                [e for e in self.state.entries.values() if e.state == WAITING]
+            )
 
     # --- housekeeping -----------------------------------------------------------------------
 

@@ -28,7 +28,15 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Memory, Outcome, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.spec.fitted import Fitted
-from saeray.spec.messages import ENDS, WAITING, ReaderGauges, Report, SAERow, reader_name
+from saeray.spec.messages import (
+    ENDS,
+    EVALUATING,
+    WAITING,
+    ReaderGauges,
+    Report,
+    SAERow,
+    reader_name,
+)
 from saeray.stream.launch import Stream
 from saeray.version import __version__
 
@@ -51,6 +59,7 @@ class Entry:
     settling: asyncio.Task[None] | None = None
     settled: int = 0  # step up to which its reports are evaluated and written
     row_written: bool = False  # of its end: only then anyone hears of it
+    decided_upon: bool = False  # by a scheduler or searcher, which may want any held-out figure
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @cached_property
@@ -60,6 +69,18 @@ class Entry:
     @property
     def ended(self) -> bool:
         return self.state in ENDS
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether its metrics have held-out figures."""
+        return "eval/n_tokens" in self.metrics
+
+    @property
+    def to_be_told(self) -> bool:
+        """Whether its newest result is whole: settled at its end, with all that is decided upon."""
+        if self.state == EVALUATING or self.ended:
+            return self.row_written
+        return self.evaluated or not self.decided_upon
 
     @property
     def number(self) -> int:

@@ -12,6 +12,7 @@ there, so schedulers may pause and restore trials without copying weights.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from saeray.actors import waiting
 from saeray.actors.nodes import HEAD_SHARE, has_head
 from saeray.actors.waiting import NotYet
 from saeray.cluster.roster import find_or_create
-from saeray.errors import Late, SAEFailed
+from saeray.errors import ConfigError, SAEFailed, SaerayError, bad_value
 from saeray.files import strict_json
-from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
+from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve
 from saeray.spec.grid import derived_name
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED
 from saeray.spec.room import HEAD
+from saeray.spec.scheduler import EVALUATED, NO_TAKEOVER
 
 INTERNAL = "_saeray"  # key in a trial's config for a sweep of ours: its SAE and its folder
 POINTER = "sae.json"
@@ -36,8 +38,10 @@ POINTER = "sae.json"
 class SAETrial(tune.Trainable):
     """One SAE as a Tune trial. Its config is the flat fields of `LanguageModelSAERunnerConfig`.
 
-    Results have every metric by its wandb key, and `n_training_tokens` and `step` to be used as a
-    scheduler's `time_attr`; with `done` once the SAE is trained and evaluated.
+    Results have every metric by its wandb key, held-out ones as of the newest evaluation (the first
+    result has one, too), and `n_training_tokens` and `step` to be used as a scheduler's
+    `time_attr`; `path`, the folder that has the SAE once the trial has ended, however it did; and
+    `done` once the SAE is trained and evaluated.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -51,11 +55,12 @@ class SAETrial(tune.Trainable):
             self.sae = LanguageModelSAERunnerConfig.from_dict(known["sae"]["config"])
             self.name, sweep, folder = known["sae"]["name"], known["sweep"], known["folder"]
         else:
-            self.sae = resolve(LanguageModelSAERunnerConfig.from_dict(config))
+            self.sae = resolve(one_sae(LanguageModelSAERunnerConfig.from_dict(config)))
             self.name = derived_name(self.sae)
             sweep, folder = self.own_folder()
         # Bare. In a sweep of ours the results say it; Tune would start a failed trial again.
         self.raises = known is None
+        self.decides = known is None or known["decides"]  # a scheduler or searcher, on the results
         self.number = 0
         self.state = ""
         self.folder = ""
@@ -101,14 +106,18 @@ class SAETrial(tune.Trainable):
         result = NotYet("")
         while isinstance(result, NotYet):  # however long its training takes
             result = waiting.ask(
-                lambda: self.roster.next_result.remote(self.name, self.number),
+                lambda: self.roster.next_result.remote(self.name, self.number, self.decides),
                 self.sae.wait_limit_s,
                 "roster",
             )
         self.number, self.state, self.folder = result.number, result.state, result.checkpoint
         if result.state in (FAILED, INTERRUPTED) and self.raises:
             raise SAEFailed(result.error)
+        # Tune ends an experiment whose results lack what it decides on: one that failed before its
+        # first evaluation, or a hook point that has no CE loss score.
+        lacking = dict.fromkeys(EVALUATED, math.nan) if self.decides else {}
         return {
+            **lacking,
             **result.metrics,
             "n_training_tokens": result.n_training_tokens,
             "step": result.step,
@@ -121,15 +130,29 @@ class SAETrial(tune.Trainable):
         (Path(checkpoint_dir) / POINTER).write_text(strict_json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing to copy: the roster goes on from the SAE's own newest checkpoint."""
+        """Nothing to copy: the roster goes on from the SAE's own newest checkpoint.
+
+        Raises:
+            ConfigError: it is another SAE's.
+        """
         pointer = strict_json.loads((Path(checkpoint) / POINTER).read_text())
+        if pointer["name"] != self.name:
+            raise ConfigError(f"{self.name} can't go on from {pointer['name']}: {NO_TAKEOVER}")
         self.folder, self.number = pointer["folder"], pointer["number"]
 
     def cleanup(self) -> None:
-        """Tune is done with this trial; an SAE that is still training leaves its pack."""
+        """Tune is done with this trial; an SAE that is still training leaves its pack.
+
+        A bare one waits for that: what its last result calls `path` is there when Tune has ended.
+        A sweep of ours waits for all its SAEs itself.
+        """
         try:
             waiting.ask(lambda: self.roster.withdraw.remote(self.name), 10.0, "roster")
-        except (Late, RayError):
+            if self.raises:
+                waiting.poll(
+                    lambda: self.roster.left.remote(self.name), self.sae.wait_limit_s, "roster"
+                )
+        except (SaerayError, RayError):
             pass  # the roster is gone, and with it what there was to withdraw from
 
     @classmethod
@@ -137,5 +160,27 @@ class SAETrial(tune.Trainable):
         """Next to nothing (Tune refuses zero), and on the head node.
 
         Tune's own files are seen there even on a cluster without shared storage.
+
+        Raises:
+            ConfigError: the experiment's scheduler is one that can't be had.
         """
+        from saeray.cluster.stopping import refuse_takeover_by_the_caller
+
+        refuse_takeover_by_the_caller()
         return tune.PlacementGroupFactory([{HEAD: HEAD_SHARE} if has_head() else {"CPU": 0.001}])
+
+
+def one_sae(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """The config of a trial, which is one SAE's.
+
+    Raises:
+        ConfigError: it describes a whole sweep.
+    """
+    for name in (*grid_axes(config), *(n for n in ("grid", "scheduler") if getattr(config, n))):
+        raise bad_value(
+            name,
+            getattr(config, name),
+            "a trial is one SAE; give Tune the grid (tune.grid_search([…]), tune.choice([…])) and "
+            "the scheduler, or take saeray.sweep.",
+        )
+    return config

@@ -22,7 +22,9 @@ from saeray.errors import ConfigError, bad_value
 from saeray.spec import architectures, recipes, synthetic
 from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
+from saeray.spec.points import all_values, checked_entries
 from saeray.spec.resources import Resources, resources_from
+from saeray.spec.scheduler import Scheduler, check_scheduler, scheduler_from
 
 TRAINED_PER_EVALUATED = 200  # tokens; docs/metrics.md: what evaluation costs
 
@@ -144,6 +146,10 @@ class LanguageModelSAERunnerConfig:
     # are trained on for each that is evaluated on, whichever is more.
     eval_every: int | None = None
 
+    # saeray: points beside those of the lists in fields, and what stops SAEs early
+    grid: dict | None = None  # a list of partial configs
+    scheduler: Scheduler | None = None  # {name: asha, metric: CE_loss_score}
+
     # Results
     log_to_wandb: bool = True
     wandb_project: str = "saeray"
@@ -168,6 +174,8 @@ class LanguageModelSAERunnerConfig:
             object.__setattr__(self, "device", str(self.device))  # a torch.device
         if isinstance(self.resources, Mapping):
             object.__setattr__(self, "resources", resources_from(self.resources))
+        if isinstance(self.scheduler, Mapping):
+            object.__setattr__(self, "scheduler", scheduler_from(self.scheduler))
         if self.wandb_project is None:  # the guide writes None where it wants wandb's default
             object.__setattr__(self, "wandb_project", "saeray")
         for f in fields(self):
@@ -176,11 +184,15 @@ class LanguageModelSAERunnerConfig:
                 object.__setattr__(self, f.name, list(value))
         check_types(self)
         axes = grid_axes(self)
-        if not axes:
+        if self.grid is not None:
+            entries = checked_entries(self.grid, type(self), NOT_AN_AXIS, dtype_name)
+            object.__setattr__(self, "grid", entries)
+        elif not axes:
             check_counts(self)
             for name, value in (architectures.filled(self) | recipes.filled(self)).items():
                 object.__setattr__(self, name, value)
             check_values(self)
+            check_scheduler(self)
         for name in axes:
             if name in NOT_AN_AXIS:
                 raise bad_value(name, getattr(self, name), "one value; it can't be a grid axis.")
@@ -316,6 +328,8 @@ NOT_AN_AXIS = frozenset(
         "checkpoint_every_s",
         "wait_limit_s",
         "text_version",
+        "grid",
+        "scheduler",
     }
 )
 
@@ -354,12 +368,7 @@ def resolve(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfi
     `training_tokens` the stream is as long as the longest: every SAE of the sweep then sees the
     same rows in the same order.
     """
-    seeds = config.seed if isinstance(config.seed, list) else [config.seed]
-    tokens = (
-        config.training_tokens
-        if isinstance(config.training_tokens, list)
-        else [config.training_tokens]
-    )
+    seeds, tokens = all_values(config, "seed"), all_values(config, "training_tokens")
     return config.replace(
         data_seed=seeds[0] if config.data_seed is None else config.data_seed,
         stream_tokens=max(tokens) if config.stream_tokens is None else config.stream_tokens,
@@ -368,7 +377,8 @@ def resolve(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfi
 
 def grid_axes(config: LanguageModelSAERunnerConfig) -> list[str]:
     """The fields that hold a list, in the order of their declaration."""
-    return [f.name for f in fields(config) if isinstance(getattr(config, f.name), list)]
+    names = [f.name for f in fields(config) if f.name != "grid"]
+    return [name for name in names if isinstance(getattr(config, name), list)]
 
 
 def stream_key(config: LanguageModelSAERunnerConfig) -> str:

@@ -17,6 +17,7 @@ from saeray.errors import ConfigError, nearest
 from saeray.spec.architectures import owners
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.resources import Resources
+from saeray.spec.scheduler import Scheduler
 
 DECLARATION = re.compile(r"    (\w+): ([^=#]+?)(?: = ([^#]+?))?(?:  # (.*))?")
 OURS = "saeray: "  # begins the words of what the guide does not have
@@ -34,15 +35,19 @@ class Field(NamedTuple):
 
 
 def all_fields() -> list[Field]:
-    """In the order of their declaration; those of `resources:` last."""
-    return [*declared(LanguageModelSAERunnerConfig), *declared(Resources, "resources.")]
+    """In the order of their declaration; those of `scheduler:` and `resources:` last."""
+    return [
+        *declared(LanguageModelSAERunnerConfig),
+        *declared(Scheduler, "scheduler."),
+        *declared(Resources, "resources."),
+    ]
 
 
 def declared(kind: Any, prefix: str = "") -> list[Field]:
     """Of one dataclass, by its source."""
     found: list[Field] = []
     known = {f.name for f in fields(kind)}
-    group, above, begins = "Resources" if prefix else "", list[str](), True
+    group, above, begins = prefix.rstrip("."), list[str](), True
     for line in inspect.getsource(kind).split('"""', 2)[2].splitlines():
         if not line.strip():
             above, begins = [], True
@@ -115,8 +120,8 @@ def as_markdown() -> str:
         "# Fields of a sweep",
         "",
         "Made by `saeray fields --markdown > docs/config.md` from the declarations in",
-        "`saeray/spec/config.py` and `saeray/spec/resources.py`. A list in a field is a grid axis.",
-        "None stands for `null` in YAML.",
+        "`saeray/spec/config.py`, `scheduler.py` and `resources.py`. A list in a field is a grid",
+        "axis; [search.md](search.md) has `grid` and `scheduler`. None stands for `null` in YAML.",
     ]
     group = None
     for f in all_fields():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from saeray.errors import ConfigError
 from saeray.spec import architectures
 from saeray.spec.architectures import OWN_FIELDS, SPARSITY
-from saeray.spec.config import LanguageModelSAERunnerConfig, digest, grid_axes, resolve
+from saeray.spec.config import LanguageModelSAERunnerConfig, digest, resolve
+from saeray.spec.points import all_values, of_entry, products
 
 NAME_LENGTH = 120  # characters of an SAE's name: file systems have 255, and paths have several
 LABEL_LENGTH = 20  # what is left of a long label
@@ -25,39 +26,58 @@ class SAE(NamedTuple):
 
 
 def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
-    """The Cartesian product over every field that holds a list.
+    """The Cartesian product over every field that holds a list, for each entry of `grid`.
 
     Raises:
         ConfigError: a value of the product is bad, or two points of it are the same SAE.
     """
     config = resolve(config)
-    axes = grid_axes(config)
-    along = [getattr(config, axis) for axis in axes]
-    points = []
-    for values, labels in zip(
-        itertools.product(*along), itertools.product(*map(labels_of, along)), strict=True
-    ):
-        changes = dict(zip(axes, values, strict=True))
-        foreign = foreign_fields(config, changes) if "architecture" in axes else []
-        point = config.replace(**changes | dict.fromkeys(foreign))
-        own = [(a, text) for a, text in zip(axes, labels, strict=True) if a not in foreign]
-        points.append(SAE(joined([a for a, _ in own], [text for _, text in own]), point))
-    if "architecture" in axes:  # along an axis that means nothing for them they are all the same
-        points = [p for i, p in enumerate(points) if p.name not in {q.name for q in points[:i]}]
-    refuse_duplicates(points)
-    return points
+    order = [f.name for f in fields(config)]
+    named: list[dict[str, Any]] = []  # by the fields that a point has its name of
+    points: list[LanguageModelSAERunnerConfig] = []
+    architectures_of = set(all_values(config, "architecture"))
+    for number, entry in enumerate(config.grid or [{}], start=1):
+        # Two values of its own architecture make this field foreign to some points, one does not.
+        own = () if isinstance(entry.get("architecture"), list) else tuple(entry)
+        of_this: list[dict[str, Any]] = []
+        for values in products(config, entry, order):
+            this = values.get("architecture", config.architecture)
+            foreign = foreign_fields(this, architectures_of - {this})
+            foreign = [name for name in foreign if name not in own]
+            name_of = {name: v for name, v in values.items() if name not in foreign}
+            if foreign and name_of in of_this:
+                continue  # along an axis that means nothing for them they are all the same
+            of_this.append(name_of)
+            try:
+                points.append(config.replace(**values | dict.fromkeys(foreign), grid=None))
+            except ConfigError as error:
+                where = of_entry(number) if config.grid else ""
+                raise ConfigError(f"{where}{error}") from None
+        named += of_this
+    labels = {
+        name: dict(zip(map(repr, along), labels_of(along), strict=True))
+        for name in order
+        if (along := [values[name] for values in named if name in values])
+    }
+    saes = [
+        SAE(joined(list(values), [labels[name][repr(v)] for name, v in values.items()]), point)
+        for values, point in zip(named, points, strict=True)
+    ]
+    refuse_duplicates(saes)
+    if config.grid is not None:
+        refuse_equals(saes)
+    return saes
 
 
-def foreign_fields(config: LanguageModelSAERunnerConfig, changes: dict[str, Any]) -> list[str]:
+def foreign_fields(this: str, others: Iterable[str]) -> list[str]:
     """Of a grid over architectures, the fields that belong to others of it than this point's."""
-    this = changes["architecture"]
-    others = {a for a in config.architecture if a in OWN_FIELDS}
+    known = {a for a in others if a in OWN_FIELDS}
     return [
         name
         for name in architectures.FIELDS
         if this in OWN_FIELDS
         and name not in OWN_FIELDS[this]
-        and others.intersection(architectures.owners(name))
+        and known.intersection(architectures.owners(name))
     ]
 
 
@@ -128,3 +148,15 @@ def refuse_duplicates(points: Sequence[SAE]) -> None:
                 "every SAE of a sweep must differ in some field."
             )
         seen.add(point.name)
+
+
+def refuse_equals(points: Sequence[SAE]) -> None:
+    """Entries of `grid` can say the same in two ways."""
+    names: dict[str, str] = {}
+    for point in points:
+        other = names.setdefault(digest(point.config.to_dict()), point.name)
+        if other != point.name:
+            raise ConfigError(
+                f"grid: {other} and {point.name} are the same SAE; "
+                "every SAE of a sweep must differ in some field."
+            )

@@ -103,6 +103,7 @@ class Answer(NamedTuple):
     incarnation: str  # of the roster; a new one may not have what the old one was told
     withdrawn: list[str]  # SAEs that shall leave the pack
     settled: dict[str, int]  # SAE -> step up to which its reports are evaluated and written
+    unevaluated: Sequence[str] = ()  # SAEs whose next report shall be evaluated, whatever its step
 
 
 class CacheKey(NamedTuple):

@@ -138,4 +138,7 @@ def describe(saes: Sequence[SAE]) -> str:
             f"blocks ({c.n_batches_in_buffer * c.block_rows:,} activations)"
         )
         lines += [f"    {m.name}: {m.config.steps:,} steps" for m in members]
+    scheduler = saes[0].config.scheduler
+    if scheduler is not None:
+        lines.append(f"  scheduler: {scheduler.described(saes[0].config)}")
     return "\n".join(lines)

@@ -10,12 +10,16 @@ from saeray.errors import ConfigError
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fields import all_fields, as_markdown, matching
 from saeray.spec.resources import Resources
+from saeray.spec.scheduler import Scheduler
 
 
 def test_every_field_is_there_with_its_default_and_words():
     every = {f.name: f for f in all_fields()}
     names = [f.name for f in fields(LanguageModelSAERunnerConfig)]
-    assert list(every) == names + [f"resources.{f.name}" for f in fields(Resources)]
+    for section, kind in (("scheduler", Scheduler), ("resources", Resources)):
+        names += [f"{section}.{f.name}" for f in fields(kind)]
+    assert list(every) == names
+    assert every["scheduler.metric"][1:4] == ("Scheduler", "str", None)
     assert every["lr"].default == "3e-4" and every["model_name"].default is None
     assert every["context_size"][1:] == (
         "The language model and its text", "int", "128", "tokens per LM context", (),

@@ -30,7 +30,8 @@ else:
     run = tune.RunConfig(name="restored", storage_path=place, verbose=0)
     tuner = tune.Tuner(saeray.SAETrial, param_space=space, run_config=run)
 results = tuner.fit()
-print("RESULT", json.dumps([r.metrics["n_training_tokens"] for r in results]))
+best = results.get_best_result(metric="metrics/CE_loss_score", mode="max")
+print("RESULT", saeray.load_sae(best.metrics["path"]).d_in)
 """
 
 
@@ -67,7 +68,7 @@ def test_a_restored_tune_run_keeps_the_saes_that_had_finished(tiny, tmp_path):
     assert len(done) == 2, said
     again = start(config, tmp_path)
     said = again.communicate(timeout=300)[0]
-    assert "RESULT" in said, said
+    assert "RESULT 128" in said, said
     after = {r["trial"]: r for r in rows(folder)}
     assert after.keys() == before.keys()
     assert yaml.safe_load((folder / "sweep.yaml").read_text())["saes"].keys() == before.keys()
