@@ -142,8 +142,8 @@ class LanguageModelSAERunnerConfig:
 
     # saeray: evaluation on held-out windows
     eval_windows: int = 64  # contexts set aside; no SAE ever trains on them
-    # Optimizer steps; 0: at the end only; None: 10 x wandb_log_frequency, or so many that 200 tokens
-    # are trained on for each that is evaluated on, whichever is more.
+    # Optimizer steps; 0: at the end only; None: 10 x wandb_log_frequency, or so many that 200
+    # tokens are trained on for each that is evaluated on, whichever is more.
     eval_every: int | None = None
 
     # saeray: points beside those of the lists in fields, and what stops SAEs early
