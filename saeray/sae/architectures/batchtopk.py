@@ -4,8 +4,8 @@
 
 So rows share what they need. Those that equal the smallest of them are all in, and nothing depends
 on an order. Used without a batch it is a JumpReLU: f = h · 1[h > θ], θ the running mean (rate
-topk_threshold_rate, in double precision) of the batches' smallest active value; the first batch's
-is where it begins.
+topk_threshold_rate, in double precision) of the batches' smallest active value. Early on, when that
+moves fast, the mean is of fewer: the rate is EARLY over the batches so far where that is more.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from saeray.sae.architectures.jumprelu import JumpReLUSAE
 from saeray.sae.architectures.topk import Selecting
 from saeray.sae.options import TrainingOptions
 
+EARLY = 10.0
+
 
 class BatchTopK(Selecting):
     """Trains the weights of a `StandardSAE`; what it publishes is a `JumpReLUSAE`."""
 
-    EXTRA_STATE = ("threshold", "smallest")
+    EXTRA_STATE = ("threshold", "smallest", "n_seen")
 
     def __init__(self, sae: SAE, options: TrainingOptions) -> None:
         super().__init__(sae, options)
+        self.n_seen = 0  # batches in the mean
         self.threshold: float | None = None  # θ, in the unit of h times its row's norm
 
     def n_of_batch(self, n_rows: int) -> int:
@@ -41,7 +44,8 @@ class BatchTopK(Selecting):
     def after_step(self) -> None:
         if self.smallest == math.inf:  # nothing was active
             return
-        rate = self.options.topk_threshold_rate
+        self.n_seen += 1
+        rate = min(1.0, max(self.options.topk_threshold_rate, EARLY / self.n_seen))
         before = self.smallest if self.threshold is None else self.threshold
         self.threshold = (1 - rate) * before + rate * self.smallest
 
