@@ -4,12 +4,16 @@ import os
 import threading
 
 import pytest
+import ray._private.auto_init_hook as auto_init
 from support.bundled import fields
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("WANDB_SILENT", "true")
+# A call that would start a Ray, as many do where there is none, is a fault of its test: those that
+# come after it would find one.
+auto_init.enable_auto_connect = False
 # For the S3 server of `s3`; Ray's processes inherit them.
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
 

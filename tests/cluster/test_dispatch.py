@@ -27,6 +27,7 @@ def launched(monkeypatch, tmp_path):
     """How many of three packs of one CPU are launched where so many CPUs are free."""
     monkeypatch.setattr(dispatch, "start_launcher", lambda *_: None)
     monkeypatch.setattr(dispatch.ray, "get_actor", lambda *_: None)
+    monkeypatch.setattr(dispatch, "namespace", lambda: "ns")
     fitted = fit(Resources(trainer_cpus=1), Cluster.one_machine(2), 1, use_gpu=False)
 
     def count(cpus, **changes):

@@ -278,7 +278,7 @@ def test_a_script_by_ray_submit_with_its_results_on_s3(cluster, undisturbed):
         assert "LM tokens harvested: 245,760" in said
         key, _, query = bucket.partition("?")
         said = cluster.saeray(f"fetch {shlex.quote(f'{key}/a?{query}')} a", env=KEYS)
-    assert "fetched 12 files" in said
+    assert "fetched 14 files" in said
     assert_same(cluster.fetched("a"), undisturbed)
 
 
