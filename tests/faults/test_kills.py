@@ -165,7 +165,6 @@ def test_one_kill(undisturbed, tmp_path, capsys, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["RayTrainWorker", "ActivationBuffer"])
 def test_one_kill_of_a_pack_at_two_hook_points(undisturbed, tmp_path, kind):
     """Those that `undisturbed` has too, at one of them, are the same; and it is still one pack."""

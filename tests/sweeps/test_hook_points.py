@@ -41,7 +41,6 @@ def little_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_packs_for_which_there_is_no_memory_come_later(little_memory, tiny, tmp_path):
     grid = tiny | dict(train_batch_size=[256, 512, 1024], expansion_factor=128)
     three = saeray.sweep(

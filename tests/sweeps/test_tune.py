@@ -30,6 +30,7 @@ def rows(folder):
     return {r["trial"]: r for r in SweepFolder(Folder.at(folder), folder.name).read_rows()}
 
 
+@pytest.mark.slow
 def test_optuna_searches_on_the_score_and_what_it_stops_loads(tiny, tmp_path):
     seen = Seen()
     results = tune.Tuner(
@@ -73,7 +74,6 @@ def test_optuna_searches_on_the_score_and_what_it_stops_loads(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_hyperband_pauses_saes_and_the_best_goes_on(tiny, tmp_path):
     lrs = [1e-3, 4e-3, 1e-5, 2e-3]
     results = tune.Tuner(
