@@ -133,6 +133,7 @@ def test_a_scheduler_that_moves_weights_is_refused_before_anything_starts(tiny, 
     assert not list(tmp_path.glob("*/.ray"))
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_its_worst_saes_and_says_so(tiny, tmp_path):
     config = tiny | dict(
         training_tokens=LONG * 1024,
