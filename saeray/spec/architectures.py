@@ -33,7 +33,7 @@ OWN_FIELDS: dict[str, dict[str, Any]] = {
         "use_ghost_grads": False,
         "p_end": 0.2,
         "p_anneal_start_step": NO_DEFAULT,
-        "p_updates": 10,
+        "p_updates": NO_DEFAULT,
     },
     "gated": L1 | {"gated_aux_decoder": NO_DEFAULT},
     "topk": TOPK,
@@ -62,6 +62,7 @@ RESAMPLING = ("l2",)
 GATED_AUX_DECODER = {"unit": "constant", "free": "live"}
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
 AUXK_SCALINGS = {"residual_variance": 1 / 32, "dead_share": 1.0}  # and their coefficients
+P_UPDATES = 10  # or as many as there are steps
 P_ANNEAL_START = 0.25  # of all steps, where p_anneal_start_step is not given
 # Widths below d_sae, as shares of it, where matryoshka_widths is not given: groups of 1/32, 1/16,
 # 1/8 and 1/4 of the features, as in dictionary_learning.
@@ -117,7 +118,11 @@ def derived(config: Any) -> dict[str, Any]:
     own = OWN_FIELDS[config.architecture]
     found: dict[str, Any] = {}
     if config.architecture == "p_anneal":
-        found["p_anneal_start_step"] = int(config.steps * P_ANNEAL_START)
+        start = config.p_anneal_start_step
+        if start is None:
+            start = int(config.steps * P_ANNEAL_START)
+        found["p_anneal_start_step"] = start
+        found["p_updates"] = max(1, min(P_UPDATES, config.steps - start))
     if "auxk_coefficient" in own:
         scaling = config.auxk_scaling or own["auxk_scaling"]
         found["auxk_coefficient"] = AUXK_SCALINGS.get(scaling, 0.0)
