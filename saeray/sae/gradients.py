@@ -217,7 +217,7 @@ def lane_gradients(
             out.b_dec.add_(gate.dx_hat.sum(dim=0))
         active = Active(h, f, dh, whole, partial(row_l0, f), column, gate and gate.df)
         if want_l1 and rule.penalty is None:
-            out.l1.add_(rule.sparsity(h, f, active))
+            out.l1.add_(rule.sparsity(active))
         rule.pull_back_block(active, out.extra)
         factors.add_product(dh.t(), x_centred, out.W_enc.t(), first)
         out.b_enc.add_(dh.sum(dim=0))

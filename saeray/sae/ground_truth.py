@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saeray.sae.assignment import best_assignment
+from saeray.sae.stability import directions
 
 FOUND = 0.9  # |cos| above which a feature counts as found
 
@@ -43,7 +44,7 @@ class Recovery(NamedTuple):
 
 def matched(W_dec: Tensor, features: Tensor) -> Matching:
     """W_dec [L, D], features [F, D]."""
-    cosines = (unit_rows(features) @ unit_rows(W_dec).T).abs()  # [F, L]
+    cosines = (directions(features) @ directions(W_dec).T).abs()  # [F, L]
     n_features, n_latents = cosines.shape
     latent = torch.full((n_features,), -1)
     if n_features <= n_latents:
@@ -52,12 +53,6 @@ def matched(W_dec: Tensor, features: Tensor) -> Matching:
         latent[torch.from_numpy(best_assignment(cosines.T.numpy()))] = torch.arange(n_latents)
     cosine = cosines[torch.arange(n_features), latent.clamp_min(0)]
     return Matching(latent, torch.where(latent >= 0, cosine, 0.0))
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """In float64 on the CPU; rows of zeros stay zero."""
-    x = x.detach().cpu().double()
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 class RecoverySums:

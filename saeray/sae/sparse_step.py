@@ -242,7 +242,7 @@ class SparseStep:
             return torch.from_numpy(np.diff(before[entries.offsets])).to(h.dtype)
 
         h = torch.from_numpy(entries.value[:n])
-        h = h.clone() if rule.keeps_h or rule.has_gate else h
+        h = h.clone() if rule.keeps_h else h
         f = torch.from_numpy(entries.value[:n])
         df_gate, inner, gate = None, 0.0, NO_GATE
         if rule.has_gate:
@@ -260,7 +260,7 @@ class SparseStep:
             )  # fmt: skip
         df = torch.from_numpy(entries.dh[:n])
         active = Active(h, f, df, at, row_l0, of_row, df_gate)
-        sparsity = float(rule.sparsity(h, f, active)) if self.want_l1 else 0.0
+        sparsity = float(rule.sparsity(active)) if self.want_l1 else 0.0
         pulled = rule.pull_back(active)
         df.copy_(pulled.dh)
         sums = {

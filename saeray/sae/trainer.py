@@ -22,7 +22,6 @@ from torch import Tensor
 from saeray.sae import cuda_step, resampling
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import PARAMETERS, SAE, StepContext
-from saeray.sae.architectures.standard import Standard
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
@@ -63,7 +62,7 @@ class SAETrainer:
         device = sae.W_enc.device
         # On a GPU with Triton, Adam and what belongs to it are one kernel, from the first step on.
         self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
-        self.on_gpu = self.on_gpu and isinstance(self.rule, Standard)
+        self.on_gpu = self.on_gpu and self.rule.penalty is not None
         self.half: HalfWeights | None = None
         if self.on_gpu and options.compute_dtype == "bfloat16":
             self.half = HalfWeights(sae)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from saeray.sae.stability import MOST_FEATURES, Matching, match, pw_mcc
+from saeray.sae.assignment import Matching, best_assignment
+from saeray.sae.stability import MOST_FEATURES, pw_mcc
 
 
 def rows(n, d, seed):
@@ -45,7 +46,7 @@ def test_features_that_have_their_counterpart_are_found_among_others():
 def test_the_sum_counts_and_not_who_is_nearest():
     # Each for itself, both rows want column 0; the best sum gives it to the second one.
     similarity = np.array([[0.9, 0.8], [0.85, 0.1]])
-    assert match(similarity).tolist() == [1, 0]
+    assert best_assignment(similarity).tolist() == [1, 0]
 
 
 def test_a_smaller_dictionary_is_matched_into_a_larger_one():
@@ -77,7 +78,7 @@ def test_a_large_matching_is_the_best_one_by_duality(n, m, kind):
     assert not price[np.setdiff1d(np.arange(m), columns)].any()
     bound = (similarity - price).max(axis=1).sum() + price.sum()
     assert similarity[np.arange(n), columns].sum(dtype=np.float64) == pytest.approx(bound, rel=1e-9)
-    assert match(similarity).tolist() == columns.tolist()
+    assert best_assignment(similarity).tolist() == columns.tolist()
 
 
 def test_it_is_repeatable_whatever_the_number_of_threads():
@@ -108,4 +109,4 @@ def test_what_has_no_pw_mcc_is_refused(a, b, words):
 
 def test_more_rows_than_columns_have_no_matching():
     with pytest.raises(ValueError, match="3 rows and 2 columns"):
-        match(np.ones((3, 2)))
+        best_assignment(np.ones((3, 2)))

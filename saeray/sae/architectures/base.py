@@ -274,9 +274,9 @@ class Rule:
         for name, values in pulled.sums.items():
             extra[name].add_(values.sum(dim=0))
 
-    def sparsity(self, h: Tensor, f: Tensor, active: Active) -> Tensor:
+    def sparsity(self, active: Active) -> Tensor:
         """The sparsity term's value without its coefficient, summed over the entries; 0-d."""
-        return self.weighted(f, active.at).sum()
+        return self.weighted(active.f, active.at).sum()
 
     # --- the end of a step ----------------------------------------------------------------
 

@@ -84,8 +84,8 @@ class Gated(Rule):
             sums["norm"] = torch.relu(h) * self.step.per_row
         return Pulled(to_product + by_gate, sums)
 
-    def sparsity(self, h: Tensor, f: Tensor, active: Active) -> Tensor:
-        return self.weighted(torch.relu(h), active.at).sum()
+    def sparsity(self, active: Active) -> Tensor:
+        return self.weighted(torch.relu(active.h), active.at).sum()
 
     def finish_gradient(self, grad: Any) -> None:
         super().finish_gradient(grad)

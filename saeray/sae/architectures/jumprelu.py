@@ -99,12 +99,12 @@ class JumpReLU(Rule):
         f = self.weighted(active.f, active.at)
         return torch.tanh(self.options.jumprelu_tanh_scale * f)
 
-    def sparsity(self, h: Tensor, f: Tensor, active: Active) -> Tensor:
+    def sparsity(self, active: Active) -> Tensor:
         mode, target = self.options.jumprelu_sparsity_loss_mode, self.options.target_l0
         if mode == "tanh":
             return self.tanh(active).sum()
         if mode == "step":
-            return (f != 0).sum().to(f.dtype)
+            return (active.f != 0).sum().to(active.f.dtype)
         return (2 / target) * (active.row_l0() - target).square().sum()
 
     def after_step(self) -> None:

@@ -81,8 +81,8 @@ class PAnneal(Rule):
             sums["next_power"] = self.weighted(self.power(f, self.next_p), active.at)
         return Pulled(dh, sums)
 
-    def sparsity(self, h: Tensor, f: Tensor, active: Active) -> Tensor:
-        return self.weighted(self.power(f, self.p), active.at).sum()
+    def sparsity(self, active: Active) -> Tensor:
+        return self.weighted(self.power(active.f, self.p), active.at).sum()
 
     def finish_gradient(self, grad: Any) -> None:
         super().finish_gradient(grad)

@@ -29,6 +29,7 @@ class Standard(Rule):
     """Its steps are taken in the shortest way of all: everything is told by `penalty`."""
 
     keeps_h = False
+    constant: float | Tensor = 0.0  # `penalty` of this step
 
     @property
     def remedy(self) -> str | None:

@@ -64,8 +64,8 @@ class Selecting(Rule):
     def pull_back_block(self, active: Active, extra: dict[str, Tensor]) -> None:
         active.df.mul_(active.f > 0)
 
-    def sparsity(self, h: Tensor, f: Tensor, active: Active) -> Tensor:
-        return f.new_zeros(())
+    def sparsity(self, active: Active) -> Tensor:
+        return active.f.new_zeros(())
 
 
 class TopK(Selecting):
