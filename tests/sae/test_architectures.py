@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.training import gone_on_from
 
 from saeray.sae.architectures import ARCHITECTURES, published_sae
 from saeray.sae.architectures.base import PARAMETERS
@@ -236,11 +237,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(variant):
 
     whole = advanced(trainer(variant, dtype=torch.float32, **steps), 0, 14)
     half = advanced(trainer(variant, dtype=torch.float32, **steps), 0, 7)
-    tensors, numbers = half.state()
-    again = SAETrainer.resumed(
-        half.sae.with_tensors({n: p.clone() for n, p in half.sae.tensors.items()}),
-        half.options, {n: x.clone() for n, x in tensors.items()}, numbers,
-    )  # fmt: skip
+    again = gone_on_from(half)
     advanced(again, 7, 14)
     assert all(torch.equal(p, again.sae.tensors[n]) for n, p in whole.sae.tensors.items())
     assert whole.rule.state() == again.rule.state()

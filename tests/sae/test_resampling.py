@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.training import gone_on_from
 
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.initial import initial_sae
@@ -116,11 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(threads):
 
     pack = PackStep(threads)
     whole, half = advanced(trainer(), 0, 14), advanced(trainer(), 0, 7)
-    tensors, numbers = half.state()
-    again = SAETrainer.resumed(
-        half.sae.with_tensors({n: p.clone() for n, p in half.sae.tensors.items()}),
-        half.options, {n: x.clone() for n, x in tensors.items()}, numbers,
-    )  # fmt: skip
+    again = gone_on_from(half)
     advanced(again, 7, 14)
     assert whole.n_resampled == again.n_resampled >= 6 and whole.lr == again.lr
     assert all(torch.equal(p, again.sae.tensors[n]) for n, p in whole.sae.tensors.items())
