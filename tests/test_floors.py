@@ -16,7 +16,10 @@ import saeray
 PACKAGE = Path(saeray.__file__).parent
 
 # From the ground up: a module may use what is before its own floor, and its own floor.
-FLOORS = ("models", "sae", "spec", "lm", "text", "files", "actors", "stream", "cluster", "client")
+FLOORS = (
+    "models", "sae", "spec", "lm", "text", "files", "report", "actors", "stream", "cluster",
+    "client",
+)  # fmt: skip
 GROUND = ("saeray.errors", "saeray.version")  # which all of them may use
 ROOF = ("saeray", "saeray.__main__")  # which may use all of them, and nobody uses
 
@@ -118,6 +121,7 @@ HEAVY = ("ray", "transformer_lens", "transformers", "wandb", "datasets")
         ("sae sae.trainer", HEAVY),
         ("lm.model lm.evaluate", ("ray", "wandb")),
         ("files.checkpoint", ("ray", "wandb", "transformers")),
+        ("report.page", HEAVY),
         (
             "cluster.trial cluster.roster stream.buffer stream.launch client.driver",
             ("torch", "transformer_lens", "wandb"),
