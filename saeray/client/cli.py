@@ -203,7 +203,7 @@ def fields_command(arguments: argparse.Namespace) -> int:
 
 def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     """Checks everything that a sweep checks, models and texts included, and prints the plan."""
-    from saeray.spec.coefficients import MeanNorms, converted
+    from saeray.spec.coefficients import MeanNorms, converted, silencing
     from saeray.spec.config import resolve
     from saeray.spec.grid import expand
     from saeray.spec.plan import by_stream, describe, hook_points_of, plan_stream
@@ -227,9 +227,9 @@ def dry_run(config: LanguageModelSAERunnerConfig) -> int:
     for configs, of in zip(streams, facts, strict=True):
         for hook_point in hook_points_of(configs):
             here = [c for c in configs if c.resolved_hook_point == hook_point]
-            for text in converted(
-                here, of.d_in[hook_point], norms[configs[0].model_name, hook_point]
-            ):
+            here_norms = norms[configs[0].model_name, hook_point]
+            warnings += silencing(here, of.d_in[hook_point], here_norms)
+            for text in converted(here, of.d_in[hook_point], here_norms):
                 print(f"  {text}" if len(norms) == 1 else f"  {hook_point}: {text}")
     for plan, configs, of in zip(plans, streams, facts, strict=True):
         print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
