@@ -160,6 +160,21 @@ def test_a_warm_up_that_never_ends_is_warned_of():
     assert cautions(config(lr_warm_up_steps=8, lr_scheduler_name="constant", **run)) == []
 
 
+def test_a_window_in_which_nothing_can_die_is_warned_of():
+    run = dict(training_tokens=8192, train_batch_size=1024)
+    assert cautions(config(dead_feature_window=8, **run)) == []  # nothing is done with it
+    (said,) = cautions(config(dead_feature_window=8, use_ghost_grads=True, **run))
+    assert "before any feature counts as dead, so use_ghost_grads does nothing" in said
+    assert cautions(config(use_ghost_grads=True, **run)) == []
+    # By default a tenth of the steps, as far as the guide's 1000.
+    assert [config(training_tokens=4096 * n).dead_feature_window for n in (5, 488, 90_000)] == [
+        1, 48, 1000,
+    ]  # fmt: skip
+    assert config(recipe="guide-2024").dead_feature_window == 1000
+    with pytest.raises(ConfigError, match="dead_feature_window = 0: at least 1"):
+        config(dead_feature_window=0)
+
+
 def test_missing_fields_are_named():
     with pytest.raises(ConfigError, match="hook_point, dataset_path must be given"):
         LanguageModelSAERunnerConfig(model_name="m")
