@@ -21,7 +21,7 @@ from saeray.spec.messages import ENDS, SweepStatus
 LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
 # The stretch of time that a rate is of: LM tokens, SAE-tokens.
-HARVEST_SECONDS, TRAIN_SECONDS = 15.0, 60.0
+HARVEST_SECONDS, TRAIN_SECONDS = 15.0, 30.0
 NOTEBOOK_SIZE = 110, 40  # columns, lines
 
 
@@ -42,17 +42,17 @@ class Rates:
         if not self.jumps or status.trained_tokens != self.jumps[-1][1]:
             self.jumps.append((now, status.trained_tokens))
             recent = [jump for jump in self.jumps if now - jump[0] <= TRAIN_SECONDS]
-            self.jumps = recent if len(recent) >= 2 else self.jumps[-2:]
+            self.jumps = recent if len(recent) >= 3 else self.jumps[-3:]
 
     def per_second(self) -> tuple[float, float]:
         """LM tokens and SAE-tokens per second."""
         return slope(self.looks), slope(self.jumps)
 
     def time_left(self, status: SweepStatus, now: float) -> float | None:
-        """Seconds until all SAEs are trained, at the present rate; None: too early to say."""
-        trained = slope(self.jumps[1:] if len(self.jumps) > 2 else self.jumps)
+        """Seconds until all SAEs are trained, at the present rate; None: too early, or they are."""
+        trained = slope(self.jumps)
         left = tokens_left(status)
-        if left is None or trained <= 0:
+        if not left or trained <= 0:
             return None
         return max(0.0, left / trained - (now - self.jumps[-1][0]))
 
