@@ -19,7 +19,6 @@ import yaml
 
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
-from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.points import with_paths
 from saeray.version import __version__
@@ -79,7 +78,9 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     data = load_sweep_file(arguments.file, arguments.set)
     config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
     if arguments.dry_run:
-        return dry_run(config)
+        from saeray.client.dry_run import dry_run
+
+        return dry_run(config, arguments.address, arguments.namespace)
     from saeray.client.runner import sweep
 
     named = arguments.name or config.name
@@ -199,64 +200,6 @@ def fields_command(arguments: argparse.Namespace) -> int:
     print(as_markdown() if arguments.markdown else described(matching(arguments.word)), end="")
     print(end="" if arguments.markdown else "\n")
     return 0
-
-
-def dry_run(config: LanguageModelSAERunnerConfig) -> int:
-    """Checks everything that a sweep checks, models and texts included, and prints the plan."""
-    from saeray.spec.coefficients import MeanNorms, converted
-    from saeray.spec.config import resolve
-    from saeray.spec.grid import expand
-    from saeray.spec.plan import by_stream, describe, hook_points_of, plan_stream
-    from saeray.spec.recipes import described
-    from saeray.stream.check import check_models, check_texts
-
-    saes = expand(resolve(config))
-    streams = [[s.config for s in members] for members in by_stream(saes).values()]
-    norms: dict[tuple[str, str], MeanNorms] = {}
-    facts = check_models(streams, norms)
-    warnings = [text for of in facts for text in of.warnings]
-    warnings += check_texts([configs[0] for configs in streams])
-    warnings += [text for s in saes for text in cautions(s.config)]
-    plans = [
-        plan_stream(configs[0], hook_points_of(configs), of.d_in)
-        for configs, of in zip(streams, facts, strict=True)
-    ]
-    print(describe(saes))
-    for text in dict.fromkeys(described(s.config) for s in saes):
-        print(f"  {text}")
-    for configs, of in zip(streams, facts, strict=True):
-        for hook_point in hook_points_of(configs):
-            here = [c for c in configs if c.resolved_hook_point == hook_point]
-            for text in converted(
-                here, of.d_in[hook_point], norms[configs[0].model_name, hook_point]
-            ):
-                print(f"  {text}" if len(norms) == 1 else f"  {hook_point}: {text}")
-    for plan, configs, of in zip(plans, streams, facts, strict=True):
-        print(f"  buffer: {plan.slots} blocks, {plan.buffer_bytes:,} bytes of the object store")
-        print(f"  {memory_alone(configs, of, plan.buffer_bytes)}")
-    for text in dict.fromkeys(warnings):
-        print(printable(f"! {text}"))
-    return 0
-
-
-def memory_alone(configs: list[LanguageModelSAERunnerConfig], facts: Any, buffer: int) -> str:
-    """What a stream and its SAEs would take on this machine alone, in words."""
-    import psutil  # Ray brings it
-
-    from saeray.spec.memory import fit_saes, memory_of
-    from saeray.spec.room import Cluster
-
-    use_gpu = facts.device == "cuda"
-    # What Ray would count: a third goes to the object store.
-    memory = psutil.virtual_memory().available * 0.7
-    machine = Cluster.one_machine(os.cpu_count() or 1, gpus=float(use_gpu), memory=memory)
-    try:
-        fitted = fit_saes(configs, machine, use_gpu)
-    except ConfigError as error:
-        return f"on this machine alone: {error}"
-    taken = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, buffer)
-    passes = fitted.passes_said(configs[0].activation_cache is not None)
-    return f"on this machine alone: {taken}" + (f"; {passes}" if passes else "")
 
 
 def parser() -> argparse.ArgumentParser:

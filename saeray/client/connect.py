@@ -66,6 +66,36 @@ def quieten() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables; the live view is ours
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep at once
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # we write the metrics
+    # Trials only wait for reports: started one after the other they take no cores from the rest.
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "2")
+    without_lines_of_raylets()
+
+
+# What raylets say of what is meant to be so, or is mended and said by a sweep in its own words.
+OF_RAYLETS = ("worker processes have been started on", "A worker died or was killed while")
+
+
+def without_lines_of_raylets() -> None:
+    """Of what Ray prints into its driver's stdout, lines that are no news do not appear.
+
+    `log_to_driver` is of workers' lines only; these come by another way, which Ray 2.60 has no
+    switch for.
+    """
+    from ray._private import worker
+
+    printed = getattr(worker, "print_to_stdstream", None)
+    if printed is None or getattr(printed, "filters", False):
+        return
+
+    def filtered(data: Any, *args: Any, **kwargs: Any) -> None:
+        lines = [line for line in data["lines"] if not any(t in line for t in OF_RAYLETS)]
+        if lines or data.get("pid") != "raylet":
+            printed(
+                data | {"lines": lines} if data.get("pid") == "raylet" else data, *args, **kwargs
+            )
+
+    filtered.filters = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = filtered
 
 
 def start_ray(address: str | None, namespace: str | None = None) -> bool:

@@ -1,4 +1,5 @@
-"""The live view of a running sweep: a compact table, or plain lines when not on a terminal."""
+"""The live view of a running sweep: a table on a terminal, an output that changes in a notebook,
+plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -6,104 +7,104 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from saeray.client.live_table import lines_of
+from saeray.client.notebook import Output
 from saeray.client.speed import bottleneck, duration, human
 from saeray.errors import Late, printable
 from saeray.spec.messages import ENDS, SweepStatus
 
 LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
+# The stretch of time that a rate is of: LM tokens, SAE-tokens.
+HARVEST_SECONDS, TRAIN_SECONDS = 15.0, 30.0
+NOTEBOOK_SIZE = 110, 40  # columns, lines
 
 
 class Rates:
-    """Tokens per second over the last stretch of looks."""
+    """Tokens per second over the last stretch of looks.
+
+    Reports come every few steps, so what is trained grows in jumps: speed is measured from one jump
+    to another, not from a look to a look.
+    """
 
     def __init__(self) -> None:
-        self.looks: list[tuple[float, int, int]] = []
+        self.looks: list[tuple[float, int]] = []  # when, LM tokens
+        self.jumps: list[tuple[float, int]] = []  # when, SAE-tokens
 
     def add(self, now: float, status: SweepStatus) -> None:
-        self.looks.append((now, status.harvested_tokens, status.trained_tokens))
-        self.looks = [look for look in self.looks if now - look[0] <= 15.0]
+        self.looks.append((now, status.harvested_tokens))
+        self.looks = [look for look in self.looks if now - look[0] <= HARVEST_SECONDS]
+        if not self.jumps or status.trained_tokens != self.jumps[-1][1]:
+            self.jumps.append((now, status.trained_tokens))
+            recent = [jump for jump in self.jumps if now - jump[0] <= TRAIN_SECONDS]
+            self.jumps = recent if len(recent) >= 3 else self.jumps[-3:]
 
     def per_second(self) -> tuple[float, float]:
         """LM tokens and SAE-tokens per second."""
-        if len(self.looks) < 2 or self.looks[-1][0] <= self.looks[0][0]:
-            return 0.0, 0.0
-        (t0, h0, s0), (t1, h1, s1) = self.looks[0], self.looks[-1]
-        return (h1 - h0) / (t1 - t0), (s1 - s0) / (t1 - t0)
+        return slope(self.looks), slope(self.jumps)
+
+    def time_left(self, status: SweepStatus, now: float) -> float | None:
+        """Seconds until all SAEs are trained, at the present rate; None: too early, or they are."""
+        trained = slope(self.jumps)
+        left = tokens_left(status)
+        if not left or trained <= 0:
+            return None
+        return max(0.0, left / trained - (now - self.jumps[-1][0]))
 
 
-def time_left(status: SweepStatus, trained_per_second: float) -> float | None:
-    """Seconds until all SAEs are trained, at the present rate."""
-    left = 0.0
-    for row in status.rows:
-        if row.state not in ENDS and row.total_steps:
-            per_step = row.n_training_tokens / row.step if row.step else None
-            if per_step is None:
-                return None
-            left += (row.total_steps - row.step) * per_step
-    return left / trained_per_second if trained_per_second > 0 else None
+def slope(points: list[tuple[float, int]]) -> float:
+    if len(points) < 2 or points[-1][0] <= points[0][0]:
+        return 0.0
+    return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
 
 
-def summary(status: SweepStatus, rates: Rates) -> str:
-    """The line below the table."""
+def tokens_left(status: SweepStatus) -> float | None:
+    """SAE-tokens that are still to be trained on; None before the first step of any."""
+    batches = [row.n_training_tokens / row.step for row in status.rows if row.step]
+    if not batches:
+        return None
+    usual = sum(batches) / len(batches)
+    return sum(
+        (row.total_steps - row.step) * (row.n_training_tokens / row.step if row.step else usual)
+        for row in status.rows
+        if row.state not in ENDS
+    )
+
+
+def summary(status: SweepStatus, rates: Rates) -> list[str]:
+    """What is said below the table, part by part."""
     harvested, trained = rates.per_second()
     used = sum(g.used for g in status.gauges)
     slots = sum(g.slots for g in status.gauges)
-    left = time_left(status, trained)
     cached = f" + {human(status.cached_tokens)} from cache" if status.cached_tokens else ""
-    parts = [
-        f"harvested {human(status.harvested_tokens)} ({human(harvested)}/s){cached}",
-        f"trained {human(status.trained_tokens)} SAE-tokens ({human(trained)}/s)",
-        f"buffer {used}/{slots} blocks",
-        bottleneck(status),
-    ]
+    parts = []
+    if status.trained_tokens or status.harvested_tokens:
+        parts = [
+            f"trained {human(status.trained_tokens)} SAE-tokens ({human(trained)}/s)",
+            f"harvested {human(status.harvested_tokens)} ({human(harvested)}/s){cached}",
+            f"buffer {used}/{slots} blocks",
+        ]
+    limit = bottleneck(status)
+    if limit != status.phase:
+        parts.append(limit)
     if status.epochs > 1:
         parts.append(f"epoch {status.epochs} of the text")
     if status.skipped_rows:
         parts.append(f"{status.skipped_rows:,} empty rows skipped")
-    if left is not None:
-        parts.append(f"{duration(left)} left")
-    return " · ".join(parts)
+    return parts
 
 
-def draw(status: SweepStatus, rates: Rates, elapsed: float) -> Group:
-    """The whole view."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("SAE", "state"):
-        table.add_column(column)
-    for column in ("tokens", "loss", "L0", "expl. var.", "CE score", "dead"):
-        table.add_column(column, justify="right")
-
-    def figure(metrics: dict[str, Any], key: str, form: str) -> str:
-        return "–" if metrics.get(key) is None else format(metrics[key], form)
-
-    for row in status.rows:
-        m = row.metrics
-        share = row.step / row.total_steps if row.total_steps else 0.0
-        table.add_row(
-            Text(row.name),
-            Text(row.state, style={"failed": "red", "done": "green"}.get(row.state, "")),
-            f"{human(row.n_training_tokens)} {share:4.0%}",
-            figure(m, "losses/overall_loss", ".4g"),
-            figure(m, "metrics/l0", ".1f"),
-            figure(m, "metrics/explained_variance", ".3f"),
-            figure(m, "metrics/CE_loss_score", ".3f"),
-            figure(m, "sparsity/dead_features", "d"),
-        )
-    notes = [Text(f"! {w}", style="yellow") for w in status.warnings[-3:]]
-    head = Text(f"{status.phase} · {duration(elapsed)}")
-    if status.placement:
-        head.append(f"\n{status.placement}", style="dim")
-    if status.error:
-        return Group(head, Text(printable(status.error), style="red"))
-    return Group(head, table, Text(summary(status, rates)), *notes)
+def plain_line(status: SweepStatus, rates: Rates, now: float, elapsed: float) -> str:
+    """The sweep in a line, for a log."""
+    left = rates.time_left(status, now)
+    parts = [f"{duration(left)} left"] if left is not None else []
+    said = printable(status.error or "") or " · ".join(parts + summary(status, rates))
+    return f"{duration(elapsed):>6} {status.phase}{': ' if said else ''}{said}"
 
 
 class LiveView:
@@ -114,8 +115,9 @@ class LiveView:
         look: Callable[[], SweepStatus],
         live: bool,
         watched: Callable[[SweepStatus], None] | None = None,
+        console: Console | None = None,
     ) -> None:
-        """watched: is told every status that was looked at."""
+        """watched: is told every status that was looked at. console: default, stderr's."""
         self.look = look
         self.watched = watched
         self.live = live
@@ -124,9 +126,13 @@ class LiveView:
         self.started = time.monotonic()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run, name="live view", daemon=True)
-        self.console = Console(file=sys.stderr)
+        self.console = console or Console(file=sys.stderr, force_jupyter=False)
+        self.size: ConsoleDimensions | None = None  # of the terminal, as it was drawn for
+        self.output = Output.wanted() if live else None
 
     def __enter__(self) -> LiveView:
+        if self.output is not None:
+            self.output.begin()  # here, since a cell's output belongs to the thread that runs it
         self.thread.start()
         return self
 
@@ -148,38 +154,70 @@ class LiveView:
             self.status.training_since = since
 
     def run(self) -> None:
-        if self.live and self.console.is_terminal:
-            with Live(console=self.console, auto_refresh=False, transient=False) as live:
+        if self.live and self.output is not None:
+            self.run_in_notebook(self.output)
+        elif self.live and self.console.is_terminal:
+            with self.on_screen() as live:
                 while not self.stop.wait(LOOK_SECONDS):
                     self.refresh(live)
                 self.refresh(live)
-            return
+        else:
+            self.run_in_lines()
+
+    def on_screen(self) -> Live:
+        """What is drawn anew by `refresh`, on the console, above whatever else is printed."""
+        return Live(
+            console=self.console, auto_refresh=False, transient=False, vertical_overflow="crop"
+        )
+
+    def run_in_lines(self) -> None:
         said, phase, placement = 0.0, "", ""
         while not self.stop.wait(LOOK_SECONDS):
-            try:
-                self.update()
-            except (Late, RuntimeError):
+            if not self.updated() or not self.live:
                 continue
             now = time.monotonic()
-            if self.live and self.status.placement not in ("", placement):
+            if self.status.placement not in ("", placement):
                 placement = self.status.placement
                 self.say(f"        {placement}")
-            if self.live and (now - said > LINE_SECONDS or self.status.phase != phase):
+            if now - said > LINE_SECONDS or self.status.phase != phase:
                 said, phase = now, self.status.phase
-                elapsed = duration(now - self.started)
-                what = printable(self.status.error or "") or summary(self.status, self.rates)
-                self.say(f"{elapsed:>6} {phase}: {what}")
+                self.say(plain_line(self.status, self.rates, now, now - self.started))
+
+    def run_in_notebook(self, output: Output) -> None:
+        while True:
+            last = self.stop.wait(LOOK_SECONDS)
+            if self.updated():
+                output.show([line.plain for line in self.lines(*NOTEBOOK_SIZE)])
+            if last:
+                return
+
+    def updated(self) -> bool:
+        try:
+            self.update()
+        except (Late, RuntimeError):
+            return False  # the roster is busy; the next look will tell
+        return True
 
     def say(self, line: str) -> None:
         # No markup: the text may have come from a dataset.
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def lines(self, width: int, height: int) -> list[Text]:
+        now = time.monotonic()
+        left = self.rates.time_left(self.status, now)
+        said = summary(self.status, self.rates)
+        return lines_of(self.status, said, left, now - self.started, width, height)
+
     def refresh(self, live: Live) -> None:
-        try:
-            self.update()
-        except (Late, RuntimeError):
-            return  # the roster is busy; the next look will tell
-        live.update(draw(self.status, self.rates, time.monotonic() - self.started), refresh=True)
+        if not self.updated():
+            return
+        size = self.console.size
+        if self.size not in (None, size):
+            # What was drawn for another width may lie on other lines now: from a clean screen.
+            self.console.clear()
+            live._live_render._shape = None
+        self.size = size
+        live.update(Group(*self.lines(size.width, size.height - 1)), refresh=True)
 
     def wait_for_training(self) -> None:
         """Until the first optimizer step is done, or it is known that there will be none."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from saeray.client.speed import Times, account, human
+from saeray.client.text_plot import plotted
 from saeray.errors import ConfigError, SaerayError, nearest
 from saeray.files import frontier, seeds
 from saeray.files.results import COLUMNS, result_row, varying_fields
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from saeray.sae.architectures.base import SAE
 
 
-@dataclass
+@dataclass(repr=False)
 class SweepResult:
     """What a sweep has left behind."""
 
@@ -34,6 +36,12 @@ class SweepResult:
     rows: list[dict[str, Any]]  # results.csv, row by row
     status: SweepStatus
     times: Times | None = None
+
+    def __repr__(self) -> str:
+        """A line, not the rows: for notebooks and shells."""
+        states = Counter(row["status"] for row in self.rows)
+        counted = ", ".join(f"{n} {state}" for state, n in states.items())
+        return f"<SweepResult {self.name}: {len(self.rows)} SAEs ({counted}) in {self.folder.uri}>"
 
     @property
     def ok(self) -> bool:
@@ -76,8 +84,9 @@ class SweepResult:
         return dataframe(self.rows)
 
     def summary(self) -> str:
-        """A table of the SAEs, the account of tokens, and where everything is."""
+        """A table of the SAEs, the frontier, the account of tokens, and where everything is."""
         lines = table(self.rows)
+        lines += plotted(self.rows)
         status = self.status
         one_pass = sum(status.pass_tokens)
         if one_pass and (status.harvested_tokens or status.cached_tokens):  # not all done already

@@ -38,7 +38,7 @@ def options_of(
         gradient_clip=filled(config.gradient_clip),
         compute_dtype=config.computes_in(device.type),
         feature_sampling_window=config.feature_sampling_window,
-        dead_feature_window=config.dead_feature_window,
+        dead_feature_window=filled(config.dead_feature_window),
         dead_feature_threshold=config.dead_feature_threshold,
         architecture=config.architecture,
         seed=config.seed,

@@ -22,6 +22,7 @@ from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
 from saeray.cluster.options import filled, options_of
+from saeray.cluster.silenced import Silenced
 from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import (
@@ -126,6 +127,7 @@ class Pack:
         self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.bos)
         self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
+        self.silenced = Silenced(self.warn)
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
@@ -225,7 +227,7 @@ class Pack:
                         self.tell([], reader)  # that the training has begun
                 if wants:
                     gone = self.ranks.first_says(
-                        self.report(due, metrics, step, reader) if self.ranks.is_first else None
+                        self.report(due, metrics, step, reader, x) if self.ranks.is_first else None
                     )
                     active = [m for m in active if m.name not in gone]
                     if not active:
@@ -266,9 +268,14 @@ class Pack:
     # --- telling the roster -----------------------------------------------------------------
 
     def report(
-        self, due: list[Member], metrics: list[StepMetrics | None], step: int, reader: Reader
+        self,
+        due: list[Member],
+        metrics: list[StepMetrics | None],
+        step: int,
+        reader: Reader,
+        x: Any,
     ) -> set[str]:
-        """Sends what is due at this step; names the SAEs that leave the pack with it."""
+        """Sends what is due at this step (x: its batch); names the SAEs that leave with it."""
         reports, gone = [], set()
         withdrawn = self.take_answer()
         for m, of_step in zip(due, metrics, strict=True):
@@ -276,6 +283,7 @@ class Pack:
             if not (m.config.logs_at(step) or m.name in withdrawn):
                 continue
             assert of_step is not None
+            self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[0]])
             report = self.report_of(m, of_step, step)
             if report.state != FAILED:
                 if finished or m.name in withdrawn:

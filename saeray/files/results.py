@@ -1,4 +1,4 @@
-"""The end of a sweep: one row per SAE in results.csv and results.parquet, and the frontier picture.
+"""The end of a sweep: one row per SAE in results.csv and results.parquet.
 
 Needs nothing of saeray's to be read. No Ray.
 """
@@ -6,7 +6,6 @@ Needs nothing of saeray's to be read. No Ray.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,8 +59,6 @@ GROUND_TRUTH_COLUMNS = {
     "shrinkage": "ground_truth/shrinkage",
     "true_l0": "ground_truth/l0",
 }
-
-MOST_LABELS = 100  # points of the frontier that are labelled
 
 
 def result_row(
@@ -118,59 +115,3 @@ def write_table(folder: Folder, table: pa.Table) -> None:
     pyarrow.parquet.write_table(table, parquet)
     folder.write("results.csv", csv.getvalue())
     folder.write("results.parquet", parquet.getvalue())
-
-
-def has(row: Mapping[str, Any], key: str) -> bool:
-    """Whether there is a figure to draw."""
-    return row.get(key) is not None and math.isfinite(row[key])
-
-
-def write_pareto(folder: Folder, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """pareto.png: L0 against CE_loss_score and against explained variance, one line per LR.
-
-    Where the features are known, MCC is in the place of CE_loss_score, which there is none of.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    first = ("ce_loss_score", "CE loss score (1 = as the model, 0 = as zero-ablated)")
-    if any(has(r, "mcc") for r in rows) and not any(has(r, "ce_loss_score") for r in rows):
-        first = ("mcc", "MCC (mean |cos| to the matched known features)")
-    for panel, key, label in (
-        (panels[0], *first),
-        (panels[1], "explained_variance", "explained variance, 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²"),
-    ):
-        drawn = [r for r in rows if has(r, "l0") and has(r, key)]
-        given = [key for key in SPARSITY if any(has(r, key) for r in drawn)]
-        labels = drawn if len(drawn) <= MOST_LABELS else []  # more take seconds, and hide others
-        for name, lr in sorted({(r.get("architecture", ""), r["lr"]) for r in drawn}):
-            line = sorted(
-                (r for r in drawn if (r.get("architecture", ""), r["lr"]) == (name, lr)),
-                key=lambda r: r["l0"],
-            )
-            label_of_line = f"{name} lr {lr:g}".strip()
-            panel.plot(
-                [r["l0"] for r in line], [r[key] for r in line], marker="o", label=label_of_line
-            )
-        for r in labels:
-            panel.annotate(
-                " ".join(f"{r[key]:g}" for key in SPARSITY if has(r, key)),
-                (r["l0"], r[key]),
-                textcoords="offset points",
-                xytext=(4, -10),
-                fontsize=7,
-            )
-        panel.set_xlabel("L0 (mean active features per token)")
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
-        if drawn:
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter(ScalarFormatter())  # 30 and 200, not powers of ten
-            panel.xaxis.set_minor_formatter(ScalarFormatter())
-            panel.legend(title=f"labels: {', '.join(given)}" if labels else None, title_fontsize=7)
-    figure.suptitle(title)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    folder.write("pareto.png", png.getvalue())

@@ -21,7 +21,8 @@ import yaml
 from saeray.errors import ConfigError
 from saeray.files import strict_json
 from saeray.files.metrics_log import read_lines, with_names_of_now
-from saeray.files.results import COLUMNS, result_row, varying_fields, write_pareto, write_results
+from saeray.files.picture import write_pareto
+from saeray.files.results import COLUMNS, result_row, varying_fields, write_results
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ENDS, INTERRUPTED, WAITING

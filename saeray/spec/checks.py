@@ -34,6 +34,10 @@ DECODER_NORMS = ("unit", "free")
 ACTIVATION_NORMALIZATIONS = ("none", "expected_average")
 FLOAT_DTYPES = ("float32", "float64")
 COMPUTE_DTYPES = (AUTO, "float32", "tf32", "bfloat16")
+# Fields that do something for dead features.
+REMEDIES = (
+    "use_ghost_grads", "auxk_coefficient", "pre_act_loss_coefficient", "feature_sampling_method"
+)  # fmt: skip
 TXT_DOCUMENTS = ("blank_line", "file", "line")
 TEXT_VERSIONS = (1, 2)
 ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
@@ -89,7 +93,7 @@ def check_counts(config: LanguageModelSAERunnerConfig) -> None:
     """What has to be 1 at least; before anything is derived from it."""
     at_least_one = (
         "context_size train_batch_size training_tokens n_batches_in_buffer store_batch_size "
-        "feature_sampling_window dead_feature_window eval_windows wandb_log_frequency "
+        "feature_sampling_window eval_windows wandb_log_frequency "
         "b_dec_init_rows num_cycles"
     )
     for name in at_least_one.split():
@@ -105,6 +109,8 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
     for name in not_below_0.split():
         if getattr(config, name) < 0:
             raise bad_value(name, getattr(config, name), "not below 0.")
+    if config.dead_feature_window is not None and config.dead_feature_window < 1:
+        raise bad_value("dead_feature_window", config.dead_feature_window, "at least 1.")
     above_0 = "lr expansion_factor wait_limit_s reader_lag_s encoder_init_scale decoder_init_norm"
     for name in above_0.split():
         if getattr(config, name) <= 0:
@@ -203,6 +209,14 @@ def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
             f"lr_warm_up_steps = {config.lr_warm_up_steps:,}: training ends after "
             f"{config.steps:,} steps (training_tokens // train_batch_size), before lr is "
             "reached; lower it, or train on more tokens."
+        )
+    revives = [n for n in REMEDIES if getattr(config, n)]
+    assert config.dead_feature_window is not None
+    if revives and config.dead_feature_window >= config.steps:
+        found.append(
+            f"dead_feature_window = {config.dead_feature_window:,}: training ends after "
+            f"{config.steps:,} steps, before any feature counts as dead, so {revives[0]} does "
+            "nothing; lower it, or leave it out."
         )
     return found + architectures.cautions(config)
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+USUAL = 5.0  # in sae_lens, whose loss is `sum`
 SHOWN = 6  # coefficients written out in a line; the ends of more
 
 
@@ -33,6 +34,48 @@ def in_each_unit(
     divisor = {"sum": 1.0, "none": float(d_in), "centred_norm": d_in * norms.centred}
     of_sum = l1_coefficient / scale * divisor[mse_normalization]
     return {unit: of_sum / d for unit, d in divisor.items()}
+
+
+def most(mse_normalization: str, scaled: bool, d_in: int, norms: MeanNorms) -> float:
+    """The coefficient from which on about no feature gains more than it costs.
+
+    At f = 0 the error falls by 2⟨x, d⟩ over the loss's divisor for each unit of a feature with
+    decoder direction d, by 2‖x‖ at best.
+    """
+    of_sum = 2 * norms.centred
+    return in_each_unit(of_sum, "sum", False, d_in, norms)[mse_normalization] * (
+        math.sqrt(d_in) / norms.plain if scaled and mse_normalization != "centred_norm" else 1.0
+    )
+
+
+def silenced_text(config: Any, d_in: int, norms: MeanNorms, when: str) -> str:
+    """What is said of a coefficient that leaves no feature active."""
+    loss, scaled = config.mse_normalization, config.normalize_activations != "none"
+    limit = most(loss, scaled, d_in, norms)
+    text = (
+        f"l1_coefficient = {config.l1_coefficient:g}: {when}: nothing is left to train. With "
+        f"mse_normalization: {loss} no feature gains what it costs from about {limit:.2g} on."
+    )
+    if loss != "sum":
+        here = in_each_unit(USUAL, "sum", False, d_in, norms)[loss]
+        text += (
+            f" A coefficient of sae_lens is of summed squares: its usual {USUAL:g} is ≈ {here:.2g} "
+            "here; or write recipe: sae_lens, where it is what it is there."
+        )
+    return text
+
+
+def silencing(configs: Sequence[Any], d_in: int, norms: MeanNorms) -> list[str]:
+    """Warnings of coefficients among the configs of one hook point that leave nothing active."""
+    found: dict[str, None] = {}
+    for c in configs:
+        scaled = c.normalize_activations != "none"
+        if c.l1_coefficient is None or c.target_l0 is not None:
+            continue
+        if c.l1_coefficient >= most(c.mse_normalization, scaled, d_in, norms):
+            text = silenced_text(c, d_in, norms, "hardly a feature will be active")
+            found[text] = None
+    return list(found)
 
 
 def converted(configs: Sequence[Any], d_in: int, norms: MeanNorms) -> list[str]:

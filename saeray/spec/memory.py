@@ -143,6 +143,22 @@ def sae_bytes(config: LanguageModelSAERunnerConfig, d_in: int, on_gpu: bool = Fa
     return parameters * numbers * DTYPE_BYTES[config.dtype]
 
 
+def gpu_bytes_of(
+    configs: Sequence[LanguageModelSAERunnerConfig],
+    fitted: Fitted,
+    widths: Mapping[str, int],
+    parameter_bytes: int,
+) -> tuple[int, int]:
+    """Of a rank of the largest pack on a GPU and of a language model, both without activations."""
+    packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
+
+    def of(sae: SAE) -> int:
+        copy = sae_bytes(sae.config, widths[sae.config.resolved_hook_point], on_gpu=True)
+        return copy // COPIED * (NUMBERS_PER_PARAMETER - COPIED)
+
+    return max(sum(map(of, pack)) for pack in packs), parameter_bytes
+
+
 def check_memory(
     memory: Memory, fitted: Fitted, cluster: Cluster, harvester_nodes: Sequence[str]
 ) -> None:

@@ -19,12 +19,15 @@ class Share(NamedTuple):
 
     of_steps: float
     at_most: int | None = None
+    at_least: int = 0
 
     def of(self, steps: int) -> int:
-        share = int(steps * self.of_steps)
+        share = max(self.at_least, int(steps * self.of_steps))
         return share if self.at_most is None else min(share, self.at_most)
 
 
+GUIDES_WINDOW = 1000
+DEAD_WINDOW = Share(0.1, at_most=GUIDES_WINDOW, at_least=1)
 GUIDES_WARM_UP = Share(0.1, at_most=500)
 # Below any norm of the gradient of the guide's loss: that goes with the activations' norm over d_in
 # and was 0.002 to 0.05 on two models of d_in 96 and 128, whatever the coefficient.
@@ -46,6 +49,7 @@ class Recipe:
     l1_warm_up_steps: Share | int = 0
     gradient_clip: float = 0.0
     normalize_activations: str = "none"
+    dead_feature_window: Share | int = DEAD_WINDOW
 
 
 FREE = Recipe(
@@ -68,7 +72,9 @@ RECIPES = {
         gradient_clip=GUIDES_CLIP,
     ),
     # As the guide's own code began: two independent matrices.
-    "guide-2024": Recipe(encoder_init="independent", lr_warm_up_steps=500),
+    "guide-2024": Recipe(
+        encoder_init="independent", lr_warm_up_steps=500, dead_feature_window=GUIDES_WINDOW
+    ),
     # The defaults of sae_lens from version 6 on.
     "sae_lens": FREE,
     # Anthropic's update of April 2024.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saeray.lm.synthetic import SyntheticModel
 
 Configs = Sequence[LanguageModelSAERunnerConfig]
+MEASURED_DOCUMENTS = 256  # of a text, by which its length is told
 MEASURED_TOKENS = 4096  # of held-out text, at most, for the norms of activations
 
 
@@ -101,16 +102,36 @@ def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:
     return found
 
 
-def check_texts(configs: Configs) -> list[str]:
+def check_texts(configs: Configs, epochs: list[str] | None = None) -> list[str]:
     """Opens the text of each of these configs; what is odd about them.
+
+    epochs: where given, gets of each text how often it is read, in words.
 
     Raises:
         ConfigError: a dataset that can't be used, or a tokenizer that can't be loaded.
     """
     odd: list[str] = []
     for config in configs:
-        open_text(config, odd.append)
+        text = open_text(config, odd.append)
+        if epochs is not None:
+            epochs.append(how_often(config, text))
     return odd
+
+
+def how_often(config: LanguageModelSAERunnerConfig, text: TokenWindows | RowNumbers) -> str:
+    """About how many epochs of its text a stream is, by some of its documents."""
+    if isinstance(text, RowNumbers):
+        return "none: the model is synthetic"
+    if text.rows.n_rows is None:
+        return "it streams, so its length is not known; at its end the next epoch begins"
+    found = text.length(MEASURED_DOCUMENTS)
+    assert config.stream_tokens is not None
+    times = config.stream_tokens / max(1.0, found.tokens)
+    about = "" if found.documents <= MEASURED_DOCUMENTS else "about "
+    return (
+        f"{about}{found.tokens:,.0f} tokens in {found.documents:,} documents to train on, so "
+        f"{config.stream_tokens:,} are {times:.2g} epochs"
+    )
 
 
 def open_text(

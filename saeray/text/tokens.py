@@ -44,6 +44,13 @@ class Position(NamedTuple):
     skipped_rows: int = 0  # so far
 
 
+class Length(NamedTuple):
+    """Of the text of an epoch."""
+
+    documents: int
+    tokens: float
+
+
 class TokenWindows:
     """All windows of one stream: `train(i, n)` and `evaluation()`.
 
@@ -195,6 +202,25 @@ class TokenWindows:
             f"{self.config.dataset_path}: all {n_documents:,} documents have been read; epoch "
             f"{self.epoch + 1} begins."
         )
+
+    def length(self, at_most: int) -> Length:
+        """Of an epoch's text, by at most so many of its documents where it has more.
+
+        For a dataset that knows how many rows it has.
+        """
+        assert self.rows.n_rows is not None
+        if self.train_tokens is not None:
+            return Length(1, float(self.train_tokens))
+        counts: list[int] = []
+        documents = self.documents.of(partial(self.rows.training, 0, 0))
+        for ids in documents:
+            if not isinstance(ids, Waiting):
+                counts.append(len(ids) + (self.bos is not None))
+            if len(counts) == at_most:
+                break
+        documents.close()  # type: ignore[attr-defined]
+        n = self.rows.n_rows - self.rows.n_held_out
+        return Length(n, n * sum(counts) / max(1, len(counts)))
 
     # --- from documents to windows ----------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, overrides, and errors of one paragraph without a traceback."""
 
 import os
+import re
 
 import pytest
 import yaml
@@ -100,9 +101,30 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     assert "24 blocks, 50,331,648 bytes" in out
     assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 655 MB for the" in out
     assert "720 MB for trials" in out  # 120 each
+    assert "d_in 128, d_sae 1,024" in out
+    assert "on this machine alone: 1 pack, 1 at a time; 1 pass of the language model" in out
+    # 1,048,576 tokens of the bundled text's train.parquet.
+    assert re.search(r"text: about [\d,]+ tokens in [\d,]+ documents .* are \d", out)
     # d_in 128; the norms are those of the bundled model on its held-out text.
     assert "of centred_norm ≈ 1.08, 2.7, 8.11 of sum; ≈ 0.00844, 0.0211, 0.0633 of none" in out
     assert "!" not in out
+
+
+def test_a_dry_run_for_a_gpu_needs_none(capsys):
+    options = ["--set", "device=cuda", "--set", "expansion_factor=[4, 8]", "--dry-run"]
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), *options]) == 0
+    out = capsys.readouterr().out
+    assert "d_sae 512, 1,024" in out
+    assert re.search(r"with a GPU, which this machine has not: 1 harvester \(.* GPUs\)", out)
+    # 6 SAEs of 2 * 128 * 512 + 640 numbers and 6 of 2 * 128 * 1024 + 1152, each 4 times, float32.
+    n = 6 * (2 * 128 * 512 + 640) + 6 * (2 * 128 * 1024 + 1152)
+    assert f"GPU memory, without activations: {n * 16 / 1e6:.3g} MB for the largest pack" in out
+
+
+def test_a_dry_run_is_of_no_job(capsys):
+    there = ["--dry-run", "--address", "http://127.0.0.1:1"]
+    assert main(["sweep", str(ROOT / "sweeps" / "tiny.yaml"), *there]) == 2
+    assert "--dry-run takes ray://HOST:10001" in capsys.readouterr().err
 
 
 def test_a_dry_run_warns_of_what_is_odd(capsys):

@@ -1,10 +1,7 @@
 """The live view: what is said of a sweep at one moment."""
 
-import io
-
-from rich.console import Console
-
-from saeray.client.live import Rates, draw, summary, time_left
+from saeray.client.live import Rates, plain_line
+from saeray.client.live_table import fitted_names, lines_of, state_of
 from saeray.client.speed import Times, account, bottleneck, duration, human
 from saeray.spec.messages import DONE, TRAINING, Gauges, ReaderGauges, SAERow, SweepStatus
 
@@ -75,24 +72,58 @@ def test_rates_and_what_is_left():
     rates, early, late = Rates(), status(), status()
     early.trained_tokens, early.harvested_tokens = 50_000, 20_000
     rates.add(0.0, early)
+    assert rates.time_left(early, 0.0) is None
     rates.add(10.0, late)
     assert rates.per_second() == (4_000, 10_000)
-    # One SAE has 50 steps of 1,000 tokens to go, at 10,000 tokens a second.
-    assert time_left(late, 10_000) == 5.0
-    assert time_left(late, 0.0) is None
-    line = summary(late, rates)
+    # One SAE has 50 steps of 1,000 tokens to go, at 10,000 tokens a second; 2 s are gone.
+    assert rates.time_left(late, 12.0) == 3.0
+    line = plain_line(late, rates, 10.0, 75.0)
+    assert line.startswith(" 1m15s training: 5s left · trained 150k SAE-tokens (10k/s)")
     assert "harvested 60k (4k/s)" in line
     assert "buffer 20/24 blocks" in line
-    assert line.endswith("5s left")
+    before = SweepStatus([], "loading the language model and the text")
+    assert plain_line(before, Rates(), 0.0, 2.0).strip() == f"2s {before.phase}"
 
 
-def test_the_table_shows_every_sae_and_takes_names_literally():
-    console = Console(file=io.StringIO(), width=120)
-    console.print(draw(status(), Rates(), 61.0))
-    drawn = console.file.getvalue()
-    assert "lr=[red]" in drawn
-    assert "50k  50%" in drawn
-    assert "31.5" in drawn
-    assert "! wandb is not installed" in drawn
-    console.print(draw(status(error="d_in = 64: wrong"), Rates(), 61.0))
-    assert "d_in = 64: wrong" in console.file.getvalue()
+def test_reports_that_come_in_jumps_do_not_make_the_time_left_jump():
+    # 3 SAEs, 10 steps of 1,000 tokens each reported every 14 s: 30,000 / 14 a second.
+    rates, lefts = Rates(), []
+    rows = [SAERow(f"lr={i}", TRAINING, 0, 300, 0, {}) for i in range(3)]
+    for second in range(300):
+        steps = second // 14 * 10
+        for row in rows:
+            row.step, row.n_training_tokens = steps, steps * 1000
+        now = SweepStatus(rows, "training", trained_tokens=3 * steps * 1000)
+        rates.add(float(second), now)
+        if second >= 60:
+            left = rates.time_left(now, float(second))
+            true = 300 / 10 * 14 - second
+            lefts.append(abs(left - true) / true)
+    assert max(lefts) < 0.1
+
+
+def test_what_an_sae_waits_for_is_its_state():
+    rows = [SAERow("a", TRAINING, 0, 100, 0, {}), SAERow("b", TRAINING, 10, 100, 10, {})]
+    phases = ("loading the language model and the text", "starting trainers", "waiting for nodes")
+    assert [state_of(rows[0], p) for p in phases] == ["model loads", "starts", "waits"]
+    assert state_of(rows[1], "training") == "training"
+
+
+def test_names_stay_different_however_narrow_it_is():
+    grid = [
+        f"architecture=topk,expansion_factor=16,lr={lr},seed={s}"
+        for lr in (1e-3, 2e-3) for s in range(20)
+    ]  # fmt: skip
+    for width in (200, 40, 20, 12, 8, 5):
+        head, names = fitted_names(grid, width)
+        assert len(set(names)) == len(grid)
+        assert max(map(len, [head, *names])) <= width
+    assert fitted_names(grid, 20)[0] == "lr seed"
+    assert fitted_names(grid, 20)[1][0] == "0.001 0"
+    mixed = ["lr=0.001,l1_coefficient=0.0004", "lr=0.001,architecture=topk,k=16"]
+    assert fitted_names(mixed, 22)[1] == ["l1_coefficient=0.0004", "architecture=topk,k=16"]
+
+
+def test_an_error_is_shown_whole():
+    said = lines_of(status(error="d_in = 64: " + "wrong " * 40), [], None, 1.0, 80, 24)
+    assert " ".join(line.plain for line in said).count("wrong") == 40

@@ -6,7 +6,8 @@ import io
 import pyarrow.parquet
 from support.configs import short_run
 
-from saeray.files.results import result_row, varying_fields, write_pareto, write_results
+from saeray.files.picture import frontiers, joined, write_pareto
+from saeray.files.results import result_row, varying_fields, write_results
 from saeray.files.storage import Folder
 
 
@@ -64,3 +65,32 @@ def test_each_panel_of_the_frontier_has_the_saes_with_its_figure(tmp_path, monke
     ]
     write_pareto(Folder.at(tmp_path), rows, "title")
     assert drawn == {"CE loss score": [[0.9, 0.95]], "explained variance": [[0.5, 0.6]]}
+
+
+def test_a_line_of_the_picture_joins_saes_that_differ_in_their_sparsity_alone():
+    def row(l1, l0, cv, **axes):
+        return dict(l1_coefficient=l1, l0=l0, explained_variance=cv, status="done", **axes)
+
+    rows = [
+        row(l1, l0, 0.5, lr=lr, seed=seed, hook_point=f"blocks.{layer}.h", hook_point_layer=layer)
+        for l1, l0 in ((1e-3, 20.0), (2e-3, 10.0))
+        for lr in (1e-3, 2e-3)
+        for seed in (1, 2)
+        for layer in (0, 1)
+    ]
+    lines = joined(rows)
+    assert len(lines) == 8
+    assert all([r["l1_coefficient"] for r in line] == [1e-3, 2e-3] for line in lines.values())
+    # The layer follows from the hook point, so it tells no more lines apart.
+    assert "blocks.0.h lr 0.001 seed 1" in lines
+    assert list(joined([row(1e-3, 20.0, 0.5, lr=1e-3)])) == ["lr 0.001"]
+
+    # 10 and 20 on each hook point's frontier; 25 is worse in both than 20, 5 failed.
+    here = [
+        row(4e-3, 10.0, 0.4), row(2e-3, 20.0, 0.6), row(1e-3, 25.0, 0.55),
+        row(8e-3, 5.0, 0.3) | {"status": "failed"}, row(2e-3, 99.0, 0.1, hook_point="other"),
+    ]  # fmt: skip
+    assert [[r["l0"] for r in on] for on in frontiers(here, "explained_variance")] == [
+        [10.0, 20.0],
+        [99.0],
+    ]

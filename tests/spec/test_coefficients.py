@@ -5,7 +5,7 @@ import torch
 from support.configs import config
 
 from saeray.sae.losses import sae_losses
-from saeray.spec.coefficients import MeanNorms, converted, in_each_unit
+from saeray.spec.coefficients import MeanNorms, converted, in_each_unit, most, silencing
 
 NORMS = MeanNorms(rows=4096, plain=30.0, centred=20.0)
 
@@ -61,3 +61,21 @@ def test_of_many_coefficients_the_ends_are_shown():
     many = [config(l1_coefficient=x * 1e-3) for x in range(1, 10)]
     (line,) = converted(many, 100, NORMS)
     assert line.startswith("l1_coefficient 0.001, 0.002, …, 0.009 of centred_norm ≈ 2, 4, …, 18 of")
+
+
+def test_a_coefficient_that_leaves_nothing_to_train_is_said_with_its_conversion():
+    # The guide's loss: 2 / d_in, whatever the norms; summed squares: 2 * centred.
+    assert most("centred_norm", False, 100, NORMS) == pytest.approx(0.02)
+    assert most("centred_norm", True, 100, NORMS) == pytest.approx(0.02)
+    assert most("sum", False, 100, NORMS) == pytest.approx(40.0)
+    assert most("sum", True, 100, NORMS) == pytest.approx(40.0 * 10 / 30)
+    usual = [config(l1_coefficient=x) for x in (5.0, 5.0, 1e-3)]
+    # 5 / (100 * 20)
+    assert silencing(usual, 100, NORMS) == [
+        "l1_coefficient = 5: hardly a feature will be active: nothing is left to train. With "
+        "mse_normalization: centred_norm no feature gains what it costs from about 0.02 on. A "
+        "coefficient of sae_lens is of summed squares: its usual 5 is ≈ 0.0025 here; or write "
+        "recipe: sae_lens, where it is what it is there."
+    ]
+    assert silencing([config(l1_coefficient=5.0, recipe="sae_lens")], 100, NORMS) == []
+    assert silencing([config(architecture="topk", k=8)], 100, NORMS) == []

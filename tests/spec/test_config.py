@@ -1,5 +1,7 @@
 """Configs: every bad input is refused with field, value and remedy."""
 
+from dataclasses import dataclass
+
 import pytest
 from support.bundled import HOOK
 from support.configs import config
@@ -97,6 +99,58 @@ def test_keywords_of_the_guides_code_that_say_what_is_done_anyway_are_taken():
         LanguageModelSAERunnerConfig("gpt2-small")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"architectur": "topk"}, "did you mean architecture?"),
+        ({"arch": "topk"}, "did you mean architecture?"),
+        ({"warmup": 100}, "did you mean l1_warm_up_steps or lr_warm_up_steps?"),
+        ({"learning_rate": 1e-3}, "write lr."),
+        ({"epochs": 3}, "no field is called like that; `saeray fields`"),
+        ({"d_sae": 1024}, "write expansion_factor = d_sae / d_in"),
+        ({"d_sae": 1024, "d_in": 128}, "write expansion_factor: 8."),
+        ({"output_path": "out"}, "write storage_path"),
+        ({"eval_every_n_wandb_logs": 10}, "write eval_every: optimizer steps"),
+        ({"aux_loss_coefficient": 1.0}, "write auxk_coefficient"),
+    ],
+)
+def test_an_unknown_key_gets_a_near_name_or_a_sentence_and_no_far_fetched_guess(given, said):
+    with pytest.raises(ConfigError) as refused:
+        config(**given)
+    assert said in str(refused.value)
+    assert "data_seed" not in str(refused.value) and "share_stream" not in str(refused.value)
+
+
+def test_what_sae_lens_nests_is_refused_with_the_lines_to_write():
+    # `LanguageModelSAERunnerConfig` of sae_lens 6.54.12: what has no nest is taken or mapped.
+    flat = dict(
+        n_restart_cycles=1, hook_eval="NOT_IN_USE", model_class_name="HookedTransformer",
+        activations_mixing_fraction=0.5, llm_device=None, autocast=False, output_path=None,
+        save_final_checkpoint=False, model_kwargs={}, sae_lens_version="6.54.12", verbose=True,
+    )  # fmt: skip
+    assert config(**flat) == config()
+    with pytest.raises(ConfigError) as refused:
+        config(
+            sae=dict(architecture="standard", d_in=128, d_sae=1024, l1_coefficient=5, lp_norm=1,
+                     apply_b_dec_to_input=False)
+        )  # fmt: skip
+    assert str(refused.value) == (
+        "sae: fields stand flat here; in its place write recipe: sae_lens; architecture: standard; "
+        "d_in: 128; expansion_factor: 8; l1_coefficient: 5. apply_b_dec_to_input: b_dec is "
+        "subtracted from the input."
+    )
+
+    @dataclass
+    class LoggingConfig:
+        log_to_wandb: bool = False
+        eval_every_n_wandb_logs: int = 100
+        wandb_log_frequency: int = 30
+        wandb_id: str | None = None
+
+    with pytest.raises(ConfigError, match="write log_to_wandb: false; eval_every: 3000; wandb_log"):
+        config(logger=LoggingConfig())
+
+
 def test_a_warm_up_that_never_ends_is_warned_of():
     # 8 steps of 1,024 tokens
     run = dict(training_tokens=8192, train_batch_size=1024)
@@ -104,6 +158,21 @@ def test_a_warm_up_that_never_ends_is_warned_of():
     (said,) = cautions(config(lr_warm_up_steps=8, **run))
     assert "after 8 steps" in said
     assert cautions(config(lr_warm_up_steps=8, lr_scheduler_name="constant", **run)) == []
+
+
+def test_a_window_in_which_nothing_can_die_is_warned_of():
+    run = dict(training_tokens=8192, train_batch_size=1024)
+    assert cautions(config(dead_feature_window=8, **run)) == []  # nothing is done with it
+    (said,) = cautions(config(dead_feature_window=8, use_ghost_grads=True, **run))
+    assert "before any feature counts as dead, so use_ghost_grads does nothing" in said
+    assert cautions(config(use_ghost_grads=True, **run)) == []
+    # By default a tenth of the steps, as far as the guide's 1000.
+    assert [config(training_tokens=4096 * n).dead_feature_window for n in (5, 488, 90_000)] == [
+        1, 48, 1000,
+    ]  # fmt: skip
+    assert config(recipe="guide-2024").dead_feature_window == 1000
+    with pytest.raises(ConfigError, match="dead_feature_window = 0: at least 1"):
+        config(dead_feature_window=0)
 
 
 def test_missing_fields_are_named():

@@ -22,12 +22,12 @@ def test_each_recipe_as_its_source_has_it():
         encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=1.0,
         decoder_norm="unit", mse_normalization="centred_norm", gradient_clip=1e-3,
         b_dec_init_method="geometric_median", lr_warm_up_steps=100, lr_decay_steps=0,
-        l1_warm_up_steps=200, normalize_activations="none",
+        l1_warm_up_steps=200, normalize_activations="none", dead_feature_window=100,
     )  # fmt: skip
     assert values() == values(recipe="guide") == guide
     then = guide | dict(
         encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500,
-        l1_warm_up_steps=0, gradient_clip=0.0,
+        l1_warm_up_steps=0, gradient_clip=0.0, dead_feature_window=1000,
     )  # fmt: skip
     assert values(recipe="guide-2024") == then
     sae_lens = guide | dict(
@@ -53,6 +53,7 @@ def test_what_is_given_stays(recipe):
         encoder_init="independent", encoder_init_scale=0.5, decoder_init_norm=1.0,
         decoder_norm="unit", mse_normalization="none", gradient_clip=2.0, b_dec_init_method="mean",
         lr_warm_up_steps=3, lr_decay_steps=4, l1_warm_up_steps=5, normalize_activations="none",
+        dead_feature_window=7,
     )  # fmt: skip
     assert values(recipe=recipe, **given) == given
 
