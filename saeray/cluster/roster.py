@@ -24,6 +24,7 @@ from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster import registry
+from saeray.cluster.cost import Times, write_down
 from saeray.cluster.dispatch import Dispatch
 from saeray.cluster.overview import Overview
 from saeray.cluster.reports import Reports
@@ -379,7 +380,10 @@ class Roster:
             quiet = time.monotonic() - self.last_seen
             over = all(e.ended and not e.attached for e in self.state.entries.values())
             if quiet > LEASE_SECONDS or (over and not self.driven and quiet > OVER_SECONDS):
+                status = await self.status(passing=True)
                 await self.close()
+                times = Times(self.state.milestones["roster"], time.time())
+                await asyncio.to_thread(write_down, self.state.folder, status, times)
         # Detached, so nobody else would end it. An actor that is exiting takes no more calls, and
         # packs that are closing still make some.
         await self.gone.wait()
