@@ -235,7 +235,7 @@ class SweepFolder:
 
 def beside(place: Folder) -> str:
     """What may have been meant: sweeps in the folder, or names beside it that are like its own."""
-    inside = [name for name in place.names() if "sweep.yaml" in (place / name).names()]
+    inside = [name for name in place.names() if (place / name / "sweep.yaml").exists()]
     if inside:
         return f" Sweeps in it: {', '.join(inside[:12])}."
     if "/" not in place.path.strip("/"):  # a bucket

@@ -118,7 +118,7 @@ def page_of(sweeps: Sequence[SweepData], target: Folder) -> bytes:
         shown=[f for f in figures if f in LABELS],
         labels=LABELS,
         marks=frontier.marks(rows),
-        groups=seed_groups(rows),
+        groups=seed_groups(rows, axes),
         ends_badly=[s for s in saes if s["error"] or s["status"] in (FAILED, INTERRUPTED)],
         costs=[(label, costs_of(s)) for label, s in zip(labels, sweeps, strict=True)],
         fields=described_fields(shared),
@@ -138,7 +138,7 @@ def axes_of(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:
         axes.append("hook_point")
     first = [axis for axis in ASKED_FOR if axis in axes]
     values = {axis: [str(value_of(c, axis)) for c in configs] for axis in axes}
-    kept = list(first)
+    kept = [axis for axis in first if axis != "recipe"]  # mostly the architecture's
     for axis in axes:
         if axis not in kept and not any(decides(values[by], values[axis]) for by in kept):
             kept.append(axis)
@@ -277,14 +277,20 @@ def described_fields(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def seed_groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def seed_groups(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
     """SAEs that differ in their seeds alone: figures over them."""
     known = ("l0", "fvu", "ce_loss_score", "kl_div", seeds.COLUMN)
-    return [
-        {"label": group.label, "n": len(group.rows)}
-        | {name: group.over_seeds(name) for name in known}
-        for group in seeds.seed_groups(rows)
+    alike = [
+        a for a in axes if a not in seeds.SEED_FIELDS and len({str(r.get(a)) for r in rows}) > 1
     ]
+    found = []
+    for group in seeds.seed_groups(rows):
+        one = group.rows[0]
+        words = [f"{a}={seeds.shown(one[a])}" for a in alike if one.get(a) is not None]
+        label = ",".join(words) or "all SAEs"
+        figures = {name: group.over_seeds(name) for name in known}
+        found.append({"label": label, "n": len(group.rows)} | figures)
+    return found
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -16,10 +16,11 @@ const charts = (() => {
   function logAxis(values, title) {
     const positive = values.filter((v) => v > 0);
     const [low, high] = [Math.min(...positive), Math.max(...positive)];
-    const wide = high / low > 300;
+    const decades = Math.log10(high / low);
+    const marks = decades > 2.6 ? [1] : decades > 1.1 ? [1, 2, 5] : [1, 2, 3, 5, 7];
     const ticks = [];
     for (let d = -12; d < 13; d += 1) {
-      for (const m of wide ? [1] : [1, 2, 3, 5, 7]) {
+      for (const m of marks) {
         const v = m * 10 ** d;
         if (v >= low / 2 && v <= high * 2) ticks.push(v);
       }
@@ -126,7 +127,7 @@ const charts = (() => {
   function dead() {
     const saes = share ? drawn(share) : [];
     byId("dead-note").textContent = SHARES[share] || "";
-    const y = axisStyle({ title: { text: data.figures[share] }, tickformat: ".0~%", rangemode: "tozero" });
+    const y = axisStyle({ title: { text: data.figures[share] }, tickformat: ".2~%", rangemode: "tozero" });
     if (!saes.some((s) => s.figures[share] > 0)) y.range = [0, 0.1];
     draw(byId("dead-plot"), saes.length ? [scatter(saes, share, 9)] : [],
       saes.length ? layout(logAxis(saes.map((s) => s.figures.l0), "L0"), y) : {},
@@ -187,7 +188,7 @@ const charts = (() => {
         title: { text: "share of tokens a feature fires on" }, range: [least - 0.2, 0], tickvals: ticks,
         ticktext: ticks.map((t) => (t === 0 ? "1" : t > -5 ? `${10 ** (t + 2)} %`.replace("100 %", "1") : `1e${t}`)),
       }),
-      axisStyle({ title: { text: "share of features" }, tickformat: ".0~%", rangemode: "tozero" }),
+      axisStyle({ title: { text: "share of features" }, tickformat: ".2~%", rangemode: "tozero" }),
     );
   }
   byId("density-frontier").checked = report.saes.length > MOST;

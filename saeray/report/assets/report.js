@@ -18,7 +18,8 @@ const report = (() => {
   }
   const axes = data.axes.map((key) => axis(key, key, (sae) => sae.values[key]));
   const width = axis("d_sae", "width (d_sae)", (sae) => sae.d_sae);
-  if (width.values.length > 1) axes.push(width);
+  const factor = axes.find((a) => a.key === "expansion_factor");
+  if (width.values.length > (factor ? factor.values.length : 1)) axes.push(width);
   if (data.sweeps.length > 1) axes.push(axis("sweep", "sweep", (sae) => data.sweeps[sae.sweep]));
   const axisOf = (key) => axes.find((a) => a.key === key) || null;
   const varying = axes.filter((a) => a.values.length > 1);
@@ -126,7 +127,7 @@ const report = (() => {
     for (const f of ["l0", ...data.frontiers]) rows.push([data.figures[f], sae.figures[f]]);
     const state = sae.ended ? sae.status : `${sae.status}: ${short(sae.tokens)} of ${short(sae.planned)} tokens`;
     tip.replaceChildren(
-      el("b", {}, sae.label),
+      el("b", {}, saeray.breakable(sae.label)),
       el("dl", {}, rows.flatMap(([k, v]) => [el("dt", {}, k), el("dd", {}, short(v))])),
       el("span", { class: "muted" }, `${state} · click for more`),
     );

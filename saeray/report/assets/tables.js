@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { data, el, short, percent, sortable } = saeray;
+  const { data, el, short, percent, breakable, sortable } = saeray;
   const { byId, visible, onChange, fill, saes } = report;
   const open = (sae) => { location.hash = `sae-${sae.index}`; };
   const SHARES = new Set(["dead_share", "never_fired_share", "dense_share", "features_found"]);
@@ -21,7 +21,7 @@
         const with_ = inside.filter((s) => s.figures[figure] !== null);
         if (!with_.length) return el("td", {}, "–");
         const best = with_.reduce((a, b) => (report.better(figure, b.figures[figure], a.figures[figure]) ? b : a));
-        return el("td", {}, el("a", { href: `#sae-${best.index}` }, best.label),
+        return el("td", {}, el("a", { href: `#sae-${best.index}` }, breakable(best.label)),
           el("div", { class: "muted" }, `${short(best.figures[figure])} at L0 ${short(best.figures.l0, 3)}`));
       });
       const bound = BOUNDS[i + 1] === Infinity ? `${BOUNDS[i]} and more` : `${BOUNDS[i]} – ${BOUNDS[i + 1]}`;
@@ -39,8 +39,10 @@
 
   const heat = { figure: byId("heat-figure"), x: byId("heat-x"), y: byId("heat-y") };
   const named = report.varying.map((a) => [a.key, a.label]);
-  const sparse = report.varying.find((a) => ["l1_coefficient", "l0_coefficient", "k", "target_l0"].includes(a.key)) || report.varying[0];
-  const beside = report.varying.find((a) => a.key === "lr" && a !== sparse) || report.varying.find((a) => a !== sparse);
+  const full = report.varying.filter((a) => !a.values.includes("–"));
+  const choice = full.length > 1 ? full : report.varying;
+  const sparse = choice.find((a) => ["l1_coefficient", "l0_coefficient", "k", "target_l0"].includes(a.key)) || choice[0];
+  const beside = choice.find((a) => a.key === "lr" && a !== sparse) || choice.find((a) => a !== sparse);
   fill(heat.figure, Object.entries(data.figures), data.frontiers[0] || "fvu");
   fill(heat.x, [["", "–"], ...named], sparse?.key);
   fill(heat.y, [["", "–"], ...named], beside?.key);
@@ -49,7 +51,7 @@
     const [across, down] = [report.axisOf(heat.x.value), report.axisOf(heat.y.value)];
     const all = visible().filter((s) => s.figures[figure] !== null && s.figures[figure] !== undefined);
     const has = (a, v) => (s) => !a || a.value(s) === v;
-    const valuesOf = (a) => (a ? a.values.filter((v) => all.some(has(a, v))) : [null]);
+    const valuesOf = (a) => (a ? a.values.filter((v) => v !== "–" && all.some(has(a, v))) : [null]);
     const cells = valuesOf(down).map((v) => valuesOf(across).map((u) => all.filter(has(across, u)).filter(has(down, v))));
     const mean = (of) => of.reduce((sum, s) => sum + s.figures[figure], 0) / of.length;
     const means = cells.flat().filter((of) => of.length).map(mean);
@@ -98,7 +100,7 @@
     return el("dl", {}, entries.flatMap(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]));
   }
   function show(sae) {
-    byId("sae-name").textContent = sae.label;
+    byId("sae-name").replaceChildren(...breakable(sae.label));
     const figures = Object.entries(data.figures).filter(([f]) => sae.figures[f] !== null && sae.figures[f] !== undefined);
     const on = sae.on.map((f) => data.figures[f]).join(", ");
     const uri = data.uris[sae.sweep];
@@ -162,6 +164,7 @@
   /* --- on paper: light, as wide as the sheet, nothing folded --- */
 
   const PAPER = 1020; // CSS pixels of a landscape A4 sheet within its margins
+  const [TALL, LOW] = [420, 280]; // as report.css has them for print
   let before = null;
   const plots = () => [...document.querySelectorAll("main > section .plot, .columns .plot")].filter((p) => p.data);
   window.addEventListener("beforeprint", () => {
@@ -169,14 +172,17 @@
     before.closed.forEach((d) => { d.open = true; });
     document.documentElement.dataset.theme = "light";
     report.changed();
-    plots().forEach((p) => Plotly.relayout(p, { width: p.closest(".columns") ? PAPER / 2 - 12 : PAPER, autosize: false }));
+    plots().forEach((p) => Plotly.relayout(p, {
+      autosize: false, width: p.closest(".columns") ? PAPER / 2 - 12 : PAPER,
+      height: p.classList.contains("tall") ? TALL : LOW,
+    }));
   });
   window.addEventListener("afterprint", () => {
     if (!before) return;
     before.closed.forEach((d) => { d.open = false; });
     document.documentElement.dataset.theme = before.theme;
     report.changed();
-    plots().forEach((p) => Plotly.relayout(p, { width: null, autosize: true }));
+    plots().forEach((p) => Plotly.relayout(p, { autosize: true, width: null, height: null }));
     before = null;
   });
 })();
