@@ -44,8 +44,9 @@ class Session(NamedTuple):
 
 
 def add_session(folder: Folder, session: Session) -> None:
-    """Writes it beside those before it."""
-    sessions = [*read_sessions(folder), session]
+    """Writes it beside those before it, and in the place of one with the same beginning."""
+    before = [s for s in read_sessions(folder) if s.began != session.began]
+    sessions = [*before, session]
     text = strict_json.dumps({"sessions": [s._asdict() for s in sessions]}, indent=1)
     folder.write(FILE, text.encode())
 

@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeray.files import account
+from saeray.files import account, strict_json
 from saeray.files.metrics_log import line_of
 from saeray.files.results import COLUMNS, GROUND_TRUTH_COLUMNS
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import ENDS
+from saeray.spec.messages import DONE, ENDS, STOPPED
 
 READERS = 8  # logs at a time: they may be far away
 MOST_NUMBERS = 200_000  # of all training curves together: about 1.5 MB of a page
 FEWEST, MOST = 25, 400  # points of a curve
-CURVES = 12  # figures that an SAE has curves of, about
+CURVES = 24  # figures that an SAE has curves of, about
 HISTOGRAM = "plots/feature_density_line_chart"
 EVALUATED = '"eval/n_tokens"'  # in a line with an evaluation
 
@@ -50,10 +50,19 @@ class SweepData(NamedTuple):
     resources: Mapping[str, Any]
     sessions: list[account.Session]
     pages: frozenset[str]  # SAEs with feature pages
+    widths: Mapping[str, int]  # d_in by hook point, where anything tells it
 
     @property
     def over(self) -> bool:
         return all(row["status"] in ENDS for row in self.rows)
+
+    def d_sae(self, name: str) -> int | None:
+        """The width of an SAE."""
+        config, counts = self.configs[name], self.logs[name].counts
+        d_in = self.widths.get(config.resolved_hook_point)
+        if d_in is not None:
+            return config.d_sae(d_in)
+        return sum(counts) if counts else None  # but for those that fire on every token
 
 
 def read_sweep(folder: Folder, of: int = 1) -> SweepData:
@@ -65,7 +74,7 @@ def read_sweep(folder: Folder, of: int = 1) -> SweepData:
     files = SweepFolder(folder, folder.name)
     configs, rows = files.read_planned()
     began = files.read_sweep_yaml()
-    each = MOST_NUMBERS // (CURVES * max(1, len(configs) * of))
+    each = MOST_NUMBERS * 2 // (3 * CURVES * max(1, len(configs) * of))
     points = min(MOST, max(FEWEST, each))
     with ThreadPoolExecutor(READERS) as pool:
         logs = dict(
@@ -85,7 +94,31 @@ def read_sweep(folder: Folder, of: int = 1) -> SweepData:
         resources=began.get("resources") or {},
         sessions=account.read_sessions(folder),
         pages=feature_pages(folder),
+        widths=widths_of(folder, configs, rows),
     )
+
+
+def widths_of(
+    folder: Folder,
+    configs: Mapping[str, LanguageModelSAERunnerConfig],
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, int]:
+    """d_in by hook point: as given, or as one SAE there that has finished says."""
+    found: dict[str, int] = {}
+    for row in rows:
+        config = configs[row["trial"]]
+        hook_point = config.resolved_hook_point
+        if hook_point in found:
+            continue
+        if config.d_in is not None:
+            found[hook_point] = config.d_in
+        elif row["status"] in (DONE, STOPPED):
+            try:
+                said = (folder / "trials" / row["trial"] / "final").read("cfg.json")
+                found[hook_point] = int(strict_json.loads(said)["d_in"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # it was moved away, and the results were kept
+    return found
 
 
 def with_newest(row: dict[str, Any], newest: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +146,7 @@ def read_log(folder: Folder, points: int) -> Log:
         return Log({}, {}, None, None, 0)
     texts = folder.read("metrics.jsonl").decode(errors="replace").splitlines()
     evaluated = [i for i, text in enumerate(texts) if EVALUATED in text]
-    wanted = {*spaced(range(len(texts)), points), *spaced(evaluated, points)}
+    wanted = {*spaced(range(len(texts)), points), *spaced(evaluated, points // 2)}
     lines = [line for i in sorted(wanted) if (line := line_of(texts[i])) is not None]
     newest: dict[str, Any] = {}
     curves: dict[str, tuple[list[int], list[float]]] = {}

@@ -44,10 +44,22 @@ LABELS = {
     "pw_mcc": "PW-MCC",
     "cosine": "cosine",
     "l2_ratio": "L2 ratio",
-    "mse_loss": "MSE loss",
+    "relative_reconstruction_bias": "reconstruction bias",
+    "explained_variance_per_token": "expl. var. per token",
+    "ce_loss_without_sae": "CE without the SAE",
+    "ce_loss_with_sae": "CE with the SAE",
+    "ce_loss_with_ablation": "CE zero-ablated",
+    "ce_loss_score_mean_ablation": "CE score, mean-ablated",
+    "kl_div_score": "KL score",
     "mdl": "MDL (bits per token)",
-    "s_n_dec": "s_n^dec",
+    "s_n_dec": "s_n of the decoder",
+    "mean_log10_feature_sparsity": "mean log10 density",
+    "l1": "L1 of the latents",
+    "mse_loss": "MSE loss",
+    "l1_loss": "L1 loss",
+    "l0_loss": "L0 loss",
 }
+IN_TABLE = tuple(LABELS)[:12]  # of all SAEs; the others are with each of them
 # Fields that are likely to be axes, in the order of a page.
 ASKED_FOR = (
     "architecture", "recipe", *SPARSITY, "lr", "expansion_factor", "seed", "hook_point",
@@ -76,8 +88,7 @@ def write_report(folders: Sequence[Folder], target: Folder, name: str = FILE) ->
 
 def page_of(sweeps: Sequence[SweepData], target: Folder) -> bytes:
     """The page, for a place in the folder `target`."""
-    names = Counter(sweep.name for sweep in sweeps)
-    labels = [s.name if names[s.name] == 1 else s.folder.uri for s in sweeps]
+    labels = told_apart([sweep.folder.uri for sweep in sweeps])
     configs = [config for sweep in sweeps for config in sweep.configs.values()]
     axes = axes_of(configs)
     rows = [
@@ -115,7 +126,7 @@ def page_of(sweeps: Sequence[SweepData], target: Folder) -> bytes:
         hooks=hooks,
         saes=saes,
         axes=axes,
-        shown=[f for f in figures if f in LABELS],
+        shown=[f for f in figures if f in IN_TABLE],
         labels=LABELS,
         marks=frontier.marks(rows),
         groups=seed_groups(rows, axes),
@@ -125,6 +136,16 @@ def page_of(sweeps: Sequence[SweepData], target: Folder) -> bytes:
         written=time.strftime("%Y-%m-%d %H:%M"),
         number=number,
     )
+
+
+def told_apart(uris: Sequence[str]) -> list[str]:
+    """The last parts of each, as many as it takes for all to differ."""
+    parts = [uri.partition("?")[0].rstrip("/").split("/") for uri in uris]
+    for n in range(1, max(map(len, parts))):
+        labels = ["/".join(p[-n:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(uris)
 
 
 def axes_of(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:
@@ -179,7 +200,7 @@ def saes_of(
             here = None if place is None else f"{place}/"
             final = f"trials/{name}/final"
             page = f"features/{name}/index.html"
-            d_sae = sum(log.counts) if log.counts else None
+            d_sae = sweep.d_sae(name)
             figures = {c: finite(rows[n].get(c)) for c in (*figure_columns(), seeds.COLUMN)}
             for share, column in SHARES.items():
                 counted = figures.pop(column)
@@ -226,15 +247,19 @@ def finite(value: Any) -> float | None:
     return float(f"{value:.6g}")
 
 
-def short_curves(
-    curves: Mapping[str, tuple[list[int], list[float]]],
-) -> dict[str, list[list[float | None]]]:
-    """By wandb key: tokens and values; those that never change, or have one point, left out."""
-    return {
-        key: [list(xs), [None if not math.isfinite(y) else float(f"{y:.4g}") for y in ys]]
-        for key, (xs, ys) in curves.items()
-        if len(xs) > 1 and len(set(ys)) > 1 and key not in NO_CURVE
-    }
+def short_curves(curves: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, Any]:
+    """The figures of a log: `tokens`, lists that figures share, and `of`, by wandb key: the number
+    of its list and its values. What never changes, or is there once, is left out."""
+    tokens: list[list[int]] = []
+    found: dict[str, tuple[int, list[float | None]]] = {}
+    for key, (xs, ys) in curves.items():
+        if len(set(ys)) < 2 or key in NO_CURVE:
+            continue
+        if xs not in tokens:
+            tokens.append(xs)
+        short = [None if not math.isfinite(y) else float(f"{y:.4g}") for y in ys]
+        found[key] = (tokens.index(xs), short)
+    return {"tokens": tokens, "of": found}
 
 
 NO_CURVE = ("details/n_training_tokens", "details/training_seconds", "eval/n_tokens")

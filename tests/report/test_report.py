@@ -40,8 +40,9 @@ def test_a_finished_sweep(tmp_path):
     assert first["figures"]["l0"] == pytest.approx(0.04 / 1e-3 * 4**0.2, rel=1e-5)
     assert first["d_sae"] == 256 == sum(first["density"])
     assert first["figures"]["never_fired_share"] == pytest.approx(first["density"][0] / 256)
-    tokens, losses = first["curves"]["losses/overall_loss"]
-    assert tokens[-1] == 8000 and losses[0] > losses[-1]
+    tokens, losses = first["curves"]["of"]["losses/overall_loss"]
+    assert len(first["curves"]["tokens"]) == 1 and tokens == 0
+    assert first["curves"]["tokens"][0][-1] == 8000 and losses[0] > losses[-1]
     assert first["final"].startswith("./trials/lr%3D0.0001")
     assert first["fields"] == {"l1_coefficient": 1e-3, "lr": 1e-4}
     assert "8,200" in page and "100 s" in page  # LM tokens, wall time
@@ -61,7 +62,7 @@ def test_one_that_goes_on(tmp_path):
     going, waiting = data["saes"][1:3]
     assert going["tokens"] == 3200 and going["figures"]["l0"] is not None and not going["ended"]
     assert going["on"] == []  # the frontier is of those that have ended
-    assert waiting["figures"]["l0"] is None and waiting["curves"] == {}
+    assert waiting["figures"]["l0"] is None and waiting["curves"]["of"] == {}
     assert "not over yet" in page and "not recorded" in page
 
 
@@ -78,7 +79,7 @@ def test_several_sweeps_have_one_frontier(tmp_path):
     target = Folder.at(tmp_path)
     write_report([one, two], target, "both.html")
     data, page = data_of(target, "both.html")
-    assert data["sweeps"] == [one.uri, two.uri]  # both are called `one`
+    assert data["sweeps"] == [f"{tmp_path.name}/one", "x/one"]  # both are called `one`
     assert data["axes"][:3] == ["l1_coefficient", "lr", "seed"]
     assert [s["sweep"] for s in data["saes"]] == [0, 1, 1]
     assert data["saes"][1]["final"].startswith("x/one/trials/")

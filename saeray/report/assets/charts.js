@@ -74,7 +74,7 @@ const charts = (() => {
   function scatter(saes, figure, size) {
     const on = figure in { ce_loss_score: 1, fvu: 1, kl_div: 1, mcc: 1 } ? new Set(report.frontier(visible(), figure)) : new Set(saes);
     return {
-      type: "scatter", mode: "markers", hoverinfo: "none", saes: saes.map((s) => s.index),
+      type: "scatter", mode: "markers", hoverinfo: "none", cliponaxis: false, saes: saes.map((s) => s.index),
       x: saes.map((s) => s.figures.l0), y: saes.map((s) => s.figures[figure]),
       marker: {
         size, color: saes.map(colourOf), symbol: saes.map(shapeOf),
@@ -174,7 +174,7 @@ const charts = (() => {
   const edges = data.edges || [];
   const centres = edges.slice(1, -1).map((e, i) => (e + edges[i + 2]) / 2); // the first bin: never
   function densityTrace(sae, look = { opacity: 1, width: 1.6 }) {
-    const all = sae.density.reduce((a, b) => a + b, 0) || 1;
+    const all = sae.d_sae || 1;
     return {
       type: "scatter", mode: "lines", hoverinfo: "none", saes: [sae.index], x: centres, y: sae.density.slice(1).map((n) => n / all),
       line: { color: colourOf(sae), width: look.width, shape: "hvh" }, opacity: look.opacity,

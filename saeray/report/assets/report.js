@@ -3,7 +3,12 @@
 
 const report = (() => {
   const { data, el, short, colour } = saeray;
-  const saes = data.saes.map((sae, index) => ({ ...sae, index }));
+  const saes = data.saes.map((sae, index) => {
+    const curves = Object.fromEntries(
+      Object.entries(sae.curves.of).map(([key, [x, y]]) => [key, [sae.curves.tokens[x], y]]),
+    );
+    return { ...sae, index, curves };
+  });
   const state = { hook: data.hooks[0], filters: {}, colour: null, shape: null };
   const byId = (id) => document.getElementById(id);
 
@@ -40,7 +45,7 @@ const report = (() => {
 
   /* --- colours and shapes --- */
 
-  const RAMP = ["#3d4fb8", "#1c86b8", "#1f9d82", "#7fa62c", "#d9902a", "#cf5135"];
+  const RAMP = ["#4d63d6", "#2089bd", "#1f9d82", "#7fa62c", "#d9902a", "#cf5135"];
   const NAMED = ["#3566b0", "#d07a1f", "#2f9467", "#b5467f", "#7a5fc0", "#8a6d3b", "#4a9fb5", "#c24a3f"];
   const SHAPES = [
     ["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"],

@@ -112,7 +112,8 @@
       sae.error ? el("pre", { class: "bad" }, sae.error) : null,
       el("p", {}, ...[
         sae.features ? el("a", { href: sae.features }, "Look at its features →") : null,
-        sae.final ? el("a", { href: sae.final, class: "small", style: "margin-left: 14px" }, "its files") : null,
+        sae.features && sae.final ? " · " : null,
+        sae.final ? el("a", { href: sae.final, class: "small" }, "its files") : null,
       ].filter(Boolean)),
       el("dl", { class: "three" }, figures.map(([f, label]) => el("div", {}, el("dt", {}, label), el("dd", {}, shown(f, sae.figures[f]))))),
       sae.density ? el("h3", {}, "How often features fire") : null,
