@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from saeray.client.pages import add_report
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -277,6 +278,8 @@ def parser() -> argparse.ArgumentParser:
         help="compute PW-MCC between seeds where it is missing, however long it takes",
     )
     compare.set_defaults(command=compare_command)
+
+    add_report(commands)
 
     wandb = commands.add_parser(
         "wandb", help="send a sweep to wandb: each SAE's whole metrics.jsonl as one run"

@@ -16,10 +16,10 @@ from saeray.client.speed import Times, account, human
 from saeray.client.text_plot import plotted
 from saeray.errors import ConfigError, SaerayError, nearest
 from saeray.files import frontier, seeds
-from saeray.files.results import COLUMNS, result_row, varying_fields
+from saeray.files.results import COLUMNS
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
-from saeray.spec.messages import DONE, INTERRUPTED, STOPPED, WAITING, SweepStatus
+from saeray.spec.messages import DONE, INTERRUPTED, STOPPED, SweepStatus
 
 if TYPE_CHECKING:
     import pandas
@@ -106,6 +106,8 @@ class SweepResult:
         if any(row["status"] == INTERRUPTED for row in self.rows):
             lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
         lines.append(f"results: {self.folder.uri}")
+        if "report.html" in self.folder.names():
+            lines.append(f"to look at: {self.folder.uri}/report.html")
         return "\n".join(lines)
 
     def final(self, row: Mapping[str, Any] | str) -> Folder:
@@ -144,31 +146,8 @@ def load_sweep(folder: str | os.PathLike[str] | Folder) -> SweepResult:
         ConfigError: no sweep is there, or its sweep.yaml is damaged.
     """
     place = folder if isinstance(folder, Folder) else Folder.at(folder, "SWEEP")
-    files = SweepFolder(place, place.name)
-    try:
-        if "sweep.yaml" not in place.names():
-            raise ConfigError(f"{place.uri}: there is no sweep.yaml, so no sweep.{beside(place)}")
-        configs = files.read_configs()
-        found = {row["trial"]: row for row in files.read_rows()}
-    except OSError as error:
-        raise ConfigError(f"{place.uri}: can't be read: {error}") from None
-    axes = varying_fields(list(configs.values()))
-    rows = [
-        found.get(name) or result_row(name, config, axes, WAITING, None, {}, None)
-        for name, config in configs.items()
-    ]
+    _, rows = SweepFolder(place, place.name).read_planned()
     return SweepResult(place.name, place, rows, SweepStatus([], "as its folder has it"))
-
-
-def beside(place: Folder) -> str:
-    """What may have been meant: sweeps in the folder, or names beside it that are like its own."""
-    inside = [name for name in place.names() if "sweep.yaml" in (place / name).names()]
-    if inside:
-        return f" Sweeps in it: {', '.join(inside[:12])}."
-    if "/" not in place.path.strip("/"):  # a bucket
-        return ""
-    names = Folder.at(place.parent_uri).names()
-    return f" Beside it: {nearest(place.name, names)}" if names else ""
 
 
 def only(rows: list[dict[str, Any]], where: Mapping[str, Any]) -> list[dict[str, Any]]:

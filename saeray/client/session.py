@@ -19,6 +19,7 @@ from typing import Any
 from saeray.client.result import SweepResult
 from saeray.client.speed import Times
 from saeray.client.status_file import StatusFile
+from saeray.cluster.cost import write_down
 from saeray.errors import ConfigError, SaerayError, bad_value
 from saeray.files.seeds import add_stability
 from saeray.files.storage import Folder
@@ -92,6 +93,8 @@ def run(
     rows, left_out = add_stability(folder, SweepFolder(folder, name).read_rows(), STABILITY_SECONDS)
     status.warnings += left_out
     times = Times(began, time.time(), trained_before)
+    prevented = write_down(folder, status, times)
+    status.warnings += [prevented] if prevented else []
     if note is not None:
         note.write(status, rows, times)
     return SweepResult(name, folder, rows, status, times)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from saeray.spec.messages import Gauges, SweepStatus
-
-WAITS = 0.1  # of the trainers' time: with more waiting for activations, these are the limit
-AROUND = 0.2  # the same, for what they do around the step
-EARLY = 2.0  # seconds, in which the first steps load this and that
-BUSY = 0.5  # of the harvesters' time: with less, it is not the language model that is waited for
+from saeray.cluster.cost import Times, limit_of
+from saeray.spec.messages import SweepStatus
 
 
 def human(n: float) -> str:
@@ -33,41 +27,6 @@ def bottleneck(status: SweepStatus) -> str:
     """What limits the training, and by which figures; before it begins, what is waited for."""
     limit = limit_of(status)
     return status.phase if limit is None else f"limit: {limit}"
-
-
-def limit_of(status: SweepStatus, after: float = EARLY) -> str | None:
-    """What limits the training; None in the first `after` seconds of the trainers' time."""
-    waited = sum(r.waited_seconds for r in status.readers.values())
-    busy = sum(r.busy_seconds for r in status.readers.values())
-    stepped = sum(r.step_seconds for r in status.readers.values())
-    if waited + busy <= after:
-        return None
-    waits, around = waited / (waited + busy), max(0.0, busy - stepped) / (waited + busy)
-    harvesting = max((harvesters_busy(g) for g in status.gauges), default=0.0)
-    if waits > max(WAITS, around):
-        of_trainers = f"trainers wait for activations {waits:.0%} of the time"
-        if harvesting >= BUSY:
-            return f"the language model ({of_trainers})"
-        who = "the text, or a pack that is slower than others"
-        return f"{who} ({of_trainers}, harvesters are idle {1 - harvesting:.0%})"
-    if around > AROUND:
-        return f"what is around the SAEs' step ({around:.0%} of the trainers' time)"
-    step = stepped / (waited + busy)
-    return f"the SAEs' step ({step:.0%} of the time; harvesters idle {1 - harvesting:.0%})"
-
-
-def harvesters_busy(gauges: Gauges) -> float:
-    """Share of their time that a stream's harvesters compute."""
-    elapsed = gauges.elapsed_seconds * gauges.n_harvesters
-    return min(1.0, gauges.harvest_seconds / elapsed) if elapsed > 0 else 0.0
-
-
-class Times(NamedTuple):
-    """Of one session of a sweep; time.time() where its driver runs."""
-
-    began: float
-    ended: float
-    trained_before: int = 0  # SAE-tokens, in earlier sessions
 
 
 def account(status: SweepStatus, times: Times) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from ray.exceptions import RayError
 
 from saeray.actors.waiting import POLL_SECONDS
+from saeray.cluster.cost import Times, write_down
 from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import SweepState
@@ -64,3 +66,10 @@ class Overview:
             milestones=self.state.milestones,
             placement=self.streams.placement,
         )
+
+    async def write_down(self, status: SweepStatus) -> None:
+        """The account and the page of a sweep that nobody drives."""
+        times = Times(self.state.milestones["roster"], time.time())
+        prevented = await asyncio.to_thread(write_down, self.state.folder, status, times)
+        if prevented is not None:
+            self.state.say(prevented)

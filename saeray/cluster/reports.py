@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -59,6 +59,8 @@ class Reports:
         self.wanted: dict[tuple[str, str, bool], list[Wanted]] = {}
         self.unwritten: list[Entry] = []  # that have ended, and have no row yet
         self.writing: asyncio.Task[None] | None = None
+        # What is done once every SAE has ended, before anyone hears of the last one.
+        self.all_ended: Callable[[], Awaitable[None]] | None = None
 
     def open(self, entry: Entry) -> None:
         """Before the first report of an SAE, or of one that is taken up again."""
@@ -225,7 +227,10 @@ class Reports:
         while self.unwritten:
             entries, self.unwritten = self.unwritten, []
             try:
-                await asyncio.to_thread(self.state.files.write_results, self.state.outcomes())
+                outcomes = self.state.outcomes()
+                await asyncio.to_thread(self.state.files.write_results, outcomes)
+                if self.all_ended is not None and all(o.state in ENDS for o in outcomes):
+                    await self.all_ended()
             except Exception as problem:
                 self.state.say(f"results could not be written: {problem}")
             for entry in entries:

@@ -90,6 +90,7 @@ class Roster:
         self.recorded = 0.0
         self.gone = asyncio.Event()  # closed, with all there was to do
         self.overview = Overview(self.state, self.reports, self.streams)
+        self.reports.all_ended = self.all_ended
         # A call that arrives while memory comes back waits for it.
         self.ready = self.state.do(self.recall())
         self.state.do(self.watch())
@@ -243,6 +244,11 @@ class Roster:
         self.gone.set()
         return self.warnings
 
+    async def all_ended(self) -> None:
+        """Every SAE has; a driver has its own words about that, `tune.run` has not."""
+        if not self.driven:
+            await self.overview.write_down(await self.overview.status(self.warnings))
+
     # --- packs ------------------------------------------------------------------------------
 
     async def plan(self, pack: str) -> PackPlan | NotYet:
@@ -379,7 +385,9 @@ class Roster:
             quiet = time.monotonic() - self.last_seen
             over = all(e.ended and not e.attached for e in self.state.entries.values())
             if quiet > LEASE_SECONDS or (over and not self.driven and quiet > OVER_SECONDS):
+                status = await self.overview.status(self.warnings)
                 await self.close()
+                await self.overview.write_down(status)
         # Detached, so nobody else would end it. An actor that is exiting takes no more calls, and
         # packs that are closing still make some.
         await self.gone.wait()

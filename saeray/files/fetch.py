@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from saeray.files.storage import Folder
 
+# What is written anew with the same name, and may have the same size.
+GROWING = ("metrics.jsonl", "results.csv", "results.parquet", "account.json", "report.html")
 PIECE = 16 * 2**20  # bytes at a time: what a Ray Client carries well
 
 
@@ -27,7 +29,7 @@ def fetch_folder(source: Folder, target: Folder, checkpoints: bool = False) -> t
         ):
             continue
         place = Path(target.path) / name
-        growing = name.endswith(("metrics.jsonl", "results.csv", "results.parquet"))
+        growing = name.endswith(GROWING)
         if place.is_file() and place.stat().st_size == size and not growing:
             continue
         copy(source, name, size, place)

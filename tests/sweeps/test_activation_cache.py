@@ -17,7 +17,8 @@ from saeray.files.sweep_folder import SweepFolder
 def test_a_sweep_fills_a_cache_on_s3_and_leaves_its_results_there(alone, tiny):
     assert alone.status.harvested_tokens == 16 * 1024
     assert set(alone.folder.names()) == {
-        "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
+        "account.json", "pareto.png", "report.html", "results.csv", "results.parquet", "sweep.yaml",
+        "trials",
     }  # fmt: skip
     # Where lines of the log are written from time to time only, while checkpoints wait for them.
     lines = (alone.folder / "trials" / alone.rows[0]["trial"]).read("metrics.jsonl").splitlines()

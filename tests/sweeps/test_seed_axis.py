@@ -24,6 +24,8 @@ def test_saes_of_several_seeds_have_their_stability(ray_instance, tmp_path):
     assert all(0.1 < alike < 0.99 for alike in pairs)
     assert result.rows[0]["pw_mcc"] == pytest.approx((pairs[0] + pairs[1]) / 2)
     assert "over seeds" in result.summary() and f"{sum(pairs) / 3:.3f}" in result.summary()
+    page = (tmp_path / "seeds" / "report.html").read_text()
+    assert f'<td class="num">{sum(pairs) / 3:.3g}</td>' in page.partition('id="seeds"')[2]
     read = saeray.load_sweep(tmp_path / "seeds")
     assert read.rows == result.rows
     row = read.best(l0=min(r["l0"] for r in result.rows))

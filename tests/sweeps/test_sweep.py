@@ -17,8 +17,10 @@ from support.wandb_files import read_run
 
 import saeray
 from saeray.errors import ConfigError
+from saeray.files.account import read_sessions
 from saeray.files.checkpoint import load_sae
 from saeray.files.results import COLUMNS
+from saeray.files.storage import Folder
 from saeray.sae.architectures.standard import StandardSAE
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -150,8 +152,23 @@ def test_the_sweeps_folder_is_as_documented(six):
         assert (about["bos_token"], about["bos_token_id"]) == ("<|endoftext|>", 0)
         assert isinstance(result.load(row["trial"]), StandardSAE)
     assert sorted(p.name for p in folder.iterdir() if p.name != "wandb") == [
-        "pareto.png", "results.csv", "results.parquet", "sweep.yaml", "trials",
+        "account.json", "pareto.png", "report.html", "results.csv", "results.parquet", "sweep.yaml",
+        "trials",
     ]  # fmt: skip
+
+
+def test_its_page_and_its_account_are_there(six):
+    result, folder = six
+    (session,) = read_sessions(result.folder)
+    assert session.harvested_tokens == result.status.harvested_tokens
+    assert session.trained_tokens == 6 * 64 * 1024 == 6 * session.one_pass_tokens
+    assert session.start_up_s > 0 and session.training_s > 0 and "%" in session.limit
+    assert session.trainers_s["the SAEs' step"] > 0
+    assert session.harvesters_s["the language model"] > 0
+    page = (folder / "report.html").read_text()
+    assert f"{session.harvested_tokens:,}" in page and session.placement[:20] in page
+    assert page.count("<tr class=") == 6
+    assert f"to look at: {folder}/report.html" in result.summary()
 
 
 def test_wandb_has_one_offline_run_per_sae(six):
@@ -369,6 +386,9 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert statuses[1e-5] == "stopped"
     assert "done" in statuses.values()
     assert set(statuses.values()) == {"done", "stopped"}
+    assert (tmp_path / "asha" / "report.html").read_text().count("<tr class=") == 4
+    (session,) = read_sessions(Folder.at(tmp_path / "asha"))
+    assert session.trained_tokens == sum(tokens.values())
     for r in rows:  # stopped ones are kept and evaluated too
         assert load_sae(r["path"]).d_sae == 256
         assert float(r["ce_loss_score"]) < 1

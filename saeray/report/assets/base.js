@@ -23,12 +23,17 @@ const saeray = (() => {
     if (typeof value !== "number") return String(value);
     if (value === 0) return "0";
     const size = Math.abs(value);
+    if (Number.isInteger(value) && size < 1e15) return value.toLocaleString("en");
     if (size >= 1e6 || size < 1e-4) {
       return value.toExponential(Math.min(2, digits - 1)).replace(/\.?0+e/, "e").replace("e+", "e");
     }
-    if (Number.isInteger(value)) return value.toLocaleString("en");
     return String(Number(value.toPrecision(digits)));
   }
+
+  /** A name that may be broken after its commas, for an element's children. */
+  const breakable = (name) =>
+    String(name).split(",").flatMap((part, i, all) =>
+      i + 1 < all.length ? [`${part},`, document.createElement("wbr")] : [part]);
 
   /** A share in percent. */
   const percent = (value, digits = 1) =>
@@ -88,5 +93,5 @@ const saeray = (() => {
     });
   }
 
-  return { data, el, short, percent, colour, onTheme, sortable };
+  return { data, el, short, percent, breakable, colour, onTheme, sortable };
 })();
