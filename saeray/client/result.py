@@ -102,7 +102,7 @@ class SweepResult:
         lines += stopped_early(self.rows)
         if self.times is not None:
             lines += account(status, self.times)
-        if "report.html" in self.folder.names():
+        if self.times is not None and not any("no report.html" in w for w in status.warnings):
             lines.append(f"to look at: {(self.folder / 'report.html').uri}")
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):
