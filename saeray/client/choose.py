@@ -20,12 +20,6 @@ from saeray.spec.messages import DONE, ENDS, STOPPED
 if TYPE_CHECKING:
     import pandas
 
-# What held-out text an SAE was judged on.
-TEXT_FIELDS = (
-    "dataset_path", "dataset_split", "dataset_config", "dataset_revision", "text_column",
-    "txt_documents", "prepend_bos", "context_size", "eval_windows",
-)  # fmt: skip
-
 
 def compare(*sweeps: str | os.PathLike[str]) -> pandas.DataFrame:
     """The SAEs of several sweeps in one data frame, as `SweepResult.dataframe` has one's.
@@ -120,7 +114,7 @@ def compared(rows: Sequence[dict[str, Any]], everything: bool = False) -> list[s
             if on:
                 shares = ", ".join(f"{n} of {sweep}" for sweep, n in on.most_common())
                 lines.append(f"on the frontier of L0 and {mark}: {shares}")
-    return [*lines, *seeds.table(rows), *(f"! {text}" for text in cautions(rows))]
+    return [*lines, *seeds.table(rows), *(f"! {text}" for text in frontier.cautions(rows))]
 
 
 def key(row: frontier.Row) -> tuple[str, str]:
@@ -138,19 +132,6 @@ def how_far(rows: Sequence[frontier.Row]) -> str:
     )
 
 
-def cautions(rows: Sequence[frontier.Row]) -> list[str]:
-    """What makes figures at one hook point not quite comparable."""
-    differing = {
-        name: values
-        for name in TEXT_FIELDS
-        if len(values := list(dict.fromkeys(str(row.get(name)) for row in rows))) > 1
-    }
-    if not differing:
-        return []
-    listed = "; ".join(f"{name}: {', '.join(values[:4])}" for name, values in differing.items())
-    return [f"not all were judged on the same held-out text ({listed})."]
-
-
 def best_command(arguments: argparse.Namespace) -> int:
     where = {}
     for text in arguments.where:
@@ -165,7 +146,7 @@ def best_command(arguments: argparse.Namespace) -> int:
         return 0
     config = SweepFolder(sweep.folder, sweep.name).read_configs()[row["trial"]]
     lines, judged = described(sweep, row, config), only(sweep.rows, where)
-    print(printable("\n".join([*lines, *(f"! {text}" for text in cautions(judged))])))
+    print(printable("\n".join([*lines, *(f"! {text}" for text in frontier.cautions(judged))])))
     return 0
 
 

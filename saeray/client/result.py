@@ -102,12 +102,12 @@ class SweepResult:
         lines += stopped_early(self.rows)
         if self.times is not None:
             lines += account(status, self.times)
+        if self.times is not None and not any("no report.html" in w for w in status.warnings):
+            lines.append(f"to look at: {(self.folder / 'report.html').uri}")
         lines += [f"! {warning}" for warning in status.warnings]
         if any(row["status"] == INTERRUPTED for row in self.rows):
             lines.append(f"interrupted SAEs go on with: saeray sweep --resume {self.folder.uri}")
         lines.append(f"results: {self.folder.uri}")
-        if "report.html" in self.folder.names():
-            lines.append(f"to look at: {self.folder.uri}/report.html")
         return "\n".join(lines)
 
     def final(self, row: Mapping[str, Any] | str) -> Folder:

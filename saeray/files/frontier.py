@@ -30,6 +30,12 @@ BAND = 0.2  # how far from the L0 that is asked for an SAE may be: a share of it
 # Figures at different models or hook points say nothing of each other.
 HOOK_FIELDS = ("model_name", "model_revision", "hook_point", "hook_point_layer", "hook_point_out")
 
+# What held-out text an SAE was judged on.
+TEXT_FIELDS = (
+    "dataset_path", "dataset_split", "dataset_config", "dataset_revision", "text_column",
+    "txt_documents", "prepend_bos", "context_size", "eval_windows",
+)  # fmt: skip
+
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points are on the frontier, where less is better in both coordinates.
@@ -199,3 +205,16 @@ def takes(value: float, l0: float) -> str:
 
 def l0_of(row: Row) -> float:
     return number(row, "l0")
+
+
+def cautions(rows: Sequence[Row]) -> list[str]:
+    """What makes figures at one hook point not quite comparable."""
+    differing = {
+        name: values
+        for name in TEXT_FIELDS
+        if len(values := list(dict.fromkeys(str(row.get(name)) for row in rows))) > 1
+    }
+    if not differing:
+        return []
+    listed = "; ".join(f"{name}: {', '.join(values[:4])}" for name, values in differing.items())
+    return [f"not all were judged on the same held-out text ({listed})."]

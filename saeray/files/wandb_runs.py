@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from saeray.errors import ConfigError, SaerayError
+from saeray.files import frontier
 from saeray.files.metrics_log import read_lines
+from saeray.files.results import COLUMNS, GROUND_TRUTH_COLUMNS
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
@@ -26,6 +30,7 @@ from saeray.spec.messages import FAILED
 WANDB_SECONDS = 60.0  # that a server may take to open a run, or to take the rest of one at its end
 CLOSE_SECONDS = 120.0  # that all that is left may take at a sweep's end
 MOST_IN_LINE = 100_000  # log lines that wait for wandb: a few hundred MB
+NAME_LENGTH = 128  # of an artifact, at most
 ID_FILE = "saeray-id"  # in wandb/
 
 
@@ -41,8 +46,50 @@ def sweep_id(folder: Folder) -> str:
     return made
 
 
+def opened(
+    config: LanguageModelSAERunnerConfig,
+    name: str,
+    folder: Folder,
+    directory: str | None,
+    resume: Literal["allow"] | None,
+    job_type: str,
+    values: Mapping[str, Any] | None = None,
+) -> Any:
+    """A run of the sweep in this folder, whose id is made of `name`; several may be open at once.
+
+    directory: where wandb keeps its files; None: where it keeps those of any script. values: what
+    the run shows as its config.
+
+    Raises:
+        wandb.Error, OSError: it can't be opened.
+    """
+    import wandb
+
+    if directory is not None:
+        os.makedirs(directory, exist_ok=True)
+    return wandb.init(
+        id=digest({"sweep": sweep_id(folder), "name": name}, 16),
+        name=name or folder.name,
+        group=folder.name,
+        project=config.wandb_project,
+        entity=config.wandb_entity,
+        dir=directory,
+        resume=resume,
+        reinit="create_new",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=WANDB_SECONDS,
+            finish_timeout=WANDB_SECONDS,
+            finish_timeout_raises=True,
+        ),
+        job_type=job_type,
+        config=None if values is None else dict(values),
+    )
+
+
 class WandbRun:
-    """One run in its own folder; several may be open in one process."""
+    """One SAE's run in its own folder."""
 
     def __init__(
         self,
@@ -52,37 +99,16 @@ class WandbRun:
         directory: str | None,
         resume: Literal["allow"] | None,
     ) -> None:
-        """directory: where wandb keeps its files; None: where it keeps those of any script.
-
-        Raises:
-            wandb.Error, OSError: it can't be opened.
-        """
+        """As `opened`, which may raise."""
         import wandb
 
-        self.wandb = wandb
-        if directory is not None:
-            os.makedirs(directory, exist_ok=True)
-        self.run = wandb.init(
-            id=digest({"sweep": sweep_id(folder), "name": name}, 16),
-            name=name,
-            group=folder.name,
-            project=config.wandb_project,
-            entity=config.wandb_entity,
-            config=config.to_dict(),
-            dir=directory,
-            resume=resume,
-            reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=WANDB_SECONDS,
-                finish_timeout=WANDB_SECONDS,
-                finish_timeout_raises=True,
-            ),
-        )
+        self.wandb, self.config, self.name, self.folder = wandb, config, name, folder
+        self.newest: dict[str, Any] = {}
+        self.run = opened(config, name, folder, directory, resume, "sae", config.to_dict())
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         values = {key: value for key, value in metrics.items() if value is not None}
+        self.newest |= values
         histogram = values.pop("plots/feature_density_line_chart", None)
         if histogram is not None:
             values["plots/feature_density_line_chart"] = self.wandb.Histogram(
@@ -91,7 +117,77 @@ class WandbRun:
         self.run.log(values, step=step)
 
     def finish(self, failed: bool) -> None:
+        """Ends it, with the columns of results.csv as its summary."""
+        columns = COLUMNS | GROUND_TRUTH_COLUMNS
+        known = {c: self.newest[key] for c, key in columns.items() if key in self.newest}
+        self.run.summary.update(known)
+        if self.config.log_weights_to_wandb and not failed:
+            self.log_weights()
         self.run.finish(exit_code=int(failed))
+
+    def log_weights(self) -> None:
+        """The published SAE as an artifact, once it is there."""
+        final = self.folder / "trials" / self.name / "final"
+        files = final.files()
+        if not files:
+            return
+        # Names of artifacts have letters, digits, dashes, underscores and dots.
+        name = re.sub(r"[^\w.-]", "_", f"{self.folder.name}-{self.name}")[:NAME_LENGTH]
+        artifact = self.wandb.Artifact(name, type="sae", metadata={"sae": self.name})
+        for file in files:
+            with artifact.new_file(file, "wb") as copy:
+                copy.write(final.read(file))
+        self.run.log_artifact(artifact)
+
+
+def log_sweep(folder: Folder, directory: str | None, resume: Literal["allow"] | None) -> bool:
+    """One run for the sweep as a whole, named as it is; whether there was anything to log.
+
+    It has results.csv as a table, a scatter of L0 against each figure of fidelity, and in its
+    summary how many SAEs there are in which state and the best of each figure.
+    """
+    import wandb
+
+    files = SweepFolder(folder, folder.name)
+    rows = files.read_rows()
+    if not rows:
+        return False
+    config = next(iter(files.read_configs().values()))
+    marks = frontier.marks(rows)
+    rows = [
+        row | {"fvu": frontier.figure(row, "fvu"), "frontier": mark}
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = wandb.Table(columns=columns, data=[[cell(row.get(c)) for c in columns] for row in rows])
+    run = opened(config, "", folder, directory, resume, "sweep")
+    logged: dict[str, Any] = {"frontier": table}
+    run.summary.update({f"saes/{state}": n for state, n in Counter(states(rows)).items()})
+    for figure in ("ce_loss_score", "fvu", "kl_div"):
+        judged = [row for row in rows if frontier.judged(row, figure)]
+        if not judged:
+            continue
+        points = wandb.Table(
+            columns=["l0", figure, "SAE"],
+            data=[[row["l0"], row[figure], row["trial"]] for row in judged],
+        )
+        logged[f"l0_{figure}"] = wandb.plot.scatter(
+            points, "l0", figure, title=f"{folder.name}: L0 against {figure}"
+        )
+        best = max if frontier.more_is_better(figure) else min
+        run.summary.update({f"best/{figure}": best(row[figure] for row in judged)})
+    run.log(logged)
+    run.finish()
+    return True
+
+
+def states(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(row["status"]) for row in rows]
+
+
+def cell(value: Any) -> Any:
+    """A value as wandb's tables take it: a column has one type."""
+    return value if value is None or isinstance(value, (int, float, str)) else str(value)
 
 
 class WandbRuns:
@@ -137,9 +233,14 @@ class WandbRuns:
             self.later(call)
 
     def close(self) -> None:
-        """Returns when all that was asked for is done; with a limit."""
+        """Returns when all that was asked for is done, the sweep's own run too; with a limit."""
         if self.thread is None:
             return
+
+        def of_the_sweep() -> None:
+            log_sweep(self.folder, self.directory, "allow")
+
+        self.in_line(of_the_sweep)
         done = threading.Event()
         self.calls.put(done.set)
         if not done.wait(CLOSE_SECONDS):
@@ -219,4 +320,9 @@ def send_whole(folder: Folder) -> list[str]:
         except Exception as error:  # of wandb's many kinds
             raise SaerayError(f"wandb does not take {name}: {in_a_line(error)}.") from error
         sent.append(name)
+    try:
+        if sent and log_sweep(folder, os.environ.get("WANDB_DIR"), None):
+            sent.append(f"{folder.name} as a whole")
+    except Exception as error:
+        raise SaerayError(f"wandb does not take the sweep's run: {in_a_line(error)}.") from error
     return sent

@@ -129,6 +129,7 @@ def page_of(sweeps: Sequence[SweepData], target: Folder) -> bytes:
         shown=[f for f in figures if f in IN_TABLE],
         labels=LABELS,
         marks=frontier.marks(rows),
+        cautions=frontier.cautions(judged_on(configs)),
         groups=seed_groups(rows, axes),
         ends_badly=[s for s in saes if s["error"] or s["status"] in (FAILED, INTERRUPTED)],
         costs=[(label, costs_of(s)) for label, s in zip(labels, sweeps, strict=True)],
@@ -177,6 +178,13 @@ def comparable(row: Mapping[str, Any], sweep: str, of: SweepData) -> dict[str, A
     hook = {name: getattr(config, name, None) for name in frontier.HOOK_FIELDS}
     hook |= {"hook_point": config.resolved_hook_point, "hook_point_layer": None}
     return {**row, **hook, "sweep": sweep, "fvu": frontier.figure(row, "fvu")}
+
+
+def judged_on(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[dict[str, Any]]:
+    """Of each SAE, what text it was judged on."""
+    return [
+        {name: getattr(config, name, None) for name in frontier.TEXT_FIELDS} for config in configs
+    ]
 
 
 def saes_of(

@@ -155,6 +155,7 @@ class LanguageModelSAERunnerConfig:
     wandb_project: str = "saeray"
     wandb_entity: str | None = None
     wandb_log_frequency: int = 10  # optimizer steps between log lines
+    log_weights_to_wandb: bool = False  # each finished SAE's files as an artifact of its run
     n_checkpoints: int = 0
     checkpoint_every_s: float | None = 600.0  # saeray: what a crash may cost; only the newest stays
     checkpoint_path: str = "checkpoints"  # where results go when storage_path is not given
@@ -319,6 +320,7 @@ NOT_AN_AXIS = frozenset(
         "log_to_wandb",
         "wandb_project",
         "wandb_entity",
+        "log_weights_to_wandb",
         "device",
         "buffer_bytes",
         "stream_tokens",

@@ -131,7 +131,6 @@ FOREIGN = {
     "save_final_checkpoint": Foreign(None),  # final/ is always there
     "log_activations_store_to_wandb": Foreign(None),
     "log_optimizer_state_to_wandb": Foreign(None),
-    "log_weights_to_wandb": Foreign(None),
     "use_sparse_activations": Foreign(None),
     "metadata": Foreign(None),
     # Of resampling, which feature_sampling_method chooses; of messages; of versions.

@@ -9,14 +9,17 @@ import time
 import pytest
 import yaml
 from support.configs import short_run
+from support.pictured import pictured
 from support.wandb_files import read_runs, silent_server
 
 from saeray.client.cli import main
 from saeray.files import wandb_runs
 from saeray.files.metrics_log import MetricsLog
 from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
 from saeray.files.tracking import Tracker
 from saeray.files.wandb_runs import sweep_id
+from saeray.spec.messages import FAILED
 
 LOGGED = short_run(log_to_wandb=True)
 
@@ -219,3 +222,34 @@ def test_wandb_that_does_not_take_a_sweep_is_said_in_a_line(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["wandb", str(tmp_path)]) == 2
     assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_the_sweep_has_a_run_beside_those_of_its_saes(offline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    logs = dict(log_to_wandb=True, log_weights_to_wandb=True)
+    folder = pictured(tmp_path / "six", l1_coefficient=[1e-3, 2e-3, 4e-3], ends={2: FAILED}, **logs)
+    rows = SweepFolder(folder, "six").read_rows()
+    for row in rows[:2]:
+        (folder / "trials" / row["trial"] / "final").publish({"cfg.json": b"{}", "w": b"123"})
+    assert main(["wandb", folder.path]) == 0
+    assert "4 wandb runs" in capsys.readouterr().out
+    *saes, sweep = read_runs(tmp_path / "whole")
+    assert [run.name for run in saes] == [row["trial"] for row in rows]
+    assert {run.group for run in (*saes, sweep)} == {"six"}
+    assert [run.job_type for run in (*saes, sweep)] == ["sae"] * 3 + ["sweep"]
+    for run, row in zip(saes[:2], rows[:2], strict=True):
+        figures = {c: run.summary[c] for c in ("l0", "fvu", "ce_loss_score", "kl_div")}
+        assert figures == {c: row[c] for c in figures}
+        (files,) = run.artifacts.values()
+        assert files == ["cfg.json", "w"]
+    assert saes[2].artifacts == {}
+    assert sweep.name == "six" and sweep.id not in {run.id for run in saes}
+    assert (sweep.summary["saes/done"], sweep.summary["saes/failed"]) == (2, 1)
+    assert sweep.summary["best/fvu"] == min(row["fvu"] for row in rows[:2])
+    table = sweep.tables["frontier"]
+    told = [dict(zip(table["columns"], data, strict=True)) for data in table["data"]]
+    assert [t["trial"] for t in told] == [row["trial"] for row in rows]
+    assert [t["frontier"] for t in told] == ["FVU CE", "FVU CE", ""]
+    points = sweep.tables["l0_ce_loss_score_table"]
+    assert points["columns"] == ["l0", "ce_loss_score", "SAE"]
+    assert points["data"] == [[r["l0"], r["ce_loss_score"], r["trial"]] for r in rows[:2]]

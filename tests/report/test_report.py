@@ -97,6 +97,12 @@ def test_sweeps_at_other_hook_points_are_not_compared(tmp_path):
     assert [s["on"] for s in data["saes"]] == [["ce_loss_score", "fvu"]] * 2
 
 
+def test_texts_that_differ_are_said(tmp_path):
+    folder = pictured(tmp_path / "t", l1_coefficient=[1e-3], context_size=[64, 128])
+    assert "the same held-out text (context_size: 64, 128)" in reported(folder)[1]
+    assert "the same held-out text" not in reported(pictured(tmp_path / "u", lr=[1e-3]))[1]
+
+
 def test_seeds_have_intervals(tmp_path):
     folder = pictured(tmp_path / "s", l1_coefficient=[1e-3, 2e-3], seed=[1, 2, 3])
     _, page = reported(folder)

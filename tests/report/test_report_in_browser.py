@@ -30,6 +30,7 @@ def sweep(tmp_path_factory):
         expansion_factor=[4, 8],
         ends={4: FAILED, 7: WAITING},
         error=NASTY,
+        model_name="a-name-" + "without-an-end-" * 20,
     )
     (folder / "features" / "expansion_factor=4,lr=0.0001,l1_coefficient=0.0004").write(
         "index.html", b"<title>features of the first</title>"

@@ -16,6 +16,10 @@ class OfflineRun(NamedTuple):
     group: str
     history: list  # a dict for each line that was logged, with `_step`
     exit_code: int | None
+    job_type: str
+    summary: dict  # the last value of each key
+    artifacts: dict  # what was asked for, by name: the files in it
+    tables: dict  # by key: a table's columns and data
 
 
 def leveldb_records(data, start):
@@ -39,6 +43,7 @@ def read_run(folder):
     from wandb.proto import wandb_internal_pb2
 
     header, history, exit_code = wandb_internal_pb2.RunRecord(), [], None
+    summary, artifacts = {}, {}
     for data in leveldb_records(next(folder.glob("*.wandb")).read_bytes()[7:], start=7):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -52,7 +57,18 @@ def read_run(folder):
             history.append(
                 {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
             )
-    return OfflineRun(header.run_id, header.display_name, header.run_group, history, exit_code)
+        elif kind == "summary":
+            for i in record.summary.update:
+                summary["/".join(i.nested_key) or i.key] = json.loads(i.value_json)
+        elif kind == "artifact" and record.artifact.type != "run_table":  # those are its tables
+            entries = record.artifact.manifest.contents
+            artifacts[record.artifact.name] = sorted(entry.path for entry in entries)
+    tables = {
+        path.name.rpartition("_0_")[0]: json.loads(path.read_bytes())
+        for path in (folder / "files" / "media" / "table").glob("*.table.json")
+    }
+    about = header.run_id, header.display_name, header.run_group
+    return OfflineRun(*about, history, exit_code, header.job_type, summary, artifacts, tables)
 
 
 def read_runs(folder):

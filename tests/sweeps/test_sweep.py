@@ -171,17 +171,22 @@ def test_its_page_and_its_account_are_there(six):
     assert f"to look at: {folder}/report.html" in result.summary()
 
 
-def test_wandb_has_one_offline_run_per_sae(six):
+def test_wandb_has_one_offline_run_per_sae_and_one_of_the_sweep(six):
     result, folder = six
     runs = sorted((folder / "wandb").glob("offline-run-*"))
-    assert len(runs) == 6
+    (whole,) = [r for r in map(read_run, runs) if r.job_type == "sweep"]
+    assert whole.name == whole.group == "six"
+    assert len(whole.tables["frontier"]["data"]) == whole.summary["saes/done"] == 6
     seen = {}
-    for folder_of_run in runs:
-        run = read_run(folder_of_run)
+    for run in map(read_run, runs):
+        if run.job_type == "sweep":
+            continue
         seen[run.name] = run.group
         keys = {key for line in run.history for key in line}
         assert {"losses/mse_loss", "metrics/CE_loss_score", "sparsity/dead_features"} <= keys
         assert any(k.startswith("plots/feature_density_line_chart") for k in keys), keys
+        (row,) = [r for r in result.rows if r["trial"] == run.name]
+        assert all(run.summary[c] == row[c] for c in ("l0", "fvu", "ce_loss_score", "kl_div"))
     assert seen == {r["trial"]: "six" for r in result.rows}
 
 
@@ -388,7 +393,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert set(statuses.values()) == {"done", "stopped"}
     assert (tmp_path / "asha" / "report.html").read_text().count("<tr class=") == 4
     (session,) = read_sessions(Folder.at(tmp_path / "asha"))
-    assert session.trained_tokens == sum(tokens.values())
+    assert session.trained_tokens == sum(float(r["n_training_tokens"]) for r in rows)
     for r in rows:  # stopped ones are kept and evaluated too
         assert load_sae(r["path"]).d_sae == 256
         assert float(r["ce_loss_score"]) < 1
