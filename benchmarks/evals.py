@@ -84,7 +84,7 @@ def ours(saes: Sequence[Path], n_windows: int) -> tuple[list[dict[str, Any]], An
 
     model, windows = model_and_windows(MODEL, HOOK, n_windows)
     loaded = [load_sae(str(sae)) for sae in saes]
-    return Evaluator(model, windows).evaluate_all(loaded, HOOK, final=True), windows
+    return Evaluator(model, windows).evaluate_all(loaded, (HOOK,), final=True), windows
 
 
 def theirs(saes: Sequence[Path], windows: Any, folder: Path) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ def reshaping(hook_point: str) -> str:
 
 def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None) -> dict[str, Any]:
     """cfg.json as `sae_lens.SAE.load_from_disk` wants it. bos: what began every window."""
+    read, *written = config.hooks_read
     return {
         **kind_of(sae),
         **sae.SAE_LENS_CFG,
@@ -52,14 +53,17 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.is_transcoder,
         "normalize_activations": "none",
-        "reshape_activations": reshaping(config.resolved_hook_point),
+        # Of a transcoder's input sae_lens joins no heads.
+        "reshape_activations": "none" if sae.is_transcoder else reshaping(read),
+        **({"d_out": sae.d_out} if sae.is_transcoder else {}),
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION,
             "saeray_version": __version__,
             "model_name": config.model_name,
-            "hook_name": config.resolved_hook_point,
+            "hook_name": read,
+            **({"hook_name_out": written[0]} if written else {}),
             "hook_head_index": None,
             "context_size": config.context_size,
             "prepend_bos": config.prepend_bos,
@@ -164,7 +168,7 @@ class Checkpoint:
         kind = ARCHITECTURES[options.architecture].sae
         own = {n[4:]: t for n, t in self.tensors.items() if n.startswith("sae.")}
         settings = {n: getattr(options, n) for n in kind.SETTINGS}
-        sae = kind.from_sae_lens(own, settings) if own else published_sae(self.cfg, self.weights)
+        sae = kind(**own, **settings) if own else published_sae(self.cfg, self.weights)
         sae = sae.with_tensors({n: t.to(device) for n, t in sae.tensors.items()})
         return SAETrainer.resumed(sae, options, self.tensors, self.numbers)
 

@@ -3,7 +3,9 @@
 docs/metrics.md defines every figure. Of the language model, per token of every held-out window:
 
     ce_loss_without_sae    next-token cross-entropy of the model as it is, nats
-    ce_loss_with_sae       the same with x̂ in the place of x at the hook
+    ce_loss_with_sae       the same with x̂ in the place of x at the hook (of a transcoder, which
+                           reads x at one hook: ŷ in the place of y at the other; all that is said
+                           of x below is then said of y)
     …with_ablation         with zeros there; …with_mean_ablation: with x's mean over all tokens
     CE_loss_score          (ablation - with) / (ablation - without): 1 is perfect, 0 is no better
                            than zeros
@@ -92,15 +94,17 @@ class Evaluator:
         self.clean_ce: float | None = None
         self.at_hooks: dict[str, Ablated] = {}
 
-    def evaluate(self, sae: SAE, hook_point: str, final: bool = False) -> dict[str, Any]:
+    def evaluate(self, sae: SAE, *hooks: str, final: bool = False) -> dict[str, Any]:
         """`evaluate_all` of one SAE."""
-        return self.evaluate_all([sae], hook_point, final)[0]
+        return self.evaluate_all([sae], hooks, final)[0]
 
     @torch.inference_mode()
     def evaluate_all(
-        self, saes: Sequence[SAE], hook_point: str, final: bool = False
+        self, saes: Sequence[SAE], hooks: Sequence[str], final: bool = False
     ) -> list[dict[str, Any]]:
         """Metrics by their wandb keys, and the density histogram, of each SAE.
+
+        hooks: what they read; of transcoders also what they reconstruct, later in the forward.
 
         A figure that has no meaning here is None, and `warnings` says why. What an SAE's figures
         are depends on no other one.
@@ -108,15 +112,19 @@ class Evaluator:
         final: also s_n_dec and mdl, and `features`, {column: [L]} on the CPU; as costly as
         evaluating twice where few SAEs are evaluated together.
         """
-        ablated = self.ablated(hook_point)
+        read, written = hooks[0], hooks[-1]
+        ablated = self.ablated(written)
         of_saes = [OneSAE(sae, ablated.activation) for sae in saes]
         for tokens in self.parts:
             plain = self.plain(tokens)
             for one in of_saes:
-                one.losses += losses(plain, self.model.logits(tokens, {hook_point: one}))
+                splice: dict[str, Any] = {written: one}
+                if read != written:
+                    splice[read] = one.read
+                one.losses += losses(plain, self.model.logits(tokens, splice))
         if final:
-            self.add_final(of_saes, hook_point)
-        return [self.figures(one, ablated, hook_point) for one in of_saes]
+            self.add_final(of_saes, read, written)
+        return [self.figures(one, ablated, written) for one in of_saes]
 
     def figures(self, one: OneSAE, ablated: Ablated, hook_point: str) -> dict[str, Any]:
         quality, clean, found = one.sums.result(), self.clean(), self.means(one.losses)
@@ -142,21 +150,24 @@ class Evaluator:
             **one.final,
         }
 
-    def add_final(self, of_saes: Sequence[OneSAE], hook_point: str) -> None:
+    def add_final(self, of_saes: Sequence[OneSAE], read: str, written: str) -> None:
         """What is left for the end, on a second pass: bins are made of the largest activations."""
         lengths = [DescriptionLength(one.features) for one in of_saes]
         every = -(-self.n_tokens // PROJECTED_ROWS)
-        sample, seen = [], 0
+        sample: list[tuple[Tensor, Tensor]] = []
+        seen = 0
         for tokens in self.parts:
-            x = self.model.activations(tokens)[hook_point]
+            activations = self.model.activations(tokens)
+            x, y = activations[read], activations[written]
             for one, length in zip(of_saes, lengths, strict=True):
                 for rows in one.blocks(x):
                     length.add(one.sae.encode(rows))
-            sample.append(x[-seen % every :: every].clone())
+            some = slice(-seen % every, None, every)
+            sample.append((x[some].clone(), y[some].clone()))
             seen += len(x)
-        rows = torch.cat(sample)
+        rows, wanted = (torch.cat(each) for each in zip(*sample, strict=True))
         for one, length in zip(of_saes, lengths, strict=True):
-            one.final = one.at_the_end(length, rows)
+            one.final = one.at_the_end(length, rows, wanted)
 
     def warnings(self) -> list[str]:
         """Of a model that does no better on this text than one that knows nothing."""
@@ -222,11 +233,15 @@ class Evaluator:
 
 
 class OneSAE:
-    """An SAE while it is evaluated. Called with x, it gives x̂ and adds up what it has seen."""
+    """An SAE while it is evaluated. Called with x, it gives x̂ and adds up what it has seen.
+
+    A transcoder is called with y, after it has `read` x.
+    """
 
     def __init__(self, sae: SAE, mean: Tensor) -> None:
-        """mean [D] of all x that it will be given."""
+        """mean [D] of all x, of a transcoder [O] of all y, that it will be given."""
         self.sae = sae
+        self.x: Tensor | None = None  # where that is not what it is called with
         self.losses = Losses(0.0, 0.0)
         self.sums = ReconstructionSums(mean)
         self.features = FeatureSums(sae.d_sae, sae.W_enc.device)
@@ -237,22 +252,31 @@ class OneSAE:
         flat = x.reshape(-1, x.shape[-1]).to(self.sae.W_enc.dtype)
         yield from flat.split(max(1, LATENTS_AT_ONCE // self.sae.d_sae))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = []
-        for rows in self.blocks(x):
-            f = self.sae.encode(rows)
-            x_hat = self.sae.decode(f)
-            self.features.add(f)
-            self.sums.add(rows.float(), (x_hat - rows).float())
-            parts.append(x_hat)
-        return torch.cat(parts).reshape(x.shape)
+    def read(self, x: Tensor) -> Tensor:
+        """Keeps what a transcoder reads, and leaves it as it is."""
+        self.x = x
+        return x
 
-    def at_the_end(self, length: DescriptionLength, x: Tensor) -> dict[str, Any]:
-        """s_n_dec of some rows x [B, D], mdl, and a table of the features."""
+    def __call__(self, y: Tensor) -> Tensor:
+        x, self.x = y if self.x is None else self.x, None
+        parts = []
+        for rows, wanted in zip(self.blocks(x), self.blocks(y), strict=True):
+            f = self.sae.encode(rows)
+            y_hat = self.sae.reconstruct(rows, f)
+            self.features.add(f)
+            self.sums.add(wanted.float(), (y_hat - wanted).float())
+            parts.append(y_hat)
+        return torch.cat(parts).reshape(y.shape)
+
+    def at_the_end(self, length: DescriptionLength, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """s_n_dec of some rows x [B, D] (of a transcoder of y [B, O]), mdl, a table of features."""
         sae = self.sae
         every = -(-len(x) // max(1, PROJECTIONS // sae.d_sae))
-        x = x[torch.arange(0, len(x), every, device=x.device)].to(sae.W_dec.dtype)
-        s_n_dec = nth_decoder_projection(x, sae.W_dec, sae.b_dec, max(1, sae.d_sae // 4))
+        some = torch.arange(0, len(x), every, device=x.device)
+        y = y[some].to(sae.W_dec.dtype)
+        if sae.W_skip is not None:  # what is left for the decoder
+            y = y - x[some].to(sae.W_skip.dtype) @ sae.W_skip
+        s_n_dec = nth_decoder_projection(y, sae.W_dec, sae.b_out, max(1, sae.d_sae // 4))
         return {
             "metrics/s_n_dec": s_n_dec,
             "metrics/mdl": length.bits(),

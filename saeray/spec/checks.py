@@ -14,6 +14,7 @@ from saeray.errors import bad_value, nearest
 from saeray.spec import architectures
 from saeray.spec.architectures import check_own_values
 from saeray.spec.synthetic import check_synthetic
+from saeray.spec.transcoder import check_transcoder
 
 if TYPE_CHECKING:
     from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -173,6 +174,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
         )
     check_synthetic(config)
     check_hook_layer(config)
+    check_transcoder(config)
 
 
 NAME = re.compile(r"[^\W_][\w.+=,@ -]*")  # letters and digits of any script

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.spec import architectures, recipes, synthetic
+from saeray.spec import architectures, recipes, synthetic, transcoder
 from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.points import all_values, checked_entries
@@ -42,6 +42,9 @@ class LanguageModelSAERunnerConfig:
     model_name: str
     hook_point: str  # TransformerLens hook name; may hold {layer}
     hook_point_layer: int | None = None  # must agree with hook_point; None: read from it
+    # saeray: what a transcoder makes of hook_point's activations; may hold {layer}. None: an SAE
+    hook_point_out: str | None = None
+    skip_connection: bool = False  # saeray: of a transcoder: + x W_skip, which starts at 0
     d_in: int | None = None  # width of the hooked activation; None: asked of the model
     dataset_path: str  # hub name, or parquet / json / text files (local, s3://…), a saved dataset
     is_dataset_tokenized: bool | None = None  # None: told from the columns
@@ -219,7 +222,7 @@ class LanguageModelSAERunnerConfig:
     @property
     def hooks_read(self) -> tuple[str, ...]:
         """The hook points whose activations a training step takes, the SAE's input first."""
-        return (self.resolved_hook_point,)
+        return transcoder.hooks_read(self)
 
     @property
     def resolved_eval_every(self) -> int:

@@ -34,6 +34,7 @@ class ModelFacts(NamedTuple):
     device: str  # kind: cpu, cuda or mps
     parameter_bytes: int  # of the weights
     warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
+    computed: tuple[str, ...] = ()  # the hook points as a forward comes to them
 
 
 class Snapshot(NamedTuple):

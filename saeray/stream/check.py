@@ -11,6 +11,7 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ModelFacts
 from saeray.spec.plan import hook_points_of
 from saeray.spec.synthetic import is_synthetic
+from saeray.spec.transcoder import check_order, d_out
 from saeray.text.row_numbers import RowNumbers
 from saeray.text.tokens import TokenWindows
 
@@ -83,8 +84,9 @@ def check_config(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> Non
     from saeray.lm.model import check_d_in
 
     d_in = check_d_in(config, facts)
+    check_order(config, facts.computed)
     if config.init_from is not None:
-        started_from(config, d_in)
+        started_from(config, d_in, d_out=d_out(config, facts.d_in))
 
 
 def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,10 +185,11 @@ class Harvester:
         return statistic_of(sample, name).numpy()
 
     def evaluate(
-        self, hook_point: str, held_out: np.ndarray, final: bool, *snapshots: Snapshot
+        self, hooks: Sequence[str], held_out: np.ndarray, final: bool, *snapshots: Snapshot
     ) -> list[dict[str, Any]]:
         """Metrics of SAEs on the held-out windows, by wandb key; `warnings` beside them.
 
+        hooks: what they read and, of transcoders, what they reconstruct.
         final: `features` too, the bytes of a features.parquet.
         """
         import torch
@@ -202,7 +204,7 @@ class Harvester:
         for snapshot in snapshots:
             tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
             saes.append(published_sae(snapshot.cfg, tensors).to(model.device))
-        found = self.evaluator.evaluate_all(saes, hook_point, final)
+        found = self.evaluator.evaluate_all(saes, hooks, final)
         for of in found:
             if "features" in of:
                 of["features"] = as_parquet({k: v.numpy() for k, v in of["features"].items()})

@@ -155,7 +155,7 @@ def test_saes_evaluated_together_share_the_models_own_forward_and_nothing_else()
     evaluator = Evaluator(model, tokens)
     alone = [evaluator.evaluate(sae, HOOK, final=True) for sae in saes]
     model.n_calls = model.n_partly = 0
-    together = evaluator.evaluate_all(saes, HOOK, final=True)
+    together = evaluator.evaluate_all(saes, (HOOK,), final=True)
     assert (model.n_calls, model.n_partly) == (1 + len(saes), 1)
     for one, other in zip(alone, together, strict=True):
         features, others = one.pop("features"), other.pop("features")
@@ -215,3 +215,65 @@ def test_activations_that_are_all_equal_have_no_variance_to_explain():
     found = Evaluator(model, windows(6)).evaluate(some_sae(), HOOK)
     assert found["metrics/explained_variance"] is found["metrics/fvu"] is None
     assert any("no variance to explain" in w for w in found["warnings"])
+
+
+class ThreeMatrices(TwoMatrices):
+    """The same with a hidden layer between: what a transcoder can stand for."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.randn(D, D, generator=torch.Generator().manual_seed(4)) / 4
+
+    def made_of(self, x):
+        return torch.relu(x @ self.hidden) - 0.1
+
+    def activations(self, tokens):
+        x = self.embed[tokens.long()]
+        return {h: v.reshape(-1, D) for h, v in ((HOOK, x), (OUT, self.made_of(x)))}
+
+    def logits(self, tokens, splice=None):
+        """Both hooks can be spliced; what is made of x goes beside it."""
+        splice = {HOOK: lambda x: x, OUT: lambda y: y} | dict(splice or {})
+        x = splice[HOOK](self.embed[tokens.long()])
+        return (x + splice[OUT](self.made_of(x))) @ self.unembed
+
+
+OUT = "blocks.0.hook_mlp_out"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("windows_at_once", [1, 50])
+def test_a_transcoder_stands_in_for_what_it_is_to_make(monkeypatch, windows_at_once, skip):
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", windows_at_once * CONTEXT * V)
+    model, tokens = ThreeMatrices(), windows(20)
+    sae = initial_sae(
+        D, 40, seed=0, b_dec=torch.full((D,), 0.2), dtype=torch.float32,
+        b_dec_out=torch.linspace(0, 0.2, D), skip=skip,
+    )  # fmt: skip
+    if skip:
+        sae.W_skip.copy_(torch.eye(D) / 2)
+    got = Evaluator(model, tokens).evaluate(sae, HOOK, OUT, final=True)
+    x = model.embed[tokens]
+    y, y_hat = model.made_of(x), sae(x)
+    assert torch.equal(y_hat, sae.decode(sae.encode(x)) + (x / 2 if skip else 0.0))
+
+    def ce(y):
+        log_p = ((x + y) @ model.unembed).double().log_softmax(-1)
+        return float(-log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean())
+
+    rows, error = y.reshape(-1, D).double(), (y_hat - y).reshape(-1, D).double()
+    variance = (rows - rows.mean(0)).square().sum()
+    projected = rows - sae.b_dec_out - (x.reshape(-1, D).double() / 2 if skip else 0.0)
+    units = sae.W_dec.double() / sae.W_dec.double().norm(dim=1, keepdim=True)
+    projections = (projected @ units.t()).flatten().sort(descending=True).values
+    wanted = {
+        "fvu": error.square().sum() / variance,
+        "l0": (sae.encode(x) > 0).double().sum(-1).mean(),
+        "ce_loss_with_sae": ce(y_hat),
+        "ce_loss_with_ablation": ce(0 * y),
+        "ce_loss_with_mean_ablation": ce(y.mean((0, 1)).expand_as(y)),
+        "CE_loss_score": (ce(0 * y) - ce(y_hat)) / (ce(0 * y) - ce(y)),
+        "s_n_dec": projections[10 * len(rows)],
+    }
+    for name, value in wanted.items():
+        assert got[f"metrics/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name

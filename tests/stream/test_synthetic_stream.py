@@ -66,7 +66,7 @@ def test_a_snapshot_is_evaluated_against_the_ground_truth():
     sae = initial_sae(16, 40, seed=0, b_dec=torch.zeros(16), dtype=torch.float32)
     snapshot = Snapshot(kind_of(sae), {k: t.numpy() for k, t in sae.sae_lens_tensors().items()})
     held_out = TokenServer(CONFIG.to_dict()).held_out()
-    (found,) = harvester().evaluate(CONFIG.hook_point, held_out, True, snapshot)
+    (found,) = harvester().evaluate((CONFIG.hook_point,), held_out, True, snapshot)
     assert 0.2 < found["ground_truth/mcc"] < 0.9
     assert found["eval/n_tokens"] == 48
     assert "metrics/CE_loss_score" not in found
