@@ -79,7 +79,7 @@ class LanguageModelSAERunnerConfig:
 
     # saeray: how it starts and what it minimises; None: as the recipe says
     # guide, guide-2024, sae_lens or anthropic-april: fills what is not given. None: guide for
-    # standard, sae_lens for the other architectures.
+    # standard, sae_lens for the other architectures and for transcoders.
     recipe: str | None = None
     encoder_init: str | None = None  # decoder_transpose (times encoder_init_scale) or independent
     encoder_init_scale: float | None = None

@@ -97,7 +97,8 @@ def filled(config: Any) -> dict[str, Any]:
     """
     name = config.recipe
     if name is None:
-        name = "guide" if config.architecture == "standard" else "sae_lens"
+        guides = config.architecture == "standard" and config.hook_point_out is None
+        name = "guide" if guides else "sae_lens"
     recipe = RECIPES.get(name)
     if recipe is None:
         raise bad_value("recipe", name, f"one of {', '.join(RECIPES)}; {nearest(name, RECIPES)}")

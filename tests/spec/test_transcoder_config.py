@@ -25,6 +25,8 @@ def test_its_encoder_begins_independently_whatever_the_recipe():
     for recipe in ("guide", "guide-2024", "sae_lens", "anthropic-april"):
         assert config(recipe=recipe, hook_point_out=OUT).encoder_init == "independent"
     assert config(recipe="sae_lens").encoder_init == "decoder_transpose"
+    # The guide knows no transcoders.
+    assert (config().recipe, config(hook_point_out=OUT).recipe) == ("guide", "sae_lens")
 
 
 def test_other_names_of_the_field_are_taken():
