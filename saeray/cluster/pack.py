@@ -232,7 +232,7 @@ class Pack:
             if not (m.config.logs_at(step) or m.name in withdrawn):
                 continue
             assert of_step is not None
-            self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[0]])
+            self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[-1]])
             report = self.report_of(m, of_step, step)
             if report.state != FAILED:
                 if finished or m.name in withdrawn:

@@ -161,7 +161,7 @@ def gpu_bytes_of(
     packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
 
     def of(sae: SAE) -> int:
-        copy = sae_bytes(sae.config, widths[sae.config.resolved_hook_point], on_gpu=True)
+        copy = sae_bytes(sae.config, widths, on_gpu=True)
         return copy // COPIED * (NUMBERS_PER_PARAMETER - COPIED)
 
     return max(sum(map(of, pack)) for pack in packs), parameter_bytes
