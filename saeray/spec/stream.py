@@ -134,7 +134,7 @@ def rows_said(config: LanguageModelSAERunnerConfig) -> str | None:
         if isinstance(config.exclude_special_tokens, tuple):
             which = "tokens " + ", ".join(map(repr, config.exclude_special_tokens))
         said.append(
-            f"no rows of {which}: how many LM tokens that takes depends on the text, and is said "
-            "in the end"
+            f"no rows of {which}: how many LM tokens that takes depends on the text, and is "
+            "said at the end"
         )
     return "; ".join(said) or None
