@@ -16,6 +16,7 @@ from saeray.files.results import COLUMNS, varying_fields
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, ENDS, STOPPED
+from saeray.spec.stream import ROW_FIELDS
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # What held-out text an SAE was judged on.
 TEXT_FIELDS = (
     "dataset_path", "dataset_split", "dataset_config", "dataset_revision", "text_column",
-    "txt_documents", "prepend_bos", "context_size", "eval_windows",
+    "txt_documents", "prepend_bos", "context_size", "eval_windows", *ROW_FIELDS,
 )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class Pack:
         self.withdrawn: set[str] = set()
         self.unevaluated: set[str] = set()  # whose next report shall be evaluated
         self.started = 0.0  # when the first batch was asked for
-        self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.bos)
+        self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.special)
         self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
         self.silenced = Silenced(self.warn)
@@ -325,11 +325,11 @@ class Pack:
         if state == STOPPED:  # a paused trial may come back to it
             self.wait_until_settled()
             save_checkpoint(
-                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos
+                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.special
             )
             delete_others(m.checkpoints_at, m.kept | {m.n_training_tokens})
         final = m.folder / "final"
-        save_final(final, m.config, m.trainer, self.plan.bos)
+        save_final(final, m.config, m.trainer, self.plan.special)
         if state == DONE:
             delete_others(m.checkpoints_at, m.kept)
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)

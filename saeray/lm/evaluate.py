@@ -16,6 +16,9 @@ SAEs that are evaluated together share the forward of the model as it is: S of t
 forwards of every window. What no SAE changes takes three more and a part of one, once per hook.
 The last evaluation takes one more that stops at the hook, for all of them (`final`).
 
+Where SAEs do not see all rows of the windows (`saeray.spec.stream`), every figure is of those that
+they see, and x̂ stands in their place alone; what is ablated is ablated everywhere, as in sae_lens.
+
 Memory: of the windows, one part at a time is in the model, with its probabilities and the logits
 that they are compared with; a part is one window, or as many as have `LOGITS_AT_ONCE` logits. Of an
 SAE there are some blocks of `LATENTS_AT_ONCE` latents and a few numbers per feature, and at the end
@@ -31,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeray.lm.hooks import Replacement
 from saeray.lm.model import LanguageModel
 from saeray.sae.architectures.base import SAE
 from saeray.sae.metrics import (
@@ -61,11 +65,35 @@ class Losses(NamedTuple):
         return Losses(self.ce + other.ce, self.kl + other.kl)
 
 
+class Part(NamedTuple):
+    """Some of the windows."""
+
+    tokens: Tensor  # int [n, context]
+    at: Tensor | None  # int64, which of the n * context rows are served; None: all of them
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Of rows [n * context, …] those that are served."""
+        return rows if self.at is None else rows[self.at]
+
+    def splice(self, f: Replacement) -> Replacement:
+        """f in the place of the rows that are served, [n, context, D] -> the same; others stay."""
+        at = self.at
+        if at is None:
+            return f
+
+        def of_some(x: Tensor) -> Tensor:
+            rows = x.flatten(0, 1).clone()
+            rows[at] = f(rows[at]).to(rows.dtype)
+            return rows.reshape(x.shape)
+
+        return of_some
+
+
 class Plain(NamedTuple):
     """The language model as it is, on a part of the windows."""
 
-    p: Tensor  # [n * context, V] probabilities of next tokens
-    following: Tensor  # int64 [n * context] what follows; -1 at a window's end
+    p: Tensor  # [n, V] probabilities of next tokens, in the rows that are served
+    following: Tensor  # int64 [n] what follows; -1 at a window's end
     ce: float  # sum over tokens, nats
     entropy: float  # of p, the same
 
@@ -84,13 +112,22 @@ class Evaluator:
     Everything else is a sum over parts of the windows: memory does not grow with their number.
     """
 
-    def __init__(self, model: LanguageModel, windows: Tensor) -> None:
-        """windows: int [n, context]."""
+    def __init__(self, model: LanguageModel, windows: Tensor, served: Tensor | None = None) -> None:
+        """windows: int [n, context]. served: bool [n, context]; None: all rows are."""
         self.model = model
-        self.n_tokens = windows.numel()
-        self.n_predicted = windows[:, 1:].numel()
-        per_window = windows.shape[1] * model.facts.d_vocab
-        self.parts = windows.split(max(1, LOGITS_AT_ONCE // per_window))
+        if served is not None:
+            some = served.any(dim=1)
+            windows, served = windows[some], served[some]
+        counted = torch.ones_like(windows, dtype=torch.bool) if served is None else served
+        self.n_tokens = int(counted.sum())
+        self.n_predicted = max(1, int(counted[:, :-1].sum()))
+        at_once = max(1, LOGITS_AT_ONCE // (windows.shape[1] * model.facts.d_vocab))
+        self.parts = [
+            Part(
+                tokens, None if served is None else rows.flatten().nonzero()[:, 0].to(model.device)
+            )
+            for tokens, rows in zip(windows.split(at_once), counted.split(at_once), strict=True)
+        ]
         self.clean_ce: float | None = None
         self.at_hooks: dict[str, Ablated] = {}
 
@@ -115,13 +152,13 @@ class Evaluator:
         read, written = hooks[0], hooks[-1]
         ablated = self.ablated(written)
         of_saes = [OneSAE(sae, ablated.activation) for sae in saes]
-        for tokens in self.parts:
-            plain = self.plain(tokens)
+        for part in self.parts:
+            plain = self.plain(part)
             for one in of_saes:
-                splice: dict[str, Any] = {written: one}
+                splice: dict[str, Any] = {written: part.splice(one)}
                 if read != written:
-                    splice[read] = one.read
-                one.losses += losses(plain, self.model.logits(tokens, splice))
+                    splice[read] = part.splice(one.read)
+                one.losses += self.losses(part, plain, splice)
         if final:
             self.add_final(of_saes, read, written)
         return [self.figures(one, ablated, written) for one in of_saes]
@@ -156,9 +193,9 @@ class Evaluator:
         every = -(-self.n_tokens // PROJECTED_ROWS)
         sample: list[tuple[Tensor, Tensor]] = []
         seen = 0
-        for tokens in self.parts:
-            activations = self.model.activations(tokens)
-            x, y = activations[read], activations[written]
+        for part in self.parts:
+            activations = self.model.activations(part.tokens)
+            x, y = part.of(activations[read]), part.of(activations[written])
             for one, length in zip(of_saes, lengths, strict=True):
                 for rows in one.blocks(x):
                     length.add(one.sae.encode(rows))
@@ -184,7 +221,7 @@ class Evaluator:
     def clean(self) -> float:
         """Mean next-token cross-entropy of the model as it is, nats."""
         if self.clean_ce is None:
-            self.clean_ce = sum(self.plain(t).ce for t in self.parts) / self.n_predicted
+            self.clean_ce = sum(self.plain(part).ce for part in self.parts) / self.n_predicted
         return self.clean_ce
 
     @torch.inference_mode()
@@ -197,11 +234,11 @@ class Evaluator:
                 {hook_point: lambda x: activation.to(x.dtype).expand_as(x)},
             ]
             sums, clean = [Losses(0.0, 0.0) for _ in splices], 0.0
-            for tokens in self.parts:
-                plain = self.plain(tokens)
+            for part in self.parts:
+                plain = self.plain(part)
                 clean += plain.ce
                 for i, splice in enumerate(splices):
-                    sums[i] += losses(plain, self.model.logits(tokens, splice))
+                    sums[i] += self.losses(part, plain, splice)
             self.clean_ce = clean / self.n_predicted
             zeros, mean = map(self.means, sums)
             self.at_hooks[hook_point] = Ablated(zeros, mean, activation)
@@ -210,15 +247,19 @@ class Evaluator:
     def mean_activation(self, hook_point: str) -> Tensor:
         """Of all held-out tokens: float32 [D] on the model's device."""
         summed = torch.zeros(1, dtype=torch.float64)
-        for tokens in self.parts:
-            x = self.model.activations(tokens)[hook_point]
+        for part in self.parts:
+            x = part.of(self.model.activations(part.tokens)[hook_point])
             summed = summed + x.float().sum(dim=0).cpu().double()
         return (summed / self.n_tokens).float().to(self.model.device)
 
-    def plain(self, tokens: Tensor) -> Plain:
+    def losses(self, part: Part, plain: Plain, splice: Mapping[str, Any]) -> Losses:
+        """Of the model with something in a hook's place, summed over a part."""
+        return losses(plain, part.of(self.model.logits(part.tokens, splice).flatten(0, 1)))
+
+    def plain(self, part: Part) -> Plain:
         """The model as it is on a part."""
-        p = self.model.logits(tokens).flatten(0, 1)
-        following = next_tokens(tokens, p.device)
+        p = part.of(self.model.logits(part.tokens).flatten(0, 1))
+        following = part.of(next_tokens(part.tokens, p.device))
         blocks = row_blocks(p)
         ce, entropy = 0.0, 0.0
         for rows, after in zip(blocks, following.split(len(blocks[0])), strict=True):
@@ -338,13 +379,13 @@ def cross_entropy(log_p: Tensor, following: Tensor) -> float:
 
 
 def losses(plain: Plain, logits: Tensor) -> Losses:
-    """Sums over tokens of the model with something in a hook's place: logits [n, context, V].
+    """Sums over tokens of the model with something in a hook's place: logits [n, V].
 
     KL(p ‖ q) is Σ p log p - Σ p log q; the first is of the model as it is, and computed once.
     """
     found = Losses(0.0, -plain.entropy)
     blocks = row_blocks(plain.p)
-    others = row_blocks(logits.flatten(0, 1))
+    others = row_blocks(logits)
     following = plain.following.split(len(blocks[0]))
     for p, other, after in zip(blocks, others, following, strict=True):
         log_q = other.log_softmax(dim=-1)

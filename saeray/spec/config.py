@@ -25,6 +25,7 @@ from saeray.spec.guide import in_our_words
 from saeray.spec.points import all_values, checked_entries
 from saeray.spec.resources import Resources, resources_from
 from saeray.spec.scheduler import Scheduler, check_scheduler, scheduler_from
+from saeray.spec.stream import block_rows, in_lists, stream_values
 
 TRAINED_PER_EVALUATED = 200  # tokens; docs/metrics.md: what evaluation costs
 
@@ -60,6 +61,10 @@ class LanguageModelSAERunnerConfig:
     txt_documents: str | None = None
     text_version: int = 2  # how text becomes windows; 1: of sweeps begun with saeray 0.1
     prepend_bos: bool = True  # every document begins with the model's BOS token
+    # Rows that no SAE sees: of BOS, EOS, PAD and SEP (true), or of these token ids or names (list)
+    exclude_special_tokens: bool | tuple = False
+    # [first, last] position of a context, both served; -1: the last one. None: all positions
+    context_slice: tuple | None = None
     trust_remote_code: bool = False
     model_revision: str | None = None
 
@@ -182,9 +187,7 @@ class LanguageModelSAERunnerConfig:
         if self.wandb_project is None:  # the guide writes None where it wants wandb's default
             object.__setattr__(self, "wandb_project", "saeray")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                object.__setattr__(self, f.name, list(value))
+            object.__setattr__(self, f.name, in_lists(f.name, getattr(self, f.name)))
         check_types(self)
         axes = grid_axes(self)
         if self.grid is not None:
@@ -211,8 +214,8 @@ class LanguageModelSAERunnerConfig:
 
     @property
     def block_rows(self) -> int:
-        """Activations in one LM batch: store_batch_size contexts of context_size tokens."""
-        return self.store_batch_size * self.context_size
+        """Activations of one LM batch that are served: see `saeray.spec.stream`."""
+        return block_rows(self)
 
     @property
     def resolved_hook_point(self) -> str:
@@ -336,33 +339,6 @@ NOT_AN_AXIS = frozenset(
     }
 )
 
-# What a stream of activations is a function of. SAEs that agree in these share one LM pass;
-# `hook_point` is not among them, since one forward gives every hook point of a model.
-STREAM_FIELDS = (
-    "model_name",
-    "model_revision",
-    "trust_remote_code",
-    "dataset_path",
-    "dataset_split",
-    "dataset_config",
-    "dataset_revision",
-    "txt_documents",
-    "text_version",
-    "is_dataset_tokenized",
-    "streaming",
-    "text_column",
-    "prepend_bos",
-    "context_size",
-    "store_batch_size",
-    "n_batches_in_buffer",
-    "activation_dtype",
-    "stream_tokens",
-    "data_seed",
-    "eval_windows",
-    "buffer_bytes",
-    "device",
-)
-
 
 def resolve(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
     """Fills the fields whose default is another field, so the config says all it depends on.
@@ -386,7 +362,7 @@ def grid_axes(config: LanguageModelSAERunnerConfig) -> list[str]:
 
 def stream_key(config: LanguageModelSAERunnerConfig) -> str:
     """A short stable digest of everything the token stream and its activations depend on."""
-    return digest({name: getattr(config, name) for name in STREAM_FIELDS})
+    return digest(stream_values(config))
 
 
 def digest(data: object, length: int = 12) -> str:

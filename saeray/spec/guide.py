@@ -92,6 +92,11 @@ FOREIGN = {
     "mse_loss_normalization": Foreign((), "write mse_normalization: centred_norm, none or sum."),
     "d_sae": Foreign((None,), "write expansion_factor = d_sae / d_in: 8 for 1,024 of d_in 128."),
     "run_name": Foreign((None,), "write name: of the sweep; runs are called after their SAEs."),
+    "seqpos_slice": Foreign(
+        (None, (None,), [None]),
+        "write context_slice: [first, last], whose last position is served too: (5, -5) of "
+        "sae_lens is [5, -6].",
+    ),
     "n_eval_batches": Foreign((), "write eval_windows: contexts that are set aside."),
     "eval_batch_size_prompts": Foreign((None,), "write eval_windows: contexts set aside."),
     "act_store_device": Foreign(("with_model", None), "Ray keeps activations in main memory."),
@@ -109,8 +114,6 @@ FOREIGN = {
     "use_chat_formatting": Foreign((False,), "give dataset_path the formatted text."),
     "disable_concat_sequences": Foreign((False,), "documents are packed into windows."),
     "sequence_separator_token": Foreign(("bos",), "prepend_bos says whether BOS parts documents."),
-    "seqpos_slice": Foreign((None, (None,), [None]), "an SAE trains on all positions."),
-    "exclude_special_tokens": Foreign((False,), "an SAE trains on all tokens."),
     "activations_mixing_fraction": Foreign((0.5,), "half of each half buffer waits for the next."),
     "llm_device": Foreign((None,), "write device."),
     "prefetch_llm_batches": Foreign(None),  # harvesters are ahead anyway

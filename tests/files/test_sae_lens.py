@@ -170,9 +170,12 @@ def test_figures_are_those_of_sae_lens_on_the_same_tokens(tmp_path, python):
     import evals
 
     saes = evals.trained(tmp_path)
-    mine, windows = evals.ours(saes, 16)
-    for ours, theirs in zip(mine, evals.theirs(saes, windows, tmp_path), strict=True):
-        assert 1 < ours["metrics/l0"] < 400
-        for key, name in evals.NAMES.items():
-            assert ours[key] == pytest.approx(theirs["scalars"][name], rel=0.01), key
-        assert ours["features"]["density"].tolist() == pytest.approx(theirs["density"], abs=1e-3)
+    for excluded in ((), (0, 257)):  # BOS, and a token of the text
+        mine, windows = evals.ours(saes, 16, excluded)
+        others = evals.theirs(saes, windows, tmp_path, excluded)
+        for ours, theirs in zip(mine, others, strict=True):
+            assert 1 < ours["metrics/l0"] < 400
+            for key, name in evals.NAMES.items():
+                assert ours[key] == pytest.approx(theirs["scalars"][name], rel=0.01), key
+            density = ours["features"]["density"].tolist()
+            assert density == pytest.approx(theirs["density"], abs=1e-3)

@@ -277,3 +277,69 @@ def test_a_transcoder_stands_in_for_what_it_is_to_make(monkeypatch, windows_at_o
     }
     for name, value in wanted.items():
         assert got[f"metrics/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+
+
+def test_rows_that_no_sae_sees_are_in_no_figure_and_not_replaced():
+    model, tokens, sae = TwoMatrices(offset=2.0), windows(30), some_sae()
+    served = (tokens > 3) & (torch.arange(CONTEXT) >= 5)
+    served[4] = False  # a window of which nothing is left
+    got = Evaluator(model, tokens, served).evaluate(sae, HOOK, final=True)
+    x = model.embed[tokens]
+    x_hat = torch.where(served[..., None], sae(x), x)
+
+    def log_p(x):
+        return (x @ model.unembed).double().log_softmax(-1)
+
+    def ce(x):  # of a row that is served and followed by a token, as in sae_lens's run_evals
+        of_next = log_p(x)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        return float(-of_next[served[:, :-1]].mean())
+
+    def kl(other):
+        each = (log_p(x).exp() * (log_p(x) - log_p(other))).sum(-1)
+        return float(each[served].mean())
+
+    zeros = torch.zeros_like(x)  # of all rows, as there
+    kept, error = x[served].double(), (x_hat - x)[served].double()
+    mean = x[served].mean(0).expand_as(x)
+    f = sae.encode(x[served])
+    wanted = {
+        "metrics/fvu": error.square().sum() / (kept - kept.mean(0)).square().sum(),
+        "metrics/l0": (f > 0).double().sum(1).mean(),
+        "metrics/ce_loss_without_sae": ce(x),
+        "metrics/ce_loss_with_sae": ce(x_hat),
+        "metrics/ce_loss_with_ablation": ce(zeros),
+        "metrics/ce_loss_with_mean_ablation": ce(mean),
+        "metrics/CE_loss_score": (ce(zeros) - ce(x_hat)) / (ce(zeros) - ce(x)),
+        "metrics/kl_div_with_sae": kl(x_hat),
+        "metrics/kl_div_with_ablation": kl(zeros),
+        "eval/n_tokens": int(served.sum()),
+    }
+    for name, value in wanted.items():
+        assert got[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    density = got["features"]["density"].double()
+    assert torch.allclose(density, (f > 0).double().mean(0), atol=1e-6)
+    # Rows that are not served change no figure of the others in this model, which mixes no rows.
+    others = torch.where(served | served.roll(1, 1), tokens, (tokens + 1) % 4)
+    again = Evaluator(model, others, served).evaluate(sae, HOOK, final=True)
+    assert all(again[name] == got[name] for name in wanted)
+
+
+def test_a_transcoder_stands_in_for_the_rows_that_are_served_alone():
+    model, tokens = ThreeMatrices(), windows(20)
+    served = tokens > 5
+    sae = initial_sae(
+        D, 40, seed=0, b_dec=torch.zeros(D), dtype=torch.float32,
+        b_dec_out=torch.linspace(0, 0.2, D), skip=True,
+    )  # fmt: skip
+    got = Evaluator(model, tokens, served).evaluate(sae, HOOK, OUT, final=True)
+    x = model.embed[tokens]
+    y = model.made_of(x)
+    y_hat = torch.where(served[..., None], sae(x), y)
+    log_p = ((x + y_hat) @ model.unembed).double().log_softmax(-1)
+    of_next = log_p[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert got["metrics/ce_loss_with_sae"] == pytest.approx(
+        float(-of_next[served[:, :-1]].mean()), rel=1e-5
+    )
+    error, rows = (y_hat - y)[served].double(), y[served].double()
+    fvu = error.square().sum() / (rows - rows.mean(0)).square().sum()
+    assert got["metrics/fvu"] == pytest.approx(float(fvu), rel=1e-5)
