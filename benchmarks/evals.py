@@ -2,6 +2,7 @@
 
     python benchmarks/evals.py                       # about two minutes on 2 cores
     python benchmarks/evals.py results/mine/trials/*/final
+    python benchmarks/evals.py --exclude 0           # without rows of BOS
 
 Trains a few SAEs on the bundled model (or takes those at its hook that are given), evaluates each
 on 64 held-out windows of 128 tokens with saeray and with sae_lens's `run_evals` (in an environment
@@ -77,17 +78,24 @@ def trained(folder: Path) -> list[Path]:
     return [Path(row["path"]) for row in result.rows]
 
 
-def ours(saes: Sequence[Path], n_windows: int) -> tuple[list[dict[str, Any]], Any]:
-    """Figures of each SAE, and the windows [n, context] they are of."""
+def ours(
+    saes: Sequence[Path], n_windows: int, excluded: Sequence[int] = ()
+) -> tuple[list[dict[str, Any]], Any]:
+    """Figures of each SAE, and the windows [n, context] they are of, without some token ids."""
+    import torch
+
     from saeray.files.checkpoint import load_sae
     from saeray.lm.evaluate import Evaluator
 
     model, windows = model_and_windows(MODEL, HOOK, n_windows)
     loaded = [load_sae(str(sae)) for sae in saes]
-    return Evaluator(model, windows).evaluate_all(loaded, HOOK, final=True), windows
+    served = ~torch.isin(windows, torch.tensor(excluded)) if excluded else None
+    return Evaluator(model, windows, served).evaluate_all(loaded, (HOOK,), final=True), windows
 
 
-def theirs(saes: Sequence[Path], windows: Any, folder: Path) -> list[dict[str, Any]]:
+def theirs(
+    saes: Sequence[Path], windows: Any, folder: Path, excluded: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """The same by sae_lens: {"scalars": {name: figure}, "density": [L]} of each SAE."""
     import torch
     from safetensors.torch import save_file
@@ -98,6 +106,7 @@ def theirs(saes: Sequence[Path], windows: Any, folder: Path) -> list[dict[str, A
         "hf_module": HF_MODULE,
         "saes": [str(sae) for sae in saes],
         "tokens": str(folder / "tokens.safetensors"),
+        "excluded": list(excluded),
     }
     script = str(ROOT / "benchmarks" / "peer_sae_lens_evals.py")
     done = subprocess.run(
@@ -127,11 +136,13 @@ def table(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("saes", type=Path, nargs="*", help="folders, at blocks.2.hook_resid_pre")
+    parser.add_argument("--exclude", type=int, nargs="*", default=(), help="token ids")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         saes = [sae.resolve() for sae in arguments.saes] or trained(Path(folder))
-        mine, windows = ours(saes, 64)
-        print(table(mine, theirs(saes, windows, Path(folder))))
+        excluded = arguments.exclude
+        mine, windows = ours(saes, 64, excluded)
+        print(table(mine, theirs(saes, windows, Path(folder), excluded)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ for folder in settings["saes"]:
         model,
         ActivationScaler(),
         get_eval_everything_config(len(tokens), n_eval_reconstruction_batches=1),
-        exclude_special_tokens=False,
+        exclude_special_tokens=settings["excluded"] or False,
     )
     scalars = {name: value for group in groups.values() for name, value in group.items()}
     found.append({"scalars": scalars, "density": of_features["feature_density"]})

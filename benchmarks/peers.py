@@ -60,7 +60,9 @@ PEERS = {
             "sentencepiece", "tqdm", "umap-learn", "wandb", "zstandard", "websocket-client",
         ],
     ],
+    "sparsify": [["eai-sparsify==1.3.3"]],
 }  # fmt: skip
+TIMED = ("sae_lens", "dictionary_learning")
 
 
 def environment(peer: str) -> Path:
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="medians over this many")
     parser.add_argument("--d-sae", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tokens", type=int, default=SETTINGS["tokens"])
-    parser.add_argument("--only", nargs="+", default=["saeray", "saeray bfloat16", *PEERS])
+    parser.add_argument("--only", nargs="+", default=["saeray", "saeray bfloat16", *TIMED])
     arguments = parser.parse_args()
     SETTINGS["tokens"] = arguments.tokens
     for peer in set(arguments.only) & set(PEERS):

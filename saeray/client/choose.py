@@ -177,7 +177,7 @@ def described(
         row["trial"],
         f"  {' · '.join(figures)}",
         f"  {' · '.join(hyper)}",
-        f"  at {config.resolved_hook_point} of {config.model_name}",
+        f"  at {' -> '.join(config.hooks_read)} of {config.model_name}",
         f"  {path}",
         f'  load it: saeray.load_sae("{path}")'
         + ("" if "://" in path else f', or in sae_lens SAE.load_from_disk("{path}")'),

@@ -100,13 +100,14 @@ def plan(config: LanguageModelSAERunnerConfig, cluster: Cluster | None) -> list[
     lines = [f"  {text}" for text in dict.fromkeys(described(s.config) for s in saes)]
     for configs, of in zip(streams, facts, strict=True):
         for hook_point in hook_points_of(configs):
-            here = [c for c in configs if c.resolved_hook_point == hook_point]
-            of_hook, d_in = norms[configs[0].model_name, hook_point], of.d_in[hook_point]
-            warnings += silencing(here, d_in, of_hook)
+            of_hook, width = norms[configs[0].model_name, hook_point], of.d_in[hook_point]
             where = "" if len(norms) == 1 else f"{hook_point}: "
-            widths = ", ".join(f"{w:,}" for w in sorted({c.d_sae(d_in) for c in here}))
-            lines.append(f"  {where}d_in {d_in:,}, d_sae {widths}")
-            lines += [f"  {where}{text}" for text in converted(here, d_in, of_hook)]
+            reading = [c for c in configs if c.hooks_read[0] == hook_point]
+            writing = [c for c in configs if c.hooks_read[-1] == hook_point]
+            warnings += silencing(writing, width, of_hook)
+            d_sae = ", ".join(f"{w:,}" for w in sorted({c.d_sae(width) for c in reading}))
+            lines += [f"  {where}d_in {width:,}, d_sae {d_sae}"] if reading else []
+            lines += [f"  {where}{text}" for text in converted(writing, width, of_hook)]
     for configs, of, epoch in zip(streams, facts, epochs, strict=True):
         buffer = plan_stream(configs[0], hook_points_of(configs), of.d_in)
         lines.append(f"  text: {epoch}")

@@ -18,7 +18,7 @@ from saeray.errors import Late
 from saeray.files.checkpoint import Taken, delete_others, save_taken
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import Bos
+from saeray.spec.messages import SpecialTokens
 
 LOOK_AGAIN_SECONDS = 0.5
 
@@ -48,10 +48,12 @@ class ToWrite(NamedTuple):
 class CheckpointWriter:
     """One step's checkpoints at a time: their copies are the memory that is planned for."""
 
-    def __init__(self, roster: Any, pack: str, limit_s: float, bos: Bos | None) -> None:
+    def __init__(
+        self, roster: Any, pack: str, limit_s: float, special: SpecialTokens | None
+    ) -> None:
         self.roster, self.pack = roster, pack
         self.limit_s = limit_s
-        self.bos = bos
+        self.special = special
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -96,7 +98,7 @@ class CheckpointWriter:
             self.until_written_down(reported)
             while checkpoints:
                 one = checkpoints.pop(0)  # its copy is gone before the next one is serialised
-                save_taken(one.folder / str(one.tokens), one.config, one.state, self.bos)
+                save_taken(one.folder / str(one.tokens), one.config, one.state, self.special)
                 delete_others(one.folder, one.kept | {one.tokens})
         except BaseException as error:
             self.error = error

@@ -272,7 +272,7 @@ class Dispatch:
             buffer=state.stream.buffer,
             threads=about.fitted.threads,
             marker=self.state.marker,
-            bos=stream.bos,
+            special=stream.special,
         )
 
     # --- the end ----------------------------------------------------------------------------

@@ -16,13 +16,13 @@ import ray
 import torch
 from ray import train
 from ray.exceptions import ActorUnavailableError
-from torch import Tensor
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
-from saeray.cluster.options import filled, options_of
+from saeray.cluster.options import options_of
 from saeray.cluster.silenced import Silenced
+from saeray.cluster.start import started
 from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import (
@@ -32,14 +32,10 @@ from saeray.files.checkpoint import (
     save_final,
     taken,
 )
-from saeray.files.init_from import started_from
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
-from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.architectures.base import SAE, kind_of
-from saeray.sae.initial import initial_sae
-from saeray.sae.options import TrainingOptions
+from saeray.sae.architectures.base import kind_of
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.trainer import SAETrainer
@@ -124,7 +120,7 @@ class Pack:
         self.withdrawn: set[str] = set()
         self.unevaluated: set[str] = set()  # whose next report shall be evaluated
         self.started = 0.0  # when the first batch was asked for
-        self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.bos)
+        self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.special)
         self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
         self.silenced = Silenced(self.warn)
@@ -132,63 +128,16 @@ class Pack:
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
         folder = self.folder / "trials" / name
-        options = options_of(config, self.device, self.d_in(config))
+        options = options_of(config, self.device, self.plan.widths[config.resolved_hook_point])
         found, damaged = newest_checkpoint(folder / "checkpoints")
         for reason in damaged:
             self.warn(f"{name}: checkpoint passed over: {reason}")
         if found is not None:
             trainer = found.trainer(options, self.device)
         else:
-            scale = self.activation_scale(config)
-            sae = self.new_sae(config, scale, options)
-            trainer = SAETrainer(sae.to(self.device), options, scale)
+            trainer = started(config, options, self.plan, self.device, self.limit)
         hooks = tuple(self.plan.hook_points.index(h) for h in config.hooks_read)
         return Member(name, config, folder, trainer, checkpoint_steps(config), hooks)
-
-    def new_sae(
-        self, config: LanguageModelSAERunnerConfig, scale: float, options: TrainingOptions
-    ) -> SAE:
-        """What training starts from, on activations that are multiplied by scale."""
-        d_in = self.d_in(config)
-        if config.init_from is not None:
-            return started_from(config, d_in, options, scale)
-        return initial_sae(
-            d_in,
-            config.d_sae(d_in),
-            seed=config.seed,
-            b_dec=self.initial_b_dec(config) * scale,
-            dtype=getattr(torch, config.dtype),
-            encoder_init=filled(config.encoder_init),
-            encoder_init_scale=filled(config.encoder_init_scale),
-            decoder_init_norm=filled(config.decoder_init_norm),
-            architecture=ARCHITECTURES[config.architecture],
-            options=options,
-        )
-
-    def d_in(self, config: LanguageModelSAERunnerConfig) -> int:
-        return self.plan.widths[config.resolved_hook_point]
-
-    def initial_b_dec(self, config: LanguageModelSAERunnerConfig) -> Tensor:
-        if config.b_dec_init_method == "zeros":
-            return torch.zeros(self.d_in(config))
-        return self.statistic(config, filled(config.b_dec_init_method))
-
-    def activation_scale(self, config: LanguageModelSAERunnerConfig) -> float:
-        """What activations are multiplied by: 1, or for a mean norm of sqrt(d_in)."""
-        if config.normalize_activations == "none":
-            return 1.0
-        return float(math.sqrt(self.d_in(config)) / self.statistic(config, "mean_norm"))
-
-    def statistic(self, config: LanguageModelSAERunnerConfig, name: str) -> Tensor:
-        """Of a sample of the first half buffer; float32."""
-        array = waiting.poll(
-            lambda: self.plan.buffer.statistic.remote(
-                config.resolved_hook_point, name, config.b_dec_init_rows, config.data_seed
-            ),
-            self.limit,
-            "activation buffer",
-        )
-        return torch.from_numpy(array.copy())
 
     def train(self) -> None:
         active = list(self.members)
@@ -283,7 +232,7 @@ class Pack:
             if not (m.config.logs_at(step) or m.name in withdrawn):
                 continue
             assert of_step is not None
-            self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[0]])
+            self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[-1]])
             report = self.report_of(m, of_step, step)
             if report.state != FAILED:
                 if finished or m.name in withdrawn:
@@ -376,11 +325,11 @@ class Pack:
         if state == STOPPED:  # a paused trial may come back to it
             self.wait_until_settled()
             save_checkpoint(
-                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.bos
+                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.special
             )
             delete_others(m.checkpoints_at, m.kept | {m.n_training_tokens})
         final = m.folder / "final"
-        save_final(final, m.config, m.trainer, self.plan.bos)
+        save_final(final, m.config, m.trainer, self.plan.special)
         if state == DONE:
             delete_others(m.checkpoints_at, m.kept)
         return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)

@@ -55,8 +55,8 @@ class Reports:
         self.tracker = Tracker(state.folder)
         self.tracking = ThreadPoolExecutor(1, "tracking")
         self.evaluation_tokens = 0
-        # By pack, hook point and whether it is their SAEs' last one.
-        self.wanted: dict[tuple[str, str, bool], list[Wanted]] = {}
+        # By pack, hook points and whether it is their SAEs' last one.
+        self.wanted: dict[tuple[str, tuple[str, ...], bool], list[Wanted]] = {}
         self.unwritten: list[Entry] = []  # that have ended, and have no row yet
         self.writing: asyncio.Task[None] | None = None
         # What is done once every SAE has ended, before anyone hears of the last one.
@@ -90,7 +90,7 @@ class Reports:
         found of one depends on no other. If the pack dies, the weights of all of them are lost.
         """
         assert pack.stream is not None
-        key = (pack.about.name, entry.config.resolved_hook_point, final)
+        key = (pack.about.name, entry.config.hooks_read, final)
         others = self.wanted.setdefault(key, [])
         if not others:
             self.state.do(self.evaluate_wanted(key, pack.stream))  # runs when all are taken
@@ -98,14 +98,14 @@ class Reports:
         others.append(Wanted(entry, snapshot, found))
         return found
 
-    async def evaluate_wanted(self, key: tuple[str, str, bool], stream: Stream) -> None:
-        wanted, (_, hook_point, final) = self.wanted.pop(key), key
+    async def evaluate_wanted(self, key: tuple[str, tuple[str, ...], bool], stream: Stream) -> None:
+        wanted, (_, hooks, final) = self.wanted.pop(key), key
         size = together([w.entry.config for w in wanted], stream)
         groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        await asyncio.gather(*(self.evaluate(stream, hook_point, final, g) for g in groups))
+        await asyncio.gather(*(self.evaluate(stream, hooks, final, g) for g in groups))
 
     async def evaluate(
-        self, stream: Stream, hook_point: str, final: bool, wanted: Sequence[Wanted]
+        self, stream: Stream, hooks: tuple[str, ...], final: bool, wanted: Sequence[Wanted]
     ) -> None:
         """Some SAEs on one harvester; what is in the way of one of them keeps no other one back."""
         try:
@@ -114,14 +114,14 @@ class Reports:
             harvester = stream.harvesters[stream.ready[stream.evaluations % len(stream.ready)]]
             stream.evaluations += 1
             snapshots = [w.snapshot for w in wanted]
-            found = await harvester.evaluate.remote(hook_point, stream.held_out, final, *snapshots)
+            found = await harvester.evaluate.remote(hooks, stream.held_out, final, *snapshots)
             for w, metrics in zip(wanted, found, strict=True):
                 w.found.set_result(await self.kept(w.entry, dict(metrics)))
         except Exception as error:
             left = [w for w in wanted if not w.found.done()]
             if len(wanted) > 1 and not is_lost(error):
                 for w in left:
-                    await self.evaluate(stream, hook_point, final, [w])
+                    await self.evaluate(stream, hooks, final, [w])
                 return
             for w in left:
                 w.found.set_exception(error)
@@ -290,8 +290,8 @@ def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) ->
     """How many of these SAEs a harvester evaluates at once: all harvesters shall have some."""
 
     def n_bytes(c: LanguageModelSAERunnerConfig) -> int:
-        d_in = stream.about.widths[c.resolved_hook_point]
-        return 2 * d_in * c.d_sae(d_in) * DTYPE_BYTES[c.dtype]
+        read, written = (stream.about.widths[c.hooks_read[i]] for i in (0, -1))
+        return (read + written) * c.d_sae(read) * DTYPE_BYTES[c.dtype]
 
     share = -(-len(configs) // len(stream.ready))
     return max(1, min(share, EVALUATED_TOGETHER, EVALUATED_BYTES // max(map(n_bytes, configs))))

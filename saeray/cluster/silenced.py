@@ -21,10 +21,10 @@ class Silenced:
         self.said: set[tuple[object, ...]] = set()
 
     def look(self, config: LanguageModelSAERunnerConfig, step: int, l0: float, x: Tensor) -> None:
-        """x: [rows, d_in], activations of this step as the language model gives them."""
+        """x: [rows, d_in], what is reconstructed at this step, as the language model gives it."""
         if config.l1_coefficient is None or config.target_l0 is not None or l0 >= LEAST_L0:
             return
-        key = (config.l1_coefficient, config.mse_normalization, config.resolved_hook_point)
+        key = (config.l1_coefficient, config.mse_normalization, config.hooks_read)
         if key in self.said:
             return
         self.said.add(key)

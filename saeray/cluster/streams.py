@@ -31,6 +31,7 @@ from saeray.spec.messages import Gauges
 from saeray.spec.placement import wants_gpu
 from saeray.spec.plan import hook_points_of
 from saeray.spec.room import Cluster, Room
+from saeray.spec.stream import rows_said
 from saeray.stream.launch import (
     SETTLE_SECONDS,
     NameTaken,
@@ -114,7 +115,8 @@ class Streams:
 
     def say_placement(self, fitted: Fitted, config: LanguageModelSAERunnerConfig) -> None:
         passes = fitted.passes_said(config.activation_cache is not None)
-        self.placement = f"{fitted}; {passes}" if passes else str(fitted)
+        said = [str(fitted), passes, rows_said(config)]
+        self.placement = "; ".join(text for text in said if text)
 
     def fitted(self, configs: list[LanguageModelSAERunnerConfig], harvest: bool) -> Fitted:
         """`fit` beside what others hold of the cluster; where there is no room, in their place."""

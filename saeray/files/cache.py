@@ -24,6 +24,7 @@ import pyarrow as pa
 from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.stream import row_values
 
 FORMAT = 2
 # What a block is a function of, beside the model's weights and the kind of device.
@@ -57,6 +58,7 @@ def identities_of(
     """
     full, sampled = weights
     given = {name: value for name in WHERE_GIVEN if (value := getattr(config, name)) is not None}
+    given |= row_values(config)
     rest = {
         **given,
         "device": device,

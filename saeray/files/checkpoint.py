@@ -26,7 +26,8 @@ from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
 from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import Bos
+from saeray.spec.messages import SpecialTokens
+from saeray.spec.stream import positions
 from saeray.version import __version__
 
 # The newest sae_lens this format was checked with. Below 6 sae_lens drops `metadata` in silence.
@@ -43,8 +44,26 @@ def reshaping(hook_point: str) -> str:
     return "hook_z" if hook_point.endswith("hook_z") else "none"
 
 
-def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None) -> dict[str, Any]:
-    """cfg.json as `sae_lens.SAE.load_from_disk` wants it. bos: what began every window."""
+def served_rows(
+    config: LanguageModelSAERunnerConfig, special: SpecialTokens | None
+) -> dict[str, Any]:
+    """Which rows the SAE was trained on, as sae_lens says it: slices there end before their end."""
+    excluded: bool | list[int] = bool(config.exclude_special_tokens)
+    if isinstance(config.exclude_special_tokens, tuple) and special is not None:
+        excluded = list(special.excluded)
+    at = positions(config)
+    sliced = config.context_slice is not None
+    return {
+        "seqpos_slice": [at.start, at.stop] if sliced else [None],
+        "exclude_special_tokens": excluded,
+    }
+
+
+def sae_lens_cfg(
+    config: LanguageModelSAERunnerConfig, sae: SAE, special: SpecialTokens | None
+) -> dict[str, Any]:
+    """cfg.json as `sae_lens.SAE.load_from_disk` wants it. special: tokens of its text."""
+    read, *written = config.hooks_read
     return {
         **kind_of(sae),
         **sae.SAE_LENS_CFG,
@@ -52,19 +71,23 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not sae.is_transcoder,
         "normalize_activations": "none",
-        "reshape_activations": reshaping(config.resolved_hook_point),
+        # Of a transcoder's input sae_lens joins no heads.
+        "reshape_activations": "none" if sae.is_transcoder else reshaping(read),
+        **({"d_out": sae.d_out} if sae.is_transcoder else {}),
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION,
             "saeray_version": __version__,
             "model_name": config.model_name,
-            "hook_name": config.resolved_hook_point,
+            "hook_name": read,
+            **({"hook_name_out": written[0]} if written else {}),
             "hook_head_index": None,
             "context_size": config.context_size,
             "prepend_bos": config.prepend_bos,
-            "bos_token": None if bos is None else bos.token,
-            "bos_token_id": None if bos is None else bos.id,
+            "bos_token": None if special is None else special.bos,
+            "bos_token_id": None if special is None else special.bos_id,
+            **served_rows(config, special),
             "dataset_path": config.dataset_path,
             "training_config": config.to_dict(),
         },
@@ -72,12 +95,12 @@ def sae_lens_cfg(config: LanguageModelSAERunnerConfig, sae: SAE, bos: Bos | None
 
 
 def sae_files(
-    config: LanguageModelSAERunnerConfig, sae: SAE, frequency: Tensor, bos: Bos | None
+    config: LanguageModelSAERunnerConfig, sae: SAE, frequency: Tensor, special: SpecialTokens | None
 ) -> dict[str, bytes]:
     """The files that sae_lens loads; frequency [L] is the features' firing frequency."""
     weights = {n: t.detach().cpu().contiguous() for n, t in sae.sae_lens_tensors().items()}
     return {
-        "cfg.json": json_bytes(sae_lens_cfg(config, sae, bos)),
+        "cfg.json": json_bytes(sae_lens_cfg(config, sae, special)),
         "sae_weights.safetensors": save(weights),
         "sparsity.safetensors": save({"sparsity": log10_frequency(frequency).cpu()}),
     }
@@ -87,10 +110,10 @@ def save_final(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
     trainer: SAETrainer,
-    bos: Bos | None = None,
+    special: SpecialTokens | None = None,
 ) -> None:
     """Publishes a trained SAE."""
-    folder.publish(sae_files(config, trainer.published, trainer.firing_frequency, bos))
+    folder.publish(sae_files(config, trainer.published, trainer.firing_frequency, special))
 
 
 class Taken(NamedTuple):
@@ -126,20 +149,20 @@ def save_checkpoint(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
     trainer: SAETrainer,
-    bos: Bos | None = None,
+    special: SpecialTokens | None = None,
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
-    save_taken(folder, config, taken(trainer), bos)
+    save_taken(folder, config, taken(trainer), special)
 
 
 def save_taken(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
     state: Taken,
-    bos: Bos | None = None,
+    special: SpecialTokens | None = None,
 ) -> None:
     """`save_checkpoint` of what was taken earlier."""
-    files = sae_files(config, state.published, state.frequency, bos)
+    files = sae_files(config, state.published, state.frequency, special)
     files["train_state.safetensors"] = save({n: t.contiguous() for n, t in state.tensors.items()})
     files[STATE_MARKER] = json_bytes(
         {
@@ -164,7 +187,7 @@ class Checkpoint:
         kind = ARCHITECTURES[options.architecture].sae
         own = {n[4:]: t for n, t in self.tensors.items() if n.startswith("sae.")}
         settings = {n: getattr(options, n) for n in kind.SETTINGS}
-        sae = kind.from_sae_lens(own, settings) if own else published_sae(self.cfg, self.weights)
+        sae = kind(**own, **settings) if own else published_sae(self.cfg, self.weights)
         sae = sae.with_tensors({n: t.to(device) for n, t in sae.tensors.items()})
         return SAETrainer.resumed(sae, options, self.tensors, self.numbers)
 

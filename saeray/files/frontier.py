@@ -12,6 +12,7 @@ from typing import Any
 
 from saeray.errors import SaerayError, bad_value, nearest
 from saeray.spec.messages import DONE, STOPPED
+from saeray.spec.stream import ROW_FIELDS
 
 Row = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ HOOK_FIELDS = ("model_name", "model_revision", "hook_point", "hook_point_layer",
 # What held-out text an SAE was judged on.
 TEXT_FIELDS = (
     "dataset_path", "dataset_split", "dataset_config", "dataset_revision", "text_column",
-    "txt_documents", "prepend_bos", "context_size", "eval_windows",
+    "txt_documents", "prepend_bos", "context_size", "eval_windows", *ROW_FIELDS,
 )  # fmt: skip
 
 

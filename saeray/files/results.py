@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
+from saeray.spec.stream import ROW_FIELDS
 from saeray.spec.synthetic import is_synthetic
 
 # Column -> wandb key. Held-out figures, except those of the training state. docs/metrics.md says
@@ -72,11 +74,18 @@ def result_row(
 ) -> dict[str, Any]:
     """One SAE's row: trial, status, path, the fields that vary, then the figures."""
     row: dict[str, Any] = {"trial": name, "status": status, "path": path}
-    row.update({axis: getattr(config, axis) for axis in axes})
+    row.update({axis: in_a_cell(axis, getattr(config, axis)) for axis in axes})
     columns = COLUMNS | (GROUND_TRUTH_COLUMNS if is_synthetic(config.model_name) else {})
     row.update({column: metrics.get(key) for column, key in columns.items()})
     row["error"] = error
     return row
+
+
+def in_a_cell(name: str, value: Any) -> Any:
+    """A value of the config; what can be a list is text, since a column has one type."""
+    if name not in ROW_FIELDS or value is None:
+        return value
+    return strict_json.dumps(value)
 
 
 def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]:

@@ -3,7 +3,9 @@
 docs/metrics.md defines every figure. Of the language model, per token of every held-out window:
 
     ce_loss_without_sae    next-token cross-entropy of the model as it is, nats
-    ce_loss_with_sae       the same with x̂ in the place of x at the hook
+    ce_loss_with_sae       the same with x̂ in the place of x at the hook (of a transcoder, which
+                           reads x at one hook: ŷ in the place of y at the other; all that is said
+                           of x below is then said of y)
     …with_ablation         with zeros there; …with_mean_ablation: with x's mean over all tokens
     CE_loss_score          (ablation - with) / (ablation - without): 1 is perfect, 0 is no better
                            than zeros
@@ -13,6 +15,9 @@ docs/metrics.md defines every figure. Of the language model, per token of every 
 SAEs that are evaluated together share the forward of the model as it is: S of them take 1 + S
 forwards of every window. What no SAE changes takes three more and a part of one, once per hook.
 The last evaluation takes one more that stops at the hook, for all of them (`final`).
+
+Where SAEs do not see all rows of the windows (`saeray.spec.stream`), every figure is of those that
+they see, and x̂ stands in their place alone; what is ablated is ablated everywhere, as in sae_lens.
 
 Memory: of the windows, one part at a time is in the model, with its probabilities and the logits
 that they are compared with; a part is one window, or as many as have `LOGITS_AT_ONCE` logits. Of an
@@ -29,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeray.lm.hooks import Replacement
 from saeray.lm.model import LanguageModel
 from saeray.sae.architectures.base import SAE
 from saeray.sae.metrics import (
@@ -59,11 +65,35 @@ class Losses(NamedTuple):
         return Losses(self.ce + other.ce, self.kl + other.kl)
 
 
+class Part(NamedTuple):
+    """Some of the windows."""
+
+    tokens: Tensor  # int [n, context]
+    at: Tensor | None  # int64, which of the n * context rows are served; None: all of them
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Of rows [n * context, …] those that are served."""
+        return rows if self.at is None else rows[self.at]
+
+    def splice(self, f: Replacement) -> Replacement:
+        """f in the place of the rows that are served, [n, context, D] -> the same; others stay."""
+        at = self.at
+        if at is None:
+            return f
+
+        def of_some(x: Tensor) -> Tensor:
+            rows = x.flatten(0, 1).clone()
+            rows[at] = f(rows[at]).to(rows.dtype)
+            return rows.reshape(x.shape)
+
+        return of_some
+
+
 class Plain(NamedTuple):
     """The language model as it is, on a part of the windows."""
 
-    p: Tensor  # [n * context, V] probabilities of next tokens
-    following: Tensor  # int64 [n * context] what follows; -1 at a window's end
+    p: Tensor  # [n, V] probabilities of next tokens, in the rows that are served
+    following: Tensor  # int64 [n] what follows; -1 at a window's end
     ce: float  # sum over tokens, nats
     entropy: float  # of p, the same
 
@@ -82,25 +112,36 @@ class Evaluator:
     Everything else is a sum over parts of the windows: memory does not grow with their number.
     """
 
-    def __init__(self, model: LanguageModel, windows: Tensor) -> None:
-        """windows: int [n, context]."""
+    def __init__(self, model: LanguageModel, windows: Tensor, served: Tensor | None = None) -> None:
+        """windows: int [n, context]. served: bool [n, context]; None: all rows are."""
         self.model = model
-        self.n_tokens = windows.numel()
-        self.n_predicted = windows[:, 1:].numel()
-        per_window = windows.shape[1] * model.facts.d_vocab
-        self.parts = windows.split(max(1, LOGITS_AT_ONCE // per_window))
+        if served is not None:
+            some = served.any(dim=1)
+            windows, served = windows[some], served[some]
+        counted = torch.ones_like(windows, dtype=torch.bool) if served is None else served
+        self.n_tokens = int(counted.sum())
+        self.n_predicted = max(1, int(counted[:, :-1].sum()))
+        at_once = max(1, LOGITS_AT_ONCE // (windows.shape[1] * model.facts.d_vocab))
+        self.parts = [
+            Part(
+                tokens, None if served is None else rows.flatten().nonzero()[:, 0].to(model.device)
+            )
+            for tokens, rows in zip(windows.split(at_once), counted.split(at_once), strict=True)
+        ]
         self.clean_ce: float | None = None
         self.at_hooks: dict[str, Ablated] = {}
 
-    def evaluate(self, sae: SAE, hook_point: str, final: bool = False) -> dict[str, Any]:
+    def evaluate(self, sae: SAE, *hooks: str, final: bool = False) -> dict[str, Any]:
         """`evaluate_all` of one SAE."""
-        return self.evaluate_all([sae], hook_point, final)[0]
+        return self.evaluate_all([sae], hooks, final)[0]
 
     @torch.inference_mode()
     def evaluate_all(
-        self, saes: Sequence[SAE], hook_point: str, final: bool = False
+        self, saes: Sequence[SAE], hooks: Sequence[str], final: bool = False
     ) -> list[dict[str, Any]]:
         """Metrics by their wandb keys, and the density histogram, of each SAE.
+
+        hooks: what they read; of transcoders also what they reconstruct, later in the forward.
 
         A figure that has no meaning here is None, and `warnings` says why. What an SAE's figures
         are depends on no other one.
@@ -108,15 +149,19 @@ class Evaluator:
         final: also s_n_dec and mdl, and `features`, {column: [L]} on the CPU; as costly as
         evaluating twice where few SAEs are evaluated together.
         """
-        ablated = self.ablated(hook_point)
+        read, written = hooks[0], hooks[-1]
+        ablated = self.ablated(written)
         of_saes = [OneSAE(sae, ablated.activation) for sae in saes]
-        for tokens in self.parts:
-            plain = self.plain(tokens)
+        for part in self.parts:
+            plain = self.plain(part)
             for one in of_saes:
-                one.losses += losses(plain, self.model.logits(tokens, {hook_point: one}))
+                splice: dict[str, Any] = {written: part.splice(one)}
+                if read != written:
+                    splice[read] = part.splice(one.read)
+                one.losses += self.losses(part, plain, splice)
         if final:
-            self.add_final(of_saes, hook_point)
-        return [self.figures(one, ablated, hook_point) for one in of_saes]
+            self.add_final(of_saes, read, written)
+        return [self.figures(one, ablated, written) for one in of_saes]
 
     def figures(self, one: OneSAE, ablated: Ablated, hook_point: str) -> dict[str, Any]:
         quality, clean, found = one.sums.result(), self.clean(), self.means(one.losses)
@@ -142,21 +187,24 @@ class Evaluator:
             **one.final,
         }
 
-    def add_final(self, of_saes: Sequence[OneSAE], hook_point: str) -> None:
+    def add_final(self, of_saes: Sequence[OneSAE], read: str, written: str) -> None:
         """What is left for the end, on a second pass: bins are made of the largest activations."""
         lengths = [DescriptionLength(one.features) for one in of_saes]
         every = -(-self.n_tokens // PROJECTED_ROWS)
-        sample, seen = [], 0
-        for tokens in self.parts:
-            x = self.model.activations(tokens)[hook_point]
+        sample: list[tuple[Tensor, Tensor]] = []
+        seen = 0
+        for part in self.parts:
+            activations = self.model.activations(part.tokens)
+            x, y = part.of(activations[read]), part.of(activations[written])
             for one, length in zip(of_saes, lengths, strict=True):
                 for rows in one.blocks(x):
                     length.add(one.sae.encode(rows))
-            sample.append(x[-seen % every :: every].clone())
+            some = slice(-seen % every, None, every)
+            sample.append((x[some].clone(), y[some].clone()))
             seen += len(x)
-        rows = torch.cat(sample)
+        rows, wanted = (torch.cat(each) for each in zip(*sample, strict=True))
         for one, length in zip(of_saes, lengths, strict=True):
-            one.final = one.at_the_end(length, rows)
+            one.final = one.at_the_end(length, rows, wanted)
 
     def warnings(self) -> list[str]:
         """Of a model that does no better on this text than one that knows nothing."""
@@ -173,7 +221,7 @@ class Evaluator:
     def clean(self) -> float:
         """Mean next-token cross-entropy of the model as it is, nats."""
         if self.clean_ce is None:
-            self.clean_ce = sum(self.plain(t).ce for t in self.parts) / self.n_predicted
+            self.clean_ce = sum(self.plain(part).ce for part in self.parts) / self.n_predicted
         return self.clean_ce
 
     @torch.inference_mode()
@@ -186,11 +234,11 @@ class Evaluator:
                 {hook_point: lambda x: activation.to(x.dtype).expand_as(x)},
             ]
             sums, clean = [Losses(0.0, 0.0) for _ in splices], 0.0
-            for tokens in self.parts:
-                plain = self.plain(tokens)
+            for part in self.parts:
+                plain = self.plain(part)
                 clean += plain.ce
                 for i, splice in enumerate(splices):
-                    sums[i] += losses(plain, self.model.logits(tokens, splice))
+                    sums[i] += self.losses(part, plain, splice)
             self.clean_ce = clean / self.n_predicted
             zeros, mean = map(self.means, sums)
             self.at_hooks[hook_point] = Ablated(zeros, mean, activation)
@@ -199,15 +247,19 @@ class Evaluator:
     def mean_activation(self, hook_point: str) -> Tensor:
         """Of all held-out tokens: float32 [D] on the model's device."""
         summed = torch.zeros(1, dtype=torch.float64)
-        for tokens in self.parts:
-            x = self.model.activations(tokens)[hook_point]
+        for part in self.parts:
+            x = part.of(self.model.activations(part.tokens)[hook_point])
             summed = summed + x.float().sum(dim=0).cpu().double()
         return (summed / self.n_tokens).float().to(self.model.device)
 
-    def plain(self, tokens: Tensor) -> Plain:
+    def losses(self, part: Part, plain: Plain, splice: Mapping[str, Any]) -> Losses:
+        """Of the model with something in a hook's place, summed over a part."""
+        return losses(plain, part.of(self.model.logits(part.tokens, splice).flatten(0, 1)))
+
+    def plain(self, part: Part) -> Plain:
         """The model as it is on a part."""
-        p = self.model.logits(tokens).flatten(0, 1)
-        following = next_tokens(tokens, p.device)
+        p = part.of(self.model.logits(part.tokens).flatten(0, 1))
+        following = part.of(next_tokens(part.tokens, p.device))
         blocks = row_blocks(p)
         ce, entropy = 0.0, 0.0
         for rows, after in zip(blocks, following.split(len(blocks[0])), strict=True):
@@ -222,11 +274,15 @@ class Evaluator:
 
 
 class OneSAE:
-    """An SAE while it is evaluated. Called with x, it gives x̂ and adds up what it has seen."""
+    """An SAE while it is evaluated. Called with x, it gives x̂ and adds up what it has seen.
+
+    A transcoder is called with y, after it has `read` x.
+    """
 
     def __init__(self, sae: SAE, mean: Tensor) -> None:
-        """mean [D] of all x that it will be given."""
+        """mean [D] of all x, of a transcoder [O] of all y, that it will be given."""
         self.sae = sae
+        self.x: Tensor | None = None  # where that is not what it is called with
         self.losses = Losses(0.0, 0.0)
         self.sums = ReconstructionSums(mean)
         self.features = FeatureSums(sae.d_sae, sae.W_enc.device)
@@ -237,22 +293,31 @@ class OneSAE:
         flat = x.reshape(-1, x.shape[-1]).to(self.sae.W_enc.dtype)
         yield from flat.split(max(1, LATENTS_AT_ONCE // self.sae.d_sae))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = []
-        for rows in self.blocks(x):
-            f = self.sae.encode(rows)
-            x_hat = self.sae.decode(f)
-            self.features.add(f)
-            self.sums.add(rows.float(), (x_hat - rows).float())
-            parts.append(x_hat)
-        return torch.cat(parts).reshape(x.shape)
+    def read(self, x: Tensor) -> Tensor:
+        """Keeps what a transcoder reads, and leaves it as it is."""
+        self.x = x
+        return x
 
-    def at_the_end(self, length: DescriptionLength, x: Tensor) -> dict[str, Any]:
-        """s_n_dec of some rows x [B, D], mdl, and a table of the features."""
+    def __call__(self, y: Tensor) -> Tensor:
+        x, self.x = y if self.x is None else self.x, None
+        parts = []
+        for rows, wanted in zip(self.blocks(x), self.blocks(y), strict=True):
+            f = self.sae.encode(rows)
+            y_hat = self.sae.reconstruct(rows, f)
+            self.features.add(f)
+            self.sums.add(wanted.float(), (y_hat - wanted).float())
+            parts.append(y_hat)
+        return torch.cat(parts).reshape(y.shape)
+
+    def at_the_end(self, length: DescriptionLength, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """s_n_dec of some rows x [B, D] (of a transcoder of y [B, O]), mdl, a table of features."""
         sae = self.sae
         every = -(-len(x) // max(1, PROJECTIONS // sae.d_sae))
-        x = x[torch.arange(0, len(x), every, device=x.device)].to(sae.W_dec.dtype)
-        s_n_dec = nth_decoder_projection(x, sae.W_dec, sae.b_dec, max(1, sae.d_sae // 4))
+        some = torch.arange(0, len(x), every, device=x.device)
+        y = y[some].to(sae.W_dec.dtype)
+        if sae.W_skip is not None:  # what is left for the decoder
+            y = y - x[some].to(sae.W_skip.dtype) @ sae.W_skip
+        s_n_dec = nth_decoder_projection(y, sae.W_dec, sae.b_out, max(1, sae.d_sae // 4))
         return {
             "metrics/s_n_dec": s_n_dec,
             "metrics/mdl": length.bits(),
@@ -314,13 +379,13 @@ def cross_entropy(log_p: Tensor, following: Tensor) -> float:
 
 
 def losses(plain: Plain, logits: Tensor) -> Losses:
-    """Sums over tokens of the model with something in a hook's place: logits [n, context, V].
+    """Sums over tokens of the model with something in a hook's place: logits [n, V].
 
     KL(p ‖ q) is Σ p log p - Σ p log q; the first is of the model as it is, and computed once.
     """
     found = Losses(0.0, -plain.entropy)
     blocks = row_blocks(plain.p)
-    others = row_blocks(logits.flatten(0, 1))
+    others = row_blocks(logits)
     following = plain.following.split(len(blocks[0]))
     for p, other, after in zip(blocks, others, following, strict=True):
         log_q = other.log_softmax(dim=-1)

@@ -54,10 +54,10 @@ class GroundTruthEvaluator:
         return self.mean
 
     def evaluate_all(
-        self, saes: Sequence[SAE], hook_point: str, final: bool = False
+        self, saes: Sequence[SAE], hooks: Sequence[str], final: bool = False
     ) -> list[dict[str, Any]]:
-        """`evaluate` of each."""
-        return [self.evaluate(sae, hook_point, final) for sae in saes]
+        """`evaluate` of each; hooks: the only one there is."""
+        return [self.evaluate(sae, hooks[0], final) for sae in saes]
 
     @torch.inference_mode()
     def evaluate(self, sae: SAE, hook_point: str, final: bool = False) -> dict[str, Any]:
@@ -93,4 +93,5 @@ class GroundTruthEvaluator:
             length.add(one.sae.encode(part.x))
             left = PROJECTED_ROWS - sum(map(len, sample))
             sample.append(part.x[:left].clone())  # rows are independent: the first do
-        return one.at_the_end(length, torch.cat(sample))
+        rows = torch.cat(sample)
+        return one.at_the_end(length, rows, rows)

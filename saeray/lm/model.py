@@ -103,11 +103,15 @@ class LanguageModel:
         for hook_point in self.hook_points:
             if hook_point not in self.bridge.hook_dict:
                 raise bad_value(
-                    "hook_point",
+                    self.field_of(hook_point),
                     hook_point,
                     f"{self.config.model_name} ({self.bridge.cfg.n_layers} layers) has no such "
                     f"hook; {nearest(hook_point, known)}",
                 )
+
+    def field_of(self, hook_point: str) -> str:
+        """Which field of the config named it."""
+        return "hook_point_out" if hook_point in self.config.hooks_read[1:] else "hook_point"
 
     def check_context_size(self) -> None:
         limit = context_limit(self.model.config)
@@ -168,6 +172,7 @@ class LanguageModel:
             self.device.type,
             sum(p.numel() * p.element_size() for p in self.model.parameters()),
             tuple(self.warnings),
+            tuple(h for h in probes[0].values if h in self.hook_points),
         )
 
     @property
@@ -202,7 +207,7 @@ class LanguageModel:
             if wrong is not None:
                 fit = self.names_that_fit([p.tokens for p in probes])
                 raise bad_value(
-                    "hook_point",
+                    self.field_of(hook_point),
                     hook_point,
                     f"{wrong} in {self.config.model_name}; {nearest(hook_point, fit)}",
                 )

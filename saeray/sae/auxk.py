@@ -2,7 +2,7 @@
 
 Gao et al., 2406.04093, appendix A.2. With e = x̂ - x of the living, a constant here, and ê the
 reconstruction by each row's k_aux = min(D / 2, n_dead) largest relu(h) of the dead, without a bias,
-the term is by auxk_scaling
+the term is by auxk_scaling (D that of e: of a transcoder, of what it writes)
 
     residual_variance   auxk_coefficient · Σ‖ê + e‖² / Σ‖e - mean e‖²       (OpenAI; 1/32)
     dead_share          auxk_coefficient · min(2 n_dead / D, 1) · mean_B Σ_D (ê + e)²  (sae_lens; 1)
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import Rule
+from saeray.sae.architectures.rule import Rule
 from saeray.sae.dead_features import OfDead, add_of_dead
 from saeray.sae.gradients import Batch, Gradients, Lane, RunLanes
 from saeray.sae.ranks import Ranks
@@ -36,13 +36,13 @@ def auxk_gradients(
     """
     sae, by = rule.sae, rule.selected_by()
     W_enc, W_dec, b_enc = sae.W_enc.t()[dead], sae.W_dec[dead], sae.b_enc[dead]
-    k_aux = min(sae.d_in // 2, len(dead))
+    k_aux = min(sae.d_out // 2, len(dead))
     weight: float | Tensor = rule.options.auxk_coefficient
     if rule.options.auxk_scaling == "residual_variance":
         variance = (errors - errors.mean(dim=0)).square().sum()
         weight = weight / variance if float(variance) > 0 else errors.new_zeros(())
     else:
-        weight = weight * min(2 * len(dead) / sae.d_in, 1.0) / len(errors)
+        weight = weight * min(2 * len(dead) / sae.d_out, 1.0) / len(errors)
 
     def lane_auxk(lane: Lane) -> OfDead:
         rows = slice(*lane)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import Rule
+from saeray.sae.architectures.rule import Rule
 from saeray.sae.gradients import Lane
 from saeray.sae.ranks import Ranks
 

@@ -15,7 +15,7 @@ class OfDead(NamedTuple):
     """Gradient and value of a term, of one lane; rows are the dead features, [n]."""
 
     W_enc: Tensor  # [n, D]
-    W_dec: Tensor  # [n, D]
+    W_dec: Tensor  # [n, O]
     b_enc: Tensor  # [n], Σ dh
     value: Tensor  # 0-d
     extra: dict[str, Tensor] = {}  # noqa: RUF012 - [n] of `Gradients.extra`; never written to
@@ -31,9 +31,9 @@ def add_of_dead(
 ) -> Tensor:
     """Adds a term's gradient for the dead (indices, [n]), lanes in their order; its value, 0-d."""
     lanes = ranks.own(lanes_of(len(batch.x), batch.x.device, ranks.size))
-    n, d_in = len(dead), batch.x.shape[1]
+    n, d_in, d_out = len(dead), batch.x.shape[1], batch.y.shape[1]
     new = batch.x.new_zeros
-    total = OfDead(new(n, d_in), new(n, d_in), new(n), new(()), {k: new(n) for k in grad.extra})
+    total = OfDead(new(n, d_in), new(n, d_out), new(n), new(()), {k: new(n) for k in grad.extra})
     for i, part in enumerate(run_lanes(of_lane, lanes)):
         for mine, theirs in zip(total[:4], part[:4], strict=True):
             mine.copy_(theirs) if i == 0 else mine.add_(theirs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import Rule
+from saeray.sae.architectures.rule import Rule
 from saeray.sae.dead_features import OfDead, add_of_dead
 from saeray.sae.gradients import Batch, Gradients, Lane, RunLanes
 from saeray.sae.losses import EPSILON, mse_normaliser

@@ -3,7 +3,7 @@
 Autograd would keep [B, L] tensors of the whole batch alive and walk them several times. Here a
 batch is cut into *lanes* of a fixed number of rows and a lane into *blocks*; a block's [R, L]
 activations live in two buffers that are used over and over. With e = x̂ - x and n the row's
-normaliser:
+normaliser (of a transcoder e = ŷ - y, and so on; see the end):
 
     dx̂    = 2 e / (n B D)                       [B, D]   (times D where the squared error is summed)
     dW_dec = fᵀ dx̂                               [L, D]
@@ -14,12 +14,15 @@ normaliser:
 Where the decoder is free, l1_coefficient is multiplied by the norm n_j of a feature's row, which
 has a gradient of its own: dW_dec[j] += l1_coefficient / B · (Σ_B f_j) W_dec[j] / n_j.
 
+A transcoder's errors are those of f W_dec + b_dec_out against y - x W_skip, so its skip connection
+is two products of B·D·O, whatever L is: dW_skip = xᵀ dx̂, db_dec_out = Σ_B dx̂.
+
 With compute_dtype bfloat16 the factors of these products, and what they come to, are rounded to
 bfloat16; weights, sums over blocks and everything elementwise stay as they are.
 
 A lane is a sum of its own, and the lanes of a batch are added in their order. So the result does
 not depend on how many threads computed the lanes or which came first: the same bits on one core
-and on sixteen.  B rows, R rows of a block, D = d_in, L = d_sae.
+and on sixteen.  B rows, R rows of a block, D = d_in, L = d_sae, O = d_out (D but in a transcoder).
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Rule, whole
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Rule, whole
 from saeray.sae.losses import mse_normaliser, mse_weight
 
 # Part of what a run is a function of: changing one changes results in their last bits.
@@ -70,6 +74,9 @@ class Gradients:
         self.W_dec = torch.empty_like(sae.W_dec)
         self.b_enc = torch.empty_like(sae.b_enc)  # Σ dh
         self.b_dec = torch.empty_like(sae.b_dec)  # Σ dx̂; the encoder's share is added at the end
+        # A transcoder's Σ dx̂ are here, and only the encoder's share is in b_dec.
+        self.b_dec_out = None if sae.b_dec_out is None else torch.empty_like(sae.b_dec_out)
+        self.W_skip = None if sae.W_skip is None else torch.empty_like(sae.W_skip)
         # Rows each feature fired on: whole numbers, exact in float32 up to 16 million rows.
         self.fired = torch.empty(sae.d_sae, dtype=torch.float32, device=sae.W_enc.device)
         # Of the sparsity term, without its coefficient: for an L1, Σ f.
@@ -84,7 +91,13 @@ class Gradients:
         return (
             self.W_enc.t(), self.W_dec, self.b_enc, self.b_dec, self.fired, self.l1, self.f,
             self.inner, *self.extra.values(),
+            *(t for t in (self.b_dec_out, self.W_skip) if t is not None),
         )  # fmt: skip
+
+    @property
+    def b_out(self) -> Tensor:
+        """[O]: Σ dx̂."""
+        return self.b_dec if self.b_dec_out is None else self.b_dec_out
 
     def zero_(self) -> None:
         for mine in self.tensors():
@@ -111,7 +124,7 @@ class Workspace:
         self.h = torch.empty_like(self.f) if rule.keeps_h else self.f
         self.dh = sae.W_dec.new_empty(rows, sae.d_sae)
         self.x_centred = sae.W_dec.new_empty(rows, sae.d_in)
-        self.dx_hat = sae.W_dec.new_empty(len(rule.widths), rows, sae.d_in)
+        self.dx_hat = sae.W_dec.new_empty(len(rule.widths), rows, sae.d_out)
 
 
 class Factor:
@@ -164,15 +177,18 @@ class Batch(NamedTuple):
     """What all SAEs of a pack share of one batch."""
 
     x: Tensor  # [B, D] in the SAE's dtype
+    y: Tensor  # [B, O], what is to be reconstructed: x itself but in a transcoder
     normaliser: Tensor  # [B, 1] of the squared error
-    scale: Tensor  # [B, 1] 2 weight / (normaliser B D): dx̂ = scale * (x̂ - x)
+    scale: Tensor  # [B, 1] 2 weight / (normaliser B O): dx̂ = scale * (x̂ - y)
     weight: int  # `mse_weight`
 
     @classmethod
-    def of(cls, x: Tensor, normalization: str) -> Batch:
-        normaliser = mse_normaliser(x, normalization)
-        weight = mse_weight(x.shape[1], normalization)
-        return cls(x, normaliser, (2.0 * weight / x.numel()) / normaliser, weight)
+    def of(cls, x: Tensor, normalization: str, y: Tensor | None = None) -> Batch:
+        """y: of a transcoder."""
+        y = x if y is None else y
+        normaliser = mse_normaliser(y, normalization)
+        weight = mse_weight(y.shape[1], normalization)
+        return cls(x, y, normaliser, (2.0 * weight / y.numel()) / normaliser, weight)
 
 
 def lane_gradients(
@@ -187,9 +203,10 @@ def lane_gradients(
     factors: Factors,
     want_l1: bool,
 ) -> None:
-    """Writes one lane's gradient into `out` and its x̂ - x into the lane's rows of errors [B, D]."""
+    """Writes one lane's gradient into `out` and its x̂ - y into the lane's rows of errors [B, O]."""
     for counted in (out.b_enc, out.b_dec, out.fired, out.l1, out.f, out.inner, *out.extra.values()):
         counted.zero_()
+    out.b_out.zero_()
     levels = levels_of(rule)
     for a in range(*lane, space.rows):
         b = min(a + space.rows, lane[1])
@@ -202,10 +219,11 @@ def lane_gradients(
         torch.sub(batch.x[a:b], sae.b_dec, out=x_centred)
         factors.product(x_centred, factors.W_enc, sae.b_enc, h)
         rule.latents_of_block(h, f)
-        decode_levels(sae, levels, f, batch.x[a:b], scale, error, dx_hat, factors, out.inner)
+        target = without_skip(sae, batch, slice(a, b), factors)
+        decode_levels(sae, levels, f, target, scale, error, dx_hat, factors, out.inner)
         gate = None
         if rule.has_gate:
-            gate = gate_gradient(sae, rule, h, batch.x[a:b], scale, factors, out.inner)
+            gate = gate_gradient(sae, rule, h, target, scale, factors, out.inner)
 
         for (from_, to), dx in zip(levels, dx_hat, strict=True):
             part = f if len(levels) == 1 else f[:, from_:to]
@@ -214,19 +232,33 @@ def lane_gradients(
             factors.add_product(part.t(), dx, out.W_dec[from_:to], first)
         if gate is not None and rule.gate_teaches_decoder:
             factors.add_product(gate.latents.t(), gate.dx_hat, out.W_dec, False)
-            out.b_dec.add_(gate.dx_hat.sum(dim=0))
+            out.b_out.add_(gate.dx_hat.sum(dim=0))
+        if out.W_skip is not None:
+            factors.add_product(batch.x[a:b].t(), dx_hat[0], out.W_skip, first)
+            if gate is not None and rule.gate_teaches_decoder:
+                factors.add_product(batch.x[a:b].t(), gate.dx_hat, out.W_skip, False)
         active = Active(h, f, dh, whole, partial(row_l0, f), column, gate and gate.df)
         if want_l1 and rule.penalty is None:
             out.l1.add_(rule.sparsity(active))
         rule.pull_back_block(active, out.extra)
         factors.add_product(dh.t(), x_centred, out.W_enc.t(), first)
         out.b_enc.add_(dh.sum(dim=0))
-        out.b_dec.add_(dx_hat[0].sum(dim=0))
+        out.b_out.add_(dx_hat[0].sum(dim=0))
         if rule.penalty is not None and rule.step.norms is not None:
             out.f.add_(f.sum(dim=0))
         elif rule.penalty is not None and want_l1:
             out.l1.add_(f.sum())
         out.fired.add_(f.sign_().sum(dim=0, dtype=torch.float32))  # f is not needed any more
+
+
+def without_skip(sae: SAE, batch: Batch, rows: slice, factors: Factors) -> Tensor:
+    """y - x W_skip of some rows: what is left for the features and the bias, [R, O]."""
+    y = batch.y[rows]
+    if sae.W_skip is None:
+        return y
+    skipped = torch.empty_like(y)
+    factors.product(batch.x[rows], sae.W_skip, None, skipped)
+    return torch.sub(y, skipped, out=skipped)
 
 
 def row_l0(f: Tensor) -> Tensor:
@@ -248,24 +280,24 @@ def decode_levels(
     sae: SAE,
     levels: list[Lane],
     f: Tensor,
-    x: Tensor,
+    y: Tensor,
     scale: Tensor,
     error: Tensor,
     dx_hat: Tensor,
     factors: Factors,
     inner: Tensor,
 ) -> None:
-    """error = x̂ - x of all features; dx_hat [levels, R, D] of the squared errors of all widths.
+    """error = x̂ - y of all features; dx_hat [levels, R, O] of the squared errors of all widths.
 
     dx_hat[i] is what a feature of level i gets: of every width that it is in. Widths below the last
     add their squared error to `inner`.
     """
     if len(levels) == 1:
-        factors.product(f, factors.W_dec, sae.b_dec, error)
-        error.sub_(x)
+        factors.product(f, factors.W_dec, sae.b_out, error)
+        error.sub_(y)
         torch.mul(error, scale, out=dx_hat[0])
         return
-    torch.sub(sae.b_dec, x, out=error)
+    torch.sub(sae.b_out, y, out=error)
     part = torch.empty_like(error)
     for i, (from_, to) in enumerate(levels):
         factors.product(f[:, from_:to], factors.W_dec[from_:to], None, part)
@@ -281,16 +313,16 @@ class OfGate(NamedTuple):
     """Of the squared error of what the gate's latents alone reconstruct."""
 
     latents: Tensor  # [R, L]
-    dx_hat: Tensor  # [R, D]
+    dx_hat: Tensor  # [R, O]
     df: Tensor  # [R, L]
 
 
 def gate_gradient(
-    sae: SAE, rule: Rule, h: Tensor, x: Tensor, scale: Tensor, factors: Factors, inner: Tensor
+    sae: SAE, rule: Rule, h: Tensor, y: Tensor, scale: Tensor, factors: Factors, inner: Tensor
 ) -> OfGate:
-    error, latents = torch.empty_like(x), rule.gate_latents(h)
-    factors.product(latents, factors.W_dec, sae.b_dec, error)
-    error.sub_(x)
+    error, latents = torch.empty_like(y), rule.gate_latents(h)
+    factors.product(latents, factors.W_dec, sae.b_out, error)
+    error.sub_(y)
     dx_hat = error * scale
     inner.add_((dx_hat * error).sum() / 2)
     df = torch.empty_like(h)

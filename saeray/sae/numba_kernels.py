@@ -5,7 +5,7 @@ a lane lie row after row (`offsets`), those of a batch feature after feature. Al
 order, so the same entries give the same bits, on however many threads.
 
 Compiled at the first call in a process, from a cache on disk where another process on the same
-machine has compiled them before.  R rows, L = d_sae, D = d_in, n entries.
+machine has compiled them before.  R rows, L = d_sae, D = d_in, O = d_out, n entries.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def exact_values(offsets, feature, value, x_centred, W_enc, b_enc, floor):
 def decode_rows(offsets, feature, value, W_dec, b_dec, x, scale, errors, dx_hat, df):
     """errors = x̂ - x, dx_hat = scale * errors, df [n] = ⟨dx_hat, W_dec[j]⟩ of each entry.
 
-    W_dec [L, D], b_dec [D]; x, errors, dx_hat [R, D]; scale [R].
+    W_dec [L, O], b_dec [O]; x, what is to be reconstructed, errors, dx_hat [R, O]; scale [R].
     """
     n_rows, d_in = x.shape
     zero = df.dtype.type(0)
@@ -282,17 +282,18 @@ def place_by_feature(offsets, feature, value, dh, first, places, by_row, by_valu
 def weight_gradients(
     first, last, starts, row, value, dh, x_centred, dx_hat, dW_enc, dW_dec, db_enc, fired, f
 ):
-    """Of features first to last: dW_enc, dW_dec rows [L, D]; db_enc = Σ dh, fired, f = Σ f [L].
+    """Of features first to last: dW_enc [L, D], dW_dec [L, O]; db_enc = Σ dh, fired, f = Σ f [L].
 
     Entries feature after feature (starts [L + 1]), each feature's in the order of its rows.
-    x_centred, dx_hat [B, D].
+    x_centred [B, D], dx_hat [B, O].
     """
-    d_in = x_centred.shape[1]
+    d_in, d_out = x_centred.shape[1], dx_hat.shape[1]
     zero = f.dtype.type(0)
     for j in range(first, last):
         to_enc, to_dec = dW_enc[j], dW_dec[j]
         for d in range(d_in):
             to_enc[d] = 0
+        for d in range(d_out):
             to_dec[d] = 0
         begin, end = starts[j], starts[j + 1]
         sum_dh, sum_f = zero, zero
@@ -306,7 +307,7 @@ def weight_gradients(
                 dx_hat[row[i + 1]],
             )
             f0, f1, h0, h1 = value[i], value[i + 1], dh[i], dh[i + 1]
-            for d in range(d_in):
+            for d in range(d_out):
                 to_dec[d] += f0 * e0[d] + f1 * e1[d]
             for d in range(d_in):
                 to_enc[d] += h0 * x0[d] + h1 * x1[d]
@@ -316,8 +317,9 @@ def weight_gradients(
             i += 2
         if i < end:
             x0, e0 = x_centred[row[i]], dx_hat[row[i]]
-            for d in range(d_in):
+            for d in range(d_out):
                 to_dec[d] += value[i] * e0[d]
+            for d in range(d_in):
                 to_enc[d] += dh[i] * x0[d]
             sum_dh += dh[i]
             sum_f += value[i]

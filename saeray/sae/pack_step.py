@@ -46,9 +46,23 @@ class StepMetrics(NamedTuple):
     reconstruction: Reconstruction
 
 
-def batch_key(t: SAETrainer, x: Tensor) -> tuple[Any, ...]:
+def batch_key(t: SAETrainer, x: Tensor, y: Tensor) -> tuple[Any, ...]:
     """SAEs that agree in this are trained on the same form of the same batch."""
-    return (id(x), t.sae.W_enc.dtype, t.options.mse_normalization, t.activation_scale)
+    return (
+        id(x), id(y), t.sae.W_enc.dtype, t.options.mse_normalization, t.activation_scale,
+        t.output_scale,
+    )  # fmt: skip
+
+
+def batch_of(t: SAETrainer, x: Tensor, y: Tensor) -> Batch:
+    """What is read at its hook point, as it sees it; y is x itself but for a transcoder."""
+
+    def seen(rows: Tensor, scale: float) -> Tensor:
+        rows = rows.to(t.sae.W_enc.dtype)
+        return rows if scale == 1.0 else rows * scale
+
+    of_y = seen(y, t.output_scale) if t.sae.is_transcoder else None
+    return Batch.of(seen(x, t.activation_scale), t.options.mse_normalization, of_y)
 
 
 class FreeList:
@@ -104,8 +118,9 @@ class PackStep:
     ) -> list[StepMetrics | None]:
         """One optimizer step of every trainer on a batch (on the same device as the SAEs).
 
-        x: [B, D] for all of them, or for each trainer what it reads, a tensor for each hook point.
-        SAEs that are handed the same tensor share what is made of it.
+        x: [B, D] for all of them, or for each trainer what it reads, a tensor for each hook point:
+        its input, and of a transcoder what it shall reconstruct, [B, O]. SAEs that are handed the
+        same tensors share what is made of them.
         """
         if not trainers:
             return []
@@ -114,13 +129,11 @@ class PackStep:
         )
         batches: dict[tuple[Any, ...], Batch] = {}
         of: dict[SAETrainer, Batch] = {}
-        for t, (source, *_) in zip(trainers, each, strict=True):
-            key = batch_key(t, source)
+        for t, read in zip(trainers, each, strict=True):
+            source, wanted = read[0], read[-1]
+            key = batch_key(t, source, wanted)
             if key not in batches:
-                scaled = source.to(t.sae.W_enc.dtype)
-                if t.activation_scale != 1.0:
-                    scaled = scaled * t.activation_scale
-                batches[key] = Batch.of(scaled, t.options.mse_normalization)
+                batches[key] = batch_of(t, source, wanted)
             of[t] = batches[key]
 
         def advance(t: SAETrainer, run_lanes: RunLanes) -> StepMetrics | None:
@@ -149,7 +162,7 @@ class PackStep:
         t.begin_step(len(batch.x))
         dead = t.dead.nonzero().squeeze(1) if rule.remedy is not None else None
         grads = self.free("gradients", t, batch, lambda: Gradients(t.sae, rule.SUMS))
-        residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.x))
+        residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.y))
         errors = residuals.take()
         if self.ranks.size > 1:
             errors.zero_()
@@ -183,7 +196,7 @@ class PackStep:
                 ghost=ghost,
                 overall=mse + rule.step.coefficient * l1 + total.inner + ghost,
                 l0=total.fired.sum() / len(batch.x),
-                reconstruction=reconstruction(batch.x, errors),
+                reconstruction=reconstruction(batch.y, errors),
             )
         if t.on_gpu:
             pass  # Adam's kernel does it
@@ -302,8 +315,8 @@ class PackStep:
     def free(self, what: str, t: SAETrainer, batch: Batch, make: Callable[[], Any]) -> FreeList:
         """Buffers of one sort, for SAEs and batches like these."""
         kind = (
-            what, tuple(t.sae.W_enc.shape), t.sae.W_enc.dtype, len(batch.x), bfloat16(t),
-            type(t.rule), t.rule.widths,
+            what, tuple(t.sae.W_enc.shape), t.sae.d_out, t.sae.common, t.sae.W_enc.dtype,
+            len(batch.x), bfloat16(t), type(t.rule), t.rule.widths,
         )  # fmt: skip
         with self.lock:
             return self.buffers.setdefault(kind, FreeList(make))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import Rule
+from saeray.sae.architectures.rule import Rule
 from saeray.sae.dead_features import OfDead, add_of_dead
 from saeray.sae.gradients import Batch, Gradients, Lane, RunLanes
 from saeray.sae.ranks import Ranks
@@ -42,6 +42,7 @@ def pre_act_gradients(
         if norms is not None:
             extra["norm"] = total * per_row
         value = (total * weight).sum()
-        return OfDead(dh.t() @ x_centred, torch.zeros_like(W_enc), db_enc, value, extra)
+        to_dec = W_enc.new_zeros(len(dead), sae.d_out)
+        return OfDead(dh.t() @ x_centred, to_dec, db_enc, value, extra)
 
     return add_of_dead(grad, dead, batch, lane_pre_act, run_lanes, ranks)

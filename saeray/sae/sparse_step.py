@@ -20,10 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Rule
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Rule
 from saeray.sae.batch_selection import bounds, smallest_of
 from saeray.sae.entries import Entries, Selection, keep_at_least
-from saeray.sae.gradients import Batch, Factor, Gradients, Lane, RunLanes, lanes_of, levels_of
+from saeray.sae.gradients import (
+    Batch,
+    Factor,
+    Factors,
+    Gradients,
+    Lane,
+    RunLanes,
+    lanes_of,
+    levels_of,
+    without_skip,
+)
 from saeray.sae.ranks import Ranks
 
 FEATURES_PER_TASK = 512
@@ -53,9 +64,11 @@ class SparseSpace:
     def __init__(self, sae: SAE, rule: Rule, n_rows: int, bfloat16: bool) -> None:
         self.bfloat16 = bfloat16
         self.x_centred = sae.W_dec.new_empty(n_rows, sae.d_in)
-        self.dx_hat = sae.W_dec.new_zeros(len(rule.widths), n_rows, sae.d_in)
+        self.dx_hat = sae.W_dec.new_zeros(len(rule.widths), n_rows, sae.d_out)
         # Of what the gate's latents reconstruct.
-        self.dx_gate = sae.W_dec.new_empty((n_rows, sae.d_in) if rule.has_gate else (0, 0))
+        self.dx_gate = sae.W_dec.new_empty((n_rows, sae.d_out) if rule.has_gate else (0, 0))
+        self.factors = Factors(sae, bfloat16) if sae.W_skip is not None else None
+        self.target = sae.W_dec.new_empty((n_rows, sae.d_out) if self.factors else (0, 0))
         self.x_factor = Factor(self.x_centred, bfloat16)
         self.W_enc_factor = Factor(sae.W_enc, bfloat16)
         self.lanes: dict[Lane, Entries] = {}
@@ -87,7 +100,7 @@ def sparse_gradients(
     ranks: Ranks,
     want_l1: bool = False,
 ) -> None:
-    """Writes the gradient of this rank's rows into `out` and their x̂ - x into errors [B, D]."""
+    """Writes the gradient of this rank's rows into `out` and their x̂ - y into errors [B, O]."""
     from saeray.sae import numba_kernels as kernels
 
     torch.sub(batch.x, sae.b_dec, out=space.x_centred)
@@ -127,7 +140,12 @@ def sparse_gradients(
     for _ in run(features, tasks_of(levels_of(rule))):
         pass
     own = slice(lanes[0][0], lanes[-1][1]) if lanes else slice(0, 0)
-    torch.sum(space.dx_hat[0, own], dim=0, out=out.b_dec)
+    out.b_dec.zero_()
+    torch.sum(space.dx_hat[0, own], dim=0, out=out.b_out)
+    if out.W_skip is not None:
+        skip_gradient(batch.x[own], space.dx_hat[0, own], space, out.W_skip, first=True)
+        if rule.gate_teaches_decoder:
+            skip_gradient(batch.x[own], space.dx_gate[own], space, out.W_skip, first=False)
     if rule.gate_teaches_decoder:
         place([d.gate for d in done])
 
@@ -139,7 +157,7 @@ def sparse_gradients(
 
         for _ in run(decoder, tasks_of(levels_of(rule))):
             pass
-        out.b_dec.add_(space.dx_gate[own].sum(dim=0))
+        out.b_out.add_(space.dx_gate[own].sum(dim=0))
     if rule.penalty is not None:
         torch.sum(out.f, dim=0, out=out.l1)
     else:
@@ -147,6 +165,17 @@ def sparse_gradients(
     out.inner.fill_(sum(d.inner for d in done))
     for name, total in out.extra.items():
         total.copy_(torch.from_numpy(sum((d.sums[name] for d in done), np.zeros(sae.d_sae))))
+
+
+def skip_gradient(
+    x: Tensor, dx_hat: Tensor, space: SparseSpace, total: Tensor, *, first: bool
+) -> None:
+    """total [D, O] += xᵀ dx_hat of rows x [R, D], dx_hat [R, O]."""
+    assert space.factors is not None
+    if len(x):
+        space.factors.add_product(x.t(), dx_hat, total, first)
+    elif first:
+        total.zero_()
 
 
 NO_GATE = np.empty(0)
@@ -177,8 +206,10 @@ class SparseStep:
             self.penalty = np.full(sae.d_sae, rule.penalty, space.dh.dtype)
         self.widths = np.array(rule.widths)
         self.scale = batch.scale.squeeze(1).numpy()
-        self.W_dec, self.b_dec = sae.W_dec.detach().numpy(), sae.b_dec.detach().numpy()
-        self.x, self.errors = batch.x.numpy(), errors.numpy()
+        self.W_dec, self.b_out = sae.W_dec.detach().numpy(), sae.b_out.detach().numpy()
+        self.batch, self.errors = batch, errors.numpy()
+        # What features and bias are to make: y, or what a skip connection leaves of it.
+        self.target = (batch.y if space.factors is None else space.target).numpy()
         self.x_factor = space.x_factor.of(space.x_centred)
         self.W_enc = space.W_enc_factor.of(sae.W_enc)
         self.selection = self.select(rule.floor())
@@ -220,6 +251,8 @@ class SparseStep:
 
         rows = slice(*lane)
         entries = self.space.entries(self.sae, lane)
+        if self.space.factors is not None:
+            self.space.target[rows] = without_skip(self.sae, self.batch, rows, self.space.factors)
         if not self.chosen:
             self.selection.find(rows, entries)
         n = len(entries)
@@ -255,7 +288,7 @@ class SparseStep:
         else:
             inner = kernels.decode_levels(
                 entries.offsets, entries.feature, entries.value, self.widths, self.W_dec,
-                self.b_dec, self.x[rows], self.scale[rows], self.errors[rows],
+                self.b_out, self.target[rows], self.scale[rows], self.errors[rows],
                 self.space.dx_hat[:, rows].numpy(), entries.dh,
             )  # fmt: skip
         df = torch.from_numpy(entries.dh[:n])
@@ -276,9 +309,9 @@ class SparseStep:
         from saeray.sae import numba_kernels as kernels
 
         kernels.decode_rows(
-            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_dec,
-            self.x[rows], self.scale[rows], self.errors[rows], self.space.dx_hat[0, rows].numpy(),
-            entries.dh,
+            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_out,
+            self.target[rows], self.scale[rows], self.errors[rows],
+            self.space.dx_hat[0, rows].numpy(), entries.dh,
         )  # fmt: skip
 
     def decode_gate(self, rows: slice, entries: Entries) -> float:
@@ -288,11 +321,11 @@ class SparseStep:
         """
         from saeray.sae import numba_kernels as kernels
 
-        x, dx_hat = self.x[rows], self.space.dx_gate[rows].numpy()
-        error = np.empty_like(x)
+        target, dx_hat = self.target[rows], self.space.dx_gate[rows].numpy()
+        error = np.empty_like(target)
         kernels.decode_rows(
-            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_dec,
-            x, self.scale[rows], error, dx_hat, entries.dh,
+            entries.offsets, entries.feature, entries.value, self.W_dec, self.b_out,
+            target, self.scale[rows], error, dx_hat, entries.dh,
         )  # fmt: skip
         return float((dx_hat * error).sum(dtype=np.float64)) / 2
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from saeray.sae import cuda_step, resampling
 from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.architectures.base import PARAMETERS, SAE, StepContext
+from saeray.sae.architectures.base import PARAMETERS, SAE
+from saeray.sae.architectures.rule import StepContext
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
@@ -41,8 +42,17 @@ SPARSE_BELOW_ON_GPU = 1 / 100
 class SAETrainer:
     """Trains one SAE; `PackStep` advances it."""
 
-    def __init__(self, sae: SAE, options: TrainingOptions, activation_scale: float = 1.0) -> None:
-        """activation_scale: what activations are multiplied by before the SAE sees them."""
+    def __init__(
+        self,
+        sae: SAE,
+        options: TrainingOptions,
+        activation_scale: float = 1.0,
+        output_scale: float = 1.0,
+    ) -> None:
+        """activation_scale: what activations are multiplied by before the SAE sees them.
+
+        output_scale: the same, of what a transcoder reconstructs.
+        """
         self.sae = sae
         self.options = options
         self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
@@ -50,7 +60,7 @@ class SAETrainer:
         if options.target_l0 and self.rule.is_steered:
             self.steering = Steering(options)
         self.unit = options.decoder_norm == "unit"
-        self.activation_scale = activation_scale
+        self.activation_scale, self.output_scale = activation_scale, output_scale
         if self.unit:
             scale_rows_to_unit_norm(sae.W_dec)
         self.adam = torch.optim.Adam(
@@ -62,7 +72,7 @@ class SAETrainer:
         device = sae.W_enc.device
         # On a GPU with Triton, Adam and what belongs to it are one kernel, from the first step on.
         self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
-        self.on_gpu = self.on_gpu and self.rule.penalty is not None
+        self.on_gpu = self.on_gpu and self.rule.penalty is not None and not sae.is_transcoder
         self.half: HalfWeights | None = None
         if self.on_gpu and options.compute_dtype == "bfloat16":
             self.half = HalfWeights(sae)
@@ -81,7 +91,8 @@ class SAETrainer:
     @property
     def published(self) -> SAE:
         """The SAE of activations as they are, whatever scale it is trained at."""
-        return self.rule.published().for_unscaled(self.activation_scale)
+        published = self.rule.published()
+        return published.for_unscaled(self.activation_scale, self.output_scale).without_centre()
 
     @property
     def lr(self) -> float:
@@ -165,7 +176,7 @@ class SAETrainer:
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
-        for name in PARAMETERS:
+        for name in self.sae.common:
             getattr(self.sae, name).grad = getattr(grad, name)
         for name in self.sae.EXTRA:
             getattr(self.sae, name).grad = self.rule.gradient_of(name, grad)
@@ -255,6 +266,7 @@ class SAETrainer:
             "step": self.step,
             "tokens_in_window": self.tokens_in_window,
             "activation_scale": self.activation_scale,
+            **({"output_scale": self.output_scale} if self.sae.is_transcoder else {}),
             "sparse": self.sparse,
             "active_share": self.active_share,
             "resampled": self.resampled,
@@ -277,7 +289,8 @@ class SAETrainer:
         change their last bits, and a resumed run would no longer be the uninterrupted one.
         """
         weights = sae.W_dec.clone()
-        self = cls(sae, options, float(numbers.get("activation_scale", 1.0)))
+        scales = (float(numbers.get(n, 1.0)) for n in ("activation_scale", "output_scale"))
+        self = cls(sae, options, *scales)
         sae.W_dec.copy_(weights)
         self.step = int(numbers["step"])
         self.tokens_in_window = int(numbers["tokens_in_window"])

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from saeray.errors import bad_value, nearest
 from saeray.spec import architectures
 from saeray.spec.architectures import check_own_values
+from saeray.spec.stream import check_rows
 from saeray.spec.synthetic import check_synthetic
+from saeray.spec.transcoder import check_transcoder
 
 if TYPE_CHECKING:
     from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -83,7 +85,7 @@ def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
             return float(value)
     words = {
         int: "a whole number", float: "a number", str: "text", bool: "true or false",
-        dict: "`name: value` pairs",
+        dict: "`name: value` pairs", tuple: "a list",
     }  # fmt: skip
     what = " or ".join(words.get(t, "none" if t is type(None) else t.__name__) for t in allowed)
     raise bad_value(name, value, f"{what} is wanted here, not {type(value).__name__}.")
@@ -171,8 +173,10 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
             config.stream_tokens,
             f"shorter than training_tokens = {config.training_tokens}; leave it out.",
         )
+    check_rows(config)
     check_synthetic(config)
     check_hook_layer(config)
+    check_transcoder(config)
 
 
 NAME = re.compile(r"[^\W_][\w.+=,@ -]*")  # letters and digits of any script

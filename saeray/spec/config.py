@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saeray.errors import ConfigError, bad_value
-from saeray.spec import architectures, recipes, synthetic
+from saeray.spec import architectures, recipes, synthetic, transcoder
 from saeray.spec.checks import AUTO, check_counts, check_types, check_values
 from saeray.spec.guide import in_our_words
 from saeray.spec.points import all_values, checked_entries
 from saeray.spec.resources import Resources, resources_from
 from saeray.spec.scheduler import Scheduler, check_scheduler, scheduler_from
+from saeray.spec.stream import block_rows, in_lists, stream_values
 
 TRAINED_PER_EVALUATED = 200  # tokens; docs/metrics.md: what evaluation costs
 
@@ -42,6 +43,9 @@ class LanguageModelSAERunnerConfig:
     model_name: str
     hook_point: str  # TransformerLens hook name; may hold {layer}
     hook_point_layer: int | None = None  # must agree with hook_point; None: read from it
+    # saeray: what a transcoder makes of hook_point's activations; may hold {layer}. None: an SAE
+    hook_point_out: str | None = None
+    skip_connection: bool = False  # saeray: of a transcoder: + x W_skip, which starts at 0
     d_in: int | None = None  # width of the hooked activation; None: asked of the model
     dataset_path: str  # hub name, or parquet / json / text files (local, s3://…), a saved dataset
     is_dataset_tokenized: bool | None = None  # None: told from the columns
@@ -57,6 +61,10 @@ class LanguageModelSAERunnerConfig:
     txt_documents: str | None = None
     text_version: int = 2  # how text becomes windows; 1: of sweeps begun with saeray 0.1
     prepend_bos: bool = True  # every document begins with the model's BOS token
+    # Rows that no SAE sees: of BOS, EOS, PAD and SEP (true), or of these token ids or names (list)
+    exclude_special_tokens: bool | tuple = False
+    # [first, last] position of a context, both served; -1: the last one. None: all positions
+    context_slice: tuple | None = None
     trust_remote_code: bool = False
     model_revision: str | None = None
 
@@ -76,7 +84,7 @@ class LanguageModelSAERunnerConfig:
 
     # saeray: how it starts and what it minimises; None: as the recipe says
     # guide, guide-2024, sae_lens or anthropic-april: fills what is not given. None: guide for
-    # standard, sae_lens for the other architectures.
+    # standard, sae_lens for the other architectures and for transcoders.
     recipe: str | None = None
     encoder_init: str | None = None  # decoder_transpose (times encoder_init_scale) or independent
     encoder_init_scale: float | None = None
@@ -180,9 +188,7 @@ class LanguageModelSAERunnerConfig:
         if self.wandb_project is None:  # the guide writes None where it wants wandb's default
             object.__setattr__(self, "wandb_project", "saeray")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, tuple):
-                object.__setattr__(self, f.name, list(value))
+            object.__setattr__(self, f.name, in_lists(f.name, getattr(self, f.name)))
         check_types(self)
         axes = grid_axes(self)
         if self.grid is not None:
@@ -209,8 +215,8 @@ class LanguageModelSAERunnerConfig:
 
     @property
     def block_rows(self) -> int:
-        """Activations in one LM batch: store_batch_size contexts of context_size tokens."""
-        return self.store_batch_size * self.context_size
+        """Activations of one LM batch that are served: see `saeray.spec.stream`."""
+        return block_rows(self)
 
     @property
     def resolved_hook_point(self) -> str:
@@ -220,7 +226,7 @@ class LanguageModelSAERunnerConfig:
     @property
     def hooks_read(self) -> tuple[str, ...]:
         """The hook points whose activations a training step takes, the SAE's input first."""
-        return (self.resolved_hook_point,)
+        return transcoder.hooks_read(self)
 
     @property
     def resolved_eval_every(self) -> int:
@@ -335,33 +341,6 @@ NOT_AN_AXIS = frozenset(
     }
 )
 
-# What a stream of activations is a function of. SAEs that agree in these share one LM pass;
-# `hook_point` is not among them, since one forward gives every hook point of a model.
-STREAM_FIELDS = (
-    "model_name",
-    "model_revision",
-    "trust_remote_code",
-    "dataset_path",
-    "dataset_split",
-    "dataset_config",
-    "dataset_revision",
-    "txt_documents",
-    "text_version",
-    "is_dataset_tokenized",
-    "streaming",
-    "text_column",
-    "prepend_bos",
-    "context_size",
-    "store_batch_size",
-    "n_batches_in_buffer",
-    "activation_dtype",
-    "stream_tokens",
-    "data_seed",
-    "eval_windows",
-    "buffer_bytes",
-    "device",
-)
-
 
 def resolve(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
     """Fills the fields whose default is another field, so the config says all it depends on.
@@ -385,7 +364,7 @@ def grid_axes(config: LanguageModelSAERunnerConfig) -> list[str]:
 
 def stream_key(config: LanguageModelSAERunnerConfig) -> str:
     """A short stable digest of everything the token stream and its activations depend on."""
-    return digest({name: getattr(config, name) for name in STREAM_FIELDS})
+    return digest(stream_values(config))
 
 
 def digest(data: object, length: int = 12) -> str:

@@ -67,7 +67,8 @@ def declared(kind: Any, prefix: str = "") -> list[Field]:
         words = beside or " ".join(above)
         found.append(
             Field(
-                prefix + name, group[:1].upper() + group[1:], of_type, shown(default),
+                prefix + name, group[:1].upper() + group[1:],
+                of_type.replace("tuple", "list"), shown(default),
                 words.removeprefix(OURS), tuple(owners(name)),
             )
         )  # fmt: skip

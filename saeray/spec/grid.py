@@ -128,6 +128,8 @@ def labels_of(values: Sequence[Any]) -> list[str]:
 
 def label(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        text = "_".join(map(str, value))
     if isinstance(value, float) and float(text) != value:
         text = repr(value)  # %g would give two different values one name
     if isinstance(value, str):

@@ -81,7 +81,7 @@ def memory_of(
     on_gpu = fitted.trainer_gpus > 0
 
     def of(sae: SAE, on_gpu: bool) -> int:
-        return sae_bytes(sae.config, widths[sae.config.resolved_hook_point], on_gpu)
+        return sae_bytes(sae.config, widths, on_gpu)
 
     def ranks(members: list[SAE]) -> int:
         one = int(WORKER) + sum(of(sae, on_gpu) for sae in members)
@@ -114,7 +114,7 @@ def fit_saes(
     resources = configs[0].resources
     kinds = [len(kind) for kind in kinds_of([SAE("", c) for c in configs])]
     fitted = fit(resources, cluster, kinds, use_gpu, harvest)
-    widths = {c.resolved_hook_point: c.d_in or 0 for c in configs}
+    widths = {hook: c.d_in or 0 for c in configs for hook in c.hooks_read}
     memory = memory_of(configs, fitted, widths, 0, 0)
     most = packs_that_fit(memory, fitted, cluster, fitted.harvester_nodes)
     if most == fitted.packs:
@@ -135,10 +135,18 @@ def packs_that_fit(
     return 1
 
 
-def sae_bytes(config: LanguageModelSAERunnerConfig, d_in: int, on_gpu: bool = False) -> int:
-    """Main memory of one SAE in training; on a GPU only the copy for a checkpoint is in it."""
+def sae_bytes(
+    config: LanguageModelSAERunnerConfig, widths: Mapping[str, int], on_gpu: bool = False
+) -> int:
+    """Main memory of one SAE in training; on a GPU only the copy for a checkpoint is in it.
+
+    widths: of activations, by hook point.
+    """
+    d_in, d_out = widths[config.hooks_read[0]], widths[config.hooks_read[-1]]
     d_sae = config.d_sae(d_in)
-    parameters = 2 * d_in * d_sae + d_in + d_sae
+    parameters = (d_in + d_out) * d_sae + d_in + d_sae
+    if config.hook_point_out is not None:
+        parameters += d_out * (1 + config.skip_connection * d_in)
     numbers = COPIED if on_gpu else NUMBERS_PER_PARAMETER
     return parameters * numbers * DTYPE_BYTES[config.dtype]
 
@@ -153,7 +161,7 @@ def gpu_bytes_of(
     packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
 
     def of(sae: SAE) -> int:
-        copy = sae_bytes(sae.config, widths[sae.config.resolved_hook_point], on_gpu=True)
+        copy = sae_bytes(sae.config, widths, on_gpu=True)
         return copy // COPIED * (NUMBERS_PER_PARAMETER - COPIED)
 
     return max(sum(map(of, pack)) for pack in packs), parameter_bytes

@@ -18,11 +18,12 @@ ENDS = (DONE, STOPPED, FAILED, INTERRUPTED)
 # anything else: those are what --resume goes on with.
 
 
-class Bos(NamedTuple):
-    """The token that begins every window."""
+class SpecialTokens(NamedTuple):
+    """Of a stream's text."""
 
-    id: int
-    token: str
+    bos_id: int | None  # of what begins every window; None: nothing does
+    bos: str | None
+    excluded: tuple[int, ...] = ()  # ids whose rows no SAE sees
 
 
 class ModelFacts(NamedTuple):
@@ -34,6 +35,7 @@ class ModelFacts(NamedTuple):
     device: str  # kind: cpu, cuda or mps
     parameter_bytes: int  # of the weights
     warnings: tuple[str, ...] = ()  # of what is accepted, and should be known
+    computed: tuple[str, ...] = ()  # the hook points as a forward comes to them
 
 
 class Snapshot(NamedTuple):
@@ -86,7 +88,7 @@ class PackPlan:
     buffer: Any  # actor handle
     threads: int
     marker: str = ""  # tells the disk of `folder` from others (`head_folder`)
-    bos: Bos | None = None
+    special: SpecialTokens | None = None
 
 
 def reader_name(pack: str, rank: int) -> str:

@@ -13,6 +13,7 @@ from saeray.spec.config import LanguageModelSAERunnerConfig, stream_key
 from saeray.spec.grid import SAE
 from saeray.spec.order import StreamOrder
 from saeray.spec.placement import Store
+from saeray.spec.stream import rows_said
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -132,11 +133,15 @@ def describe(saes: Sequence[SAE]) -> str:
         hooks = hook_points_of(m.config for m in members)
         assert c.stream_tokens is not None and c.data_seed is not None
         order = StreamOrder.of(c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed)
+        said = rows_said(c)
         lines.append(
-            f"  {c.model_name} at {', '.join(hooks)}: {order.n_rows:,} LM tokens in "
+            f"  {c.model_name} at {', '.join(hooks)}: {order.n_rows:,} "
+            f"{'LM tokens' if said is None else 'rows'} in "
             f"{order.n_blocks} blocks of {order.block_rows:,}; buffer of {c.n_batches_in_buffer} "
             f"blocks ({c.n_batches_in_buffer * c.block_rows:,} activations)"
         )
+        if said is not None:
+            lines.append(f"    {said}")
         lines += [f"    {m.name}: {m.config.steps:,} steps" for m in members]
     scheduler = saes[0].config.scheduler
     if scheduler is not None:

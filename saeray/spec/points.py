@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from saeray.errors import ConfigError, bad_value
 from saeray.spec.checks import allowed_types, of_type
 from saeray.spec.guide import in_our_words
+from saeray.spec.stream import in_lists
 
 PATHS = ("model_name", "dataset_path", "init_from")  # may hold a path of this machine
 
@@ -46,7 +47,8 @@ def checked_entries(
                     raise bad_value(name, value, "concerns the whole sweep; give it beside grid.")
                 allowed = allowed_types(hints[name])
                 value = names_of_dtypes(value) if name.endswith("dtype") else value
-                if not isinstance(value, (list, tuple)):
+                value = in_lists(name, value)
+                if not isinstance(value, list):
                     values[name] = of_type(name, value, allowed)
                 elif value:
                     values[name] = [of_type(name, v, allowed) for v in value]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from saeray.errors import bad_value, nearest
+from saeray.spec import transcoder
 from saeray.spec.architectures import GATED_AUX_DECODER, L1_COEFFICIENT, OWN_FIELDS, SPARSITY
 
 
@@ -96,16 +97,17 @@ def filled(config: Any) -> dict[str, Any]:
     """
     name = config.recipe
     if name is None:
-        name = "guide" if config.architecture == "standard" else "sae_lens"
+        guides = config.architecture == "standard" and config.hook_point_out is None
+        name = "guide" if guides else "sae_lens"
     recipe = RECIPES.get(name)
     if recipe is None:
         raise bad_value("recipe", name, f"one of {', '.join(RECIPES)}; {nearest(name, RECIPES)}")
     if config.decoder_norm not in (None, recipe.decoder_norm):
         norm, scale = (1.0, 0.1) if config.decoder_norm == "unit" else (0.1, 1.0)
         recipe = dataclasses.replace(recipe, decoder_init_norm=norm, encoder_init_scale=scale)
-    values: dict[str, Any] = {"recipe": name}
+    values: dict[str, Any] = {"recipe": name} | transcoder.filled(config)
     for field in FIELDS:
-        if getattr(config, field) is None:
+        if getattr(config, field) is None and field not in values:
             value = getattr(recipe, field)
             values[field] = value.of(config.steps) if isinstance(value, Share) else value
     if "l1_coefficient" in OWN_FIELDS[config.architecture] and config.l1_coefficient is None:

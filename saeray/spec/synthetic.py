@@ -150,6 +150,8 @@ MEANINGLESS = (
     "text_column",
     "txt_documents",
     "prepend_bos",
+    "exclude_special_tokens",
+    "context_slice",
     "trust_remote_code",
     "model_revision",
 )

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.coefficients import MeanNorms
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ModelFacts
 from saeray.spec.plan import hook_points_of
 from saeray.spec.synthetic import is_synthetic
+from saeray.spec.transcoder import check_order, d_out
 from saeray.text.row_numbers import RowNumbers
+from saeray.text.served import ServedRows
 from saeray.text.tokens import TokenWindows
 
 if TYPE_CHECKING:
@@ -83,8 +87,9 @@ def check_config(config: LanguageModelSAERunnerConfig, facts: ModelFacts) -> Non
     from saeray.lm.model import check_d_in
 
     d_in = check_d_in(config, facts)
+    check_order(config, facts.computed)
     if config.init_from is not None:
-        started_from(config, d_in)
+        started_from(config, d_in, d_out=d_out(config, facts.d_in))
 
 
 def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:
@@ -92,10 +97,14 @@ def mean_norms(model: LanguageModel | SyntheticModel) -> dict[str, MeanNorms]:
     import torch
 
     c = model.config
-    windows = open_text(c, lambda _: None).evaluation()[: max(1, MEASURED_TOKENS // c.context_size)]
+    text = open_text(c, lambda _: None)
+    windows = text.evaluation()[: max(1, MEASURED_TOKENS // c.context_size)]
+    served, at = ServedRows.of(text), None
+    if served is not None and served.mask(windows).any():
+        at = torch.from_numpy(np.flatnonzero(served.mask(windows)))
     found = {}
     for hook_point, x in model.activations(torch.from_numpy(windows.copy())).items():
-        rows = x.float()
+        rows = x.float() if at is None else x[at.to(x.device)].float()
         centred = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1)
         plain = torch.linalg.vector_norm(rows, dim=1)
         found[hook_point] = MeanNorms(len(rows), float(plain.mean()), float(centred.mean()))
@@ -108,11 +117,13 @@ def check_texts(configs: Configs, epochs: list[str] | None = None) -> list[str]:
     epochs: where given, gets of each text how often it is read, in words.
 
     Raises:
-        ConfigError: a dataset that can't be used, or a tokenizer that can't be loaded.
+        ConfigError: a dataset that can't be used, a tokenizer that can't be loaded, or a choice of
+            rows that leaves none.
     """
     odd: list[str] = []
     for config in configs:
         text = open_text(config, odd.append)
+        ServedRows.of(text)
         if epochs is not None:
             epochs.append(how_often(config, text))
     return odd
@@ -126,11 +137,15 @@ def how_often(config: LanguageModelSAERunnerConfig, text: TokenWindows | RowNumb
         return "it streams, so its length is not known; at its end the next epoch begins"
     found = text.length(MEASURED_DOCUMENTS)
     assert config.stream_tokens is not None
-    times = config.stream_tokens / max(1.0, found.tokens)
+    served, per_row, more = ServedRows.of(text), 1.0, ""
+    if served is not None:
+        per_row = 1 / float(served.mask(text.evaluation()).mean())
+        more = f", at {per_row:.3f} tokens for each row that is served, as in the held-out text"
+    times = config.stream_tokens * per_row / max(1.0, found.tokens)
     about = "" if found.documents <= MEASURED_DOCUMENTS else "about "
     return (
         f"{about}{found.tokens:,.0f} tokens in {found.documents:,} documents to train on, so "
-        f"{config.stream_tokens:,} are {times:.2g} epochs"
+        f"{config.stream_tokens:,} are {times:.2g} epochs{more}"
     )
 
 

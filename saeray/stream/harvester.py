@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ import ray
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import CacheKey, ModelFacts, Snapshot
 from saeray.spec.order import permutation
+from saeray.spec.stream import row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from saeray.lm.evaluate_synthetic import GroundTruthEvaluator
     from saeray.lm.model import LanguageModel
     from saeray.lm.synthetic import SyntheticModel
+    from saeray.text.served import ServedRows
 
 
 class Harvested(NamedTuple):
@@ -54,6 +57,7 @@ class Harvester:
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
         self.hook_points = hook_points
         self.model: LanguageModel | SyntheticModel | None = None
+        self.served: ServedRows | None = None  # rows; None: all of them
         self.evaluator: Evaluator | GroundTruthEvaluator | None = None
         # One thread each on the CPU: the sums inside a matrix product are then the same however
         # many harvesters or cores there are. More harvesters, not more threads.
@@ -70,6 +74,7 @@ class Harvester:
 
             torch.set_num_threads(self.threads)
             self.model = open_model(self.config, self.hook_points)
+            self.served = served_rows(self.config)
         return self.model
 
     def check(self, configs: list[dict[str, Any]]) -> ModelFacts:
@@ -112,7 +117,7 @@ class Harvester:
     ) -> tuple[Any, ...]:
         """Block `index`: (Harvested, then one array [rows, d_in] per hook point).
 
-        tokens: int32 [store_batch_size, context_size].
+        tokens: int32 [n, context_size].
         """
         started = time.perf_counter()
         cache = None if cache_key is None else self.open_cache(cache_key)
@@ -132,13 +137,25 @@ class Harvester:
         return (done, *arrays)
 
     def computed(self, tokens: np.ndarray) -> list[np.ndarray]:
-        """The activations of int32 [store_batch_size, context_size] at every hook point."""
+        """The activations of int32 [n, context_size] that are served, at every hook point."""
         import torch
 
         from saeray.stream.arrays import to_array
 
-        activations = self.open().activations(torch.from_numpy(tokens.copy()))
-        return [to_array(activations[h]) for h in self.hook_points]
+        model = self.open()
+        if self.served is None:
+            activations = model.activations(torch.from_numpy(tokens.copy()))
+            return [to_array(activations[h]) for h in self.hook_points]
+        rows = torch.from_numpy(self.served.of_block(tokens))
+        parts, first = [], 0
+        # Of one size, as far as can be, and none larger than what memory is planned for.
+        for some in np.array_split(tokens, -(-len(tokens) // self.config.store_batch_size)):
+            here = rows[(rows >= first) & (rows < first + some.size)] - first
+            activations = model.activations(torch.from_numpy(some.copy()))
+            at = here.to(model.device)
+            parts.append([activations[h][at] for h in self.hook_points])
+            first += some.size
+        return [to_array(torch.cat(of_hook)) for of_hook in zip(*parts, strict=True)]
 
     def open_cache(self, key: CacheKey) -> ActivationCache:
         if key.uri not in self.caches:
@@ -184,10 +201,11 @@ class Harvester:
         return statistic_of(sample, name).numpy()
 
     def evaluate(
-        self, hook_point: str, held_out: np.ndarray, final: bool, *snapshots: Snapshot
+        self, hooks: Sequence[str], held_out: np.ndarray, final: bool, *snapshots: Snapshot
     ) -> list[dict[str, Any]]:
         """Metrics of SAEs on the held-out windows, by wandb key; `warnings` beside them.
 
+        hooks: what they read and, of transcoders, what they reconstruct.
         final: `features` too, the bytes of a features.parquet.
         """
         import torch
@@ -197,22 +215,37 @@ class Harvester:
 
         model = self.open()
         if self.evaluator is None:
-            self.evaluator = evaluator_of(model, torch.from_numpy(held_out.copy()))
+            served = None if self.served is None else torch.from_numpy(self.served.mask(held_out))
+            self.evaluator = evaluator_of(model, torch.from_numpy(held_out.copy()), served)
         saes = []
         for snapshot in snapshots:
             tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
             saes.append(published_sae(snapshot.cfg, tensors).to(model.device))
-        found = self.evaluator.evaluate_all(saes, hook_point, final)
+        found = self.evaluator.evaluate_all(saes, hooks, final)
         for of in found:
             if "features" in of:
                 of["features"] = as_parquet({k: v.numpy() for k, v in of["features"].items()})
         return found
 
 
+def served_rows(config: LanguageModelSAERunnerConfig) -> ServedRows | None:
+    """As the stream's token server has it."""
+    from saeray.lm.hub import load_tokenizer
+    from saeray.text.served import ServedRows, excluded_ids
+
+    if not row_values(config):
+        return None
+    excluded = excluded_ids(config, load_tokenizer(config)) if config.exclude_special_tokens else ()
+    return ServedRows(config, excluded)
+
+
 def evaluator_of(
-    model: LanguageModel | SyntheticModel, windows: Tensor
+    model: LanguageModel | SyntheticModel, windows: Tensor, served: Tensor | None = None
 ) -> Evaluator | GroundTruthEvaluator:
-    """What evaluates SAEs of a model on held-out windows, int [n, context]."""
+    """What evaluates SAEs of a model on held-out windows, int [n, context].
+
+    served: bool [n, context], the rows that SAEs see; None: all of them.
+    """
     from saeray.lm.synthetic import SyntheticModel
 
     if isinstance(model, SyntheticModel):
@@ -221,4 +254,4 @@ def evaluator_of(
         return GroundTruthEvaluator(model, windows)
     from saeray.lm.evaluate import Evaluator
 
-    return Evaluator(model, windows)
+    return Evaluator(model, windows, served)

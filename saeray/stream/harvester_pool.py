@@ -19,6 +19,7 @@ from saeray.actors.waiting import NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey
 from saeray.stream.token_server import TokenBlock
+from saeray.text.served import BlockStart
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
@@ -55,7 +56,7 @@ class HarvesterPool:
         self.failures: Counter[int] = Counter()  # of the forward pass, by block
         self.under_way: dict[int, tuple[str, float]] = {}  # block -> who has it, since when
         self.text_progress = 0  # what the token server said last of its own
-        self.places: dict[int, Any] = {}  # by block: where in the text it begins, of a few
+        self.places: dict[int, BlockStart] = {}  # by block: where it begins, of a few
         self.error: SaerayError | None = None  # why the stream can't go on
         self.harvested_tokens = 0
         self.cached_tokens = 0

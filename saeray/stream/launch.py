@@ -32,7 +32,7 @@ from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
 from saeray.spec.memory import check_memory, memory_of, packs_that_fit
-from saeray.spec.messages import Bos, CacheKey, ModelFacts
+from saeray.spec.messages import CacheKey, ModelFacts, SpecialTokens
 from saeray.spec.placement import store_of
 from saeray.spec.plan import StreamPlan, check_fits, hook_points_of, plan_stream
 from saeray.spec.room import shown
@@ -64,7 +64,7 @@ class AboutStream(NamedTuple):
     plan: StreamPlan
     n_harvesters: int
     nodes: list[str]  # of the harvesters that were up when it began: where its blocks lie
-    bos: Bos | None = None  # what begins every window
+    special: SpecialTokens | None = None  # tokens of its text
     most_packs: int = 0  # that memory has room for at once, their SAEs known; 0: all
 
 
@@ -112,7 +112,7 @@ async def start_stream(
     try:
         nodes = await nodes_of(harvesters, config, fitted)
         first = harvesters[min(nodes)]
-        facts, bos = await checked(first, token_server, configs, later)
+        facts, special = await checked(first, token_server, configs, later)
         plan = plan_stream(config, hook_points, facts.d_in)
         memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes)
         at_once = packs_that_fit(memory, fitted, cluster_now(), list(nodes.values()))
@@ -139,7 +139,7 @@ async def start_stream(
         plan,
         fitted.harvesters,
         list(nodes.values()),
-        bos,
+        special,
         most_packs,
     )
     absent = sorted(set(range(fitted.harvesters)) - set(nodes))
@@ -158,8 +158,8 @@ async def start_stream(
 
 async def checked(
     harvester: Any, token_server: Any, configs: list[Config], later: Sequence[list[Config]]
-) -> tuple[ModelFacts, Bos | None]:
-    """Facts of a stream's model and BOS, once model and text are found right; `later` ones too.
+) -> tuple[ModelFacts, SpecialTokens]:
+    """Facts of a stream's model and text, once both are found right; `later` ones too.
 
     Raises:
         ConfigError: one of them is not.
@@ -182,8 +182,8 @@ async def checked(
         ]
         for facts, other in zip(await calls[0], later, strict=True):
             plan_stream(other[0], hook_points_of(other), facts.d_in)
-    *_, facts, bos = await asyncio.gather(*calls)
-    return facts, bos
+    *_, facts, special = await asyncio.gather(*calls)
+    return facts, special
 
 
 def start_sources(

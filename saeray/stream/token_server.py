@@ -15,11 +15,12 @@ import numpy as np
 from saeray.actors.waiting import NotYet
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import Bos
+from saeray.spec.messages import SpecialTokens
 from saeray.spec.synthetic import is_synthetic
 from saeray.stream.check import check_texts
 from saeray.text.row_numbers import RowNumbers
-from saeray.text.tokens import Position, TokenWindows
+from saeray.text.served import Blocks, BlockStart, ServedRows
+from saeray.text.tokens import TokenWindows
 
 AT_ONCE_SECONDS = 1.0  # that a call makes windows before it says how far it is
 PLACE_EVERY = 64  # blocks
@@ -28,8 +29,8 @@ PLACE_EVERY = 64  # blocks
 class TokenBlock(NamedTuple):
     """The tokens of a block, and where the next one begins."""
 
-    tokens: np.ndarray  # int32 [store_batch_size, context_size]
-    next_at: Position
+    tokens: np.ndarray  # int32 [n, context_size]
+    next_at: BlockStart
 
 
 class TokenCounts(NamedTuple):
@@ -47,6 +48,8 @@ class TokenServer:
         os.environ.update(environment or {})
         self.config = LanguageModelSAERunnerConfig.from_dict(config)
         self.windows: TokenWindows | RowNumbers | None = None
+        self.served: ServedRows | None = None  # rows; None: all of them
+        self.blocks: Blocks | None = None
         self.warnings: list[str] = []
 
     def open(self) -> TokenWindows | RowNumbers:
@@ -60,38 +63,45 @@ class TokenServer:
                 n_embeddings=embedding_rows(self.config),
                 warn=self.warnings.append,
             )
+        if self.blocks is None:
+            self.served = ServedRows.of(self.windows)
+            self.blocks = Blocks(self.windows, self.served)
         return self.windows
 
-    def check(self) -> Bos | None:
-        """The token that begins every window, if any does.
+    def check(self) -> SpecialTokens:
+        """The token that begins every window, if any does, and those whose rows are left out.
 
         Raises:
-            ConfigError: the dataset or the tokenizer can't be used.
+            ConfigError: the dataset or the tokenizer can't be used, or no rows are left.
         """
         windows = self.open()
+        excluded = () if self.served is None else tuple(self.served.excluded.tolist())
         if windows.bos is None:
-            return None
-        return Bos(windows.bos, windows.tokenizer.convert_ids_to_tokens(windows.bos))
+            return SpecialTokens(None, None, excluded)
+        bos = windows.tokenizer.convert_ids_to_tokens(windows.bos)
+        return SpecialTokens(windows.bos, bos, excluded)
 
     def check_others(self, configs: list[dict[str, Any]]) -> None:
         """`check` of streams that others will serve."""
         check_texts([LanguageModelSAERunnerConfig.from_dict(c) for c in configs])
 
-    def block(self, index: int, near: Position | None = None) -> np.ndarray | TokenBlock | NotYet:
-        """The windows of LM batch `index`: int32 [store_batch_size, context_size].
+    def block(self, index: int, near: BlockStart | None = None) -> np.ndarray | TokenBlock | NotYet:
+        """The windows of LM batch `index`: int32 [n, context_size].
 
-        near: where in the text a block before it begins, if that is known. Answers `NotYet` while
-        the source is slow or there is much to be passed over: ask again.
+        n is store_batch_size, or as many as it takes where special tokens are left out.
+
+        near: where a block before it begins, if that is known. Answers `NotYet` while the source is
+        slow or there is much to be passed over: ask again.
         """
-        n = self.config.store_batch_size
         windows = self.open()
-        tokens = windows.train_within(AT_ONCE_SECONDS, index * n, n, near)
+        assert self.blocks is not None
+        tokens = self.blocks.within(AT_ONCE_SECONDS, index, near)
         if tokens is None:
             rows = f"{windows.rows.seen:,} rows have come from {self.config.dataset_path}"
             return NotYet(f"the token server ({rows})", progress=windows.progress)
         if (index + 1) % PLACE_EVERY:
             return tokens
-        return TokenBlock(tokens, windows.nearest((index + 1) * n))
+        return TokenBlock(tokens, self.blocks.start(index + 1))
 
     def held_out(self) -> np.ndarray:
         """int32 [eval_windows, context_size]; no training block ever holds a token of them."""

@@ -24,7 +24,7 @@ class Harvester:
         self.evaluate = SimpleNamespace(remote=self.answer)
         self.calls = []
 
-    async def answer(self, hook_point, held_out, final, *weights):
+    async def answer(self, hooks, held_out, final, *weights):
         self.calls.append(weights)
         for of in weights:
             if isinstance(of, Exception):
@@ -34,7 +34,7 @@ class Harvester:
                 "metrics/CE_loss_score": None,
                 "metrics/l0": of,
                 "eval/n_tokens": 64,
-                "warnings": [f"{hook_point}: no CE loss score"],
+                "warnings": [f"{hooks[-1]}: no CE loss score"],
                 **({"metrics/mdl": 9.0, "features": b"of %d" % of} if final else {}),
             }
             for of in weights

@@ -19,7 +19,7 @@ from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
-from saeray.spec.messages import Bos
+from saeray.spec.messages import SpecialTokens
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_sae_lens_is_told_to_join_the_heads_of_hook_z_alone(tmp_path, hook, resh
 
 def test_the_token_that_began_every_window_is_named(tmp_path):
     c = short_run()
-    save_checkpoint(Folder.at(tmp_path / "1"), c, trained(c), Bos(7, "<eos>"))
+    save_checkpoint(Folder.at(tmp_path / "1"), c, trained(c), SpecialTokens(7, "<eos>"))
     save_final(Folder.at(tmp_path / "2"), c.replace(prepend_bos=False), trained(c), None)
     said = [
         json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in ("1", "2")

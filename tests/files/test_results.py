@@ -9,6 +9,7 @@ from support.configs import short_run
 from saeray.files.picture import frontiers, joined, write_pareto
 from saeray.files.results import result_row, varying_fields, write_results
 from saeray.files.storage import Folder
+from saeray.spec.grid import expand
 
 
 def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
@@ -94,3 +95,14 @@ def test_a_line_of_the_picture_joins_saes_that_differ_in_their_sparsity_alone():
         [10.0, 20.0],
         [99.0],
     ]
+
+
+def test_a_column_of_lists_is_text(tmp_path):
+    given = [dict(context_slice=[1, 5]), dict(exclude_special_tokens=[[0, "<pad>"], True])]
+    configs = [s.config for s in expand(short_run(grid=[*given, dict(lr=[1e-3])]))]
+    axes = varying_fields(configs)
+    rows = [result_row(f"t{i}", c, axes, "done", None, {}, None) for i, c in enumerate(configs)]
+    write_results(Folder.at(tmp_path), rows)
+    read = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [r["context_slice"] for r in read] == ["[1, 5]", "", "", ""]
+    assert [r["exclude_special_tokens"] for r in read] == ["false", '[0, "<pad>"]', "true", "false"]

@@ -155,7 +155,7 @@ def test_saes_evaluated_together_share_the_models_own_forward_and_nothing_else()
     evaluator = Evaluator(model, tokens)
     alone = [evaluator.evaluate(sae, HOOK, final=True) for sae in saes]
     model.n_calls = model.n_partly = 0
-    together = evaluator.evaluate_all(saes, HOOK, final=True)
+    together = evaluator.evaluate_all(saes, (HOOK,), final=True)
     assert (model.n_calls, model.n_partly) == (1 + len(saes), 1)
     for one, other in zip(alone, together, strict=True):
         features, others = one.pop("features"), other.pop("features")
@@ -215,3 +215,131 @@ def test_activations_that_are_all_equal_have_no_variance_to_explain():
     found = Evaluator(model, windows(6)).evaluate(some_sae(), HOOK)
     assert found["metrics/explained_variance"] is found["metrics/fvu"] is None
     assert any("no variance to explain" in w for w in found["warnings"])
+
+
+class ThreeMatrices(TwoMatrices):
+    """The same with a hidden layer between: what a transcoder can stand for."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.randn(D, D, generator=torch.Generator().manual_seed(4)) / 4
+
+    def made_of(self, x):
+        return torch.relu(x @ self.hidden) - 0.1
+
+    def activations(self, tokens):
+        x = self.embed[tokens.long()]
+        return {h: v.reshape(-1, D) for h, v in ((HOOK, x), (OUT, self.made_of(x)))}
+
+    def logits(self, tokens, splice=None):
+        """Both hooks can be spliced; what is made of x goes beside it."""
+        splice = {HOOK: lambda x: x, OUT: lambda y: y} | dict(splice or {})
+        x = splice[HOOK](self.embed[tokens.long()])
+        return (x + splice[OUT](self.made_of(x))) @ self.unembed
+
+
+OUT = "blocks.0.hook_mlp_out"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("windows_at_once", [1, 50])
+def test_a_transcoder_stands_in_for_what_it_is_to_make(monkeypatch, windows_at_once, skip):
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", windows_at_once * CONTEXT * V)
+    model, tokens = ThreeMatrices(), windows(20)
+    sae = initial_sae(
+        D, 40, seed=0, b_dec=torch.full((D,), 0.2), dtype=torch.float32,
+        b_dec_out=torch.linspace(0, 0.2, D), skip=skip,
+    )  # fmt: skip
+    if skip:
+        sae.W_skip.copy_(torch.eye(D) / 2)
+    got = Evaluator(model, tokens).evaluate(sae, HOOK, OUT, final=True)
+    x = model.embed[tokens]
+    y, y_hat = model.made_of(x), sae(x)
+    assert torch.equal(y_hat, sae.decode(sae.encode(x)) + (x / 2 if skip else 0.0))
+
+    def ce(y):
+        log_p = ((x + y) @ model.unembed).double().log_softmax(-1)
+        return float(-log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean())
+
+    rows, error = y.reshape(-1, D).double(), (y_hat - y).reshape(-1, D).double()
+    variance = (rows - rows.mean(0)).square().sum()
+    projected = rows - sae.b_dec_out - (x.reshape(-1, D).double() / 2 if skip else 0.0)
+    units = sae.W_dec.double() / sae.W_dec.double().norm(dim=1, keepdim=True)
+    projections = (projected @ units.t()).flatten().sort(descending=True).values
+    wanted = {
+        "fvu": error.square().sum() / variance,
+        "l0": (sae.encode(x) > 0).double().sum(-1).mean(),
+        "ce_loss_with_sae": ce(y_hat),
+        "ce_loss_with_ablation": ce(0 * y),
+        "ce_loss_with_mean_ablation": ce(y.mean((0, 1)).expand_as(y)),
+        "CE_loss_score": (ce(0 * y) - ce(y_hat)) / (ce(0 * y) - ce(y)),
+        "s_n_dec": projections[10 * len(rows)],
+    }
+    for name, value in wanted.items():
+        assert got[f"metrics/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+
+
+def test_rows_that_no_sae_sees_are_in_no_figure_and_not_replaced():
+    model, tokens, sae = TwoMatrices(offset=2.0), windows(30), some_sae()
+    served = (tokens > 3) & (torch.arange(CONTEXT) >= 5)
+    served[4] = False  # a window of which nothing is left
+    got = Evaluator(model, tokens, served).evaluate(sae, HOOK, final=True)
+    x = model.embed[tokens]
+    x_hat = torch.where(served[..., None], sae(x), x)
+
+    def log_p(x):
+        return (x @ model.unembed).double().log_softmax(-1)
+
+    def ce(x):  # of a row that is served and followed by a token, as in sae_lens's run_evals
+        of_next = log_p(x)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        return float(-of_next[served[:, :-1]].mean())
+
+    def kl(other):
+        each = (log_p(x).exp() * (log_p(x) - log_p(other))).sum(-1)
+        return float(each[served].mean())
+
+    zeros = torch.zeros_like(x)  # of all rows, as there
+    kept, error = x[served].double(), (x_hat - x)[served].double()
+    mean = x[served].mean(0).expand_as(x)
+    f = sae.encode(x[served])
+    wanted = {
+        "metrics/fvu": error.square().sum() / (kept - kept.mean(0)).square().sum(),
+        "metrics/l0": (f > 0).double().sum(1).mean(),
+        "metrics/ce_loss_without_sae": ce(x),
+        "metrics/ce_loss_with_sae": ce(x_hat),
+        "metrics/ce_loss_with_ablation": ce(zeros),
+        "metrics/ce_loss_with_mean_ablation": ce(mean),
+        "metrics/CE_loss_score": (ce(zeros) - ce(x_hat)) / (ce(zeros) - ce(x)),
+        "metrics/kl_div_with_sae": kl(x_hat),
+        "metrics/kl_div_with_ablation": kl(zeros),
+        "eval/n_tokens": int(served.sum()),
+    }
+    for name, value in wanted.items():
+        assert got[name] == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    density = got["features"]["density"].double()
+    assert torch.allclose(density, (f > 0).double().mean(0), atol=1e-6)
+    # Rows that are not served change no figure of the others in this model, which mixes no rows.
+    others = torch.where(served | served.roll(1, 1), tokens, (tokens + 1) % 4)
+    again = Evaluator(model, others, served).evaluate(sae, HOOK, final=True)
+    assert all(again[name] == got[name] for name in wanted)
+
+
+def test_a_transcoder_stands_in_for_the_rows_that_are_served_alone():
+    model, tokens = ThreeMatrices(), windows(20)
+    served = tokens > 5
+    sae = initial_sae(
+        D, 40, seed=0, b_dec=torch.zeros(D), dtype=torch.float32,
+        b_dec_out=torch.linspace(0, 0.2, D), skip=True,
+    )  # fmt: skip
+    got = Evaluator(model, tokens, served).evaluate(sae, HOOK, OUT, final=True)
+    x = model.embed[tokens]
+    y = model.made_of(x)
+    y_hat = torch.where(served[..., None], sae(x), y)
+    log_p = ((x + y_hat) @ model.unembed).double().log_softmax(-1)
+    of_next = log_p[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert got["metrics/ce_loss_with_sae"] == pytest.approx(
+        float(-of_next[served[:, :-1]].mean()), rel=1e-5
+    )
+    error, rows = (y_hat - y)[served].double(), y[served].double()
+    fvu = error.square().sum() / (rows - rows.mean(0)).square().sum()
+    assert got["metrics/fvu"] == pytest.approx(float(fvu), rel=1e-5)

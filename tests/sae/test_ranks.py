@@ -7,7 +7,6 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.initial import initial_sae
 from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
@@ -15,12 +14,13 @@ from saeray.sae.ranks import Ranks
 from saeray.sae.trainer import SAETrainer
 
 B, D, L, STEPS = 100, 12, 40, 12
+OUT = 7  # what a transcoder writes
 # Gradients are added in another order: float32 rounding (6e-8), carried through Adam's division.
 TOLERANCE = dict(rtol=1e-4, atol=2e-6)
 
 
 def trained(ranks):
-    """Two SAEs after some steps with ghost gradients, and what was measured on the way."""
+    """Two SAEs and a transcoder after some steps with ghost gradients, and what was measured."""
     options = dict(lr=1e-3, lr_warm_up_steps=0, total_steps=100, use_ghost_grads=True,
                    dead_feature_window=2)  # fmt: skip
     trainers = [
@@ -30,6 +30,9 @@ def trained(ranks):
         )
         for i, l1 in enumerate((1e-2, 3e-1))
     ]
+    of_y = dict(b_dec_out=torch.zeros(OUT), skip=True)
+    transcoder = initial_sae(D, L, seed=2, b_dec=torch.zeros(D), dtype=torch.float32, **of_y)
+    trainers.append(SAETrainer(transcoder, TrainingOptions(l1_coefficient=1e-2, **options)))
     for t in trainers:
         t.sae.b_enc[: L // 4] = -10.0  # dead from the start
     step = PackStep(1, ranks)
@@ -37,10 +40,11 @@ def trained(ranks):
     measured = []
     for _ in range(STEPS):
         x = torch.randn(B, D, generator=generator)
-        for m in step.step(trainers, x, want_metrics=True):
+        reads = [(x,), (x,), (x, x[:, :OUT].abs())]
+        for m in step.step(trainers, reads, want_metrics=True):
             measured += [m.mse, m.l1, m.ghost, m.overall, m.l0, m.reconstruction.explained_variance]
     assert any(float(g) > 0 for g in measured[2::6])  # there were ghosts
-    weights = [getattr(t.sae, name) for t in trainers for name in PARAMETERS]
+    weights = [parameter for t in trainers for parameter in t.sae.tensors.values()]
     return [w.clone() for w in weights], torch.stack(measured)
 
 

@@ -42,9 +42,11 @@ def nodes(head_gb, *others_gb):
 def test_what_an_sae_takes():
     # 2 x 1000 x 8000 + 1000 + 8000 parameters; weights, two moments, a gradient and a copy of the
     # first three, of 4 bytes each. On a GPU only the copy is in main memory.
-    assert sae_bytes(config(expansion_factor=8), 1000) == 16_009_000 * 7 * 4
-    assert sae_bytes(config(expansion_factor=8), 1000, on_gpu=True) == 16_009_000 * 3 * 4
-    assert sae_bytes(config(expansion_factor=8, dtype="float64"), 1000) == 16_009_000 * 7 * 8
+    assert sae_bytes(config(expansion_factor=8), {HOOK: 1000}) == 16_009_000 * 7 * 4
+    assert sae_bytes(config(expansion_factor=8), {HOOK: 1000}, on_gpu=True) == 16_009_000 * 3 * 4
+    assert (
+        sae_bytes(config(expansion_factor=8, dtype="float64"), {HOOK: 1000}) == 16_009_000 * 7 * 8
+    )
 
 
 def test_what_a_sweep_takes_is_said():

@@ -7,7 +7,7 @@ from saeray.files.cache import identities_of
 from saeray.sae.architectures.base import kind_of
 from saeray.sae.initial import initial_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
-from saeray.spec.messages import CacheKey, Snapshot
+from saeray.spec.messages import CacheKey, Snapshot, SpecialTokens
 from saeray.stream.harvester import Harvester
 from saeray.stream.token_server import TokenBlock, TokenServer
 
@@ -28,7 +28,7 @@ def harvester():
 
 def test_blocks_follow_the_held_out_rows():
     server = TokenServer(CONFIG.to_dict())
-    assert server.check() is None  # no BOS
+    assert server.check() == SpecialTokens(None, None)  # no BOS
     assert server.held_out().ravel().tolist() == list(range(48))
     assert server.block(0).ravel().tolist() == list(range(48, 80))
     with_place = server.block(63)  # every 64th says where the next one begins
@@ -66,7 +66,7 @@ def test_a_snapshot_is_evaluated_against_the_ground_truth():
     sae = initial_sae(16, 40, seed=0, b_dec=torch.zeros(16), dtype=torch.float32)
     snapshot = Snapshot(kind_of(sae), {k: t.numpy() for k, t in sae.sae_lens_tensors().items()})
     held_out = TokenServer(CONFIG.to_dict()).held_out()
-    (found,) = harvester().evaluate(CONFIG.hook_point, held_out, True, snapshot)
+    (found,) = harvester().evaluate((CONFIG.hook_point,), held_out, True, snapshot)
     assert 0.2 < found["ground_truth/mcc"] < 0.9
     assert found["eval/n_tokens"] == 48
     assert "metrics/CE_loss_score" not in found

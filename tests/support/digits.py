@@ -19,6 +19,9 @@ class Digits:
     def convert_ids_to_tokens(self, token_id):
         return f"<{token_id}>"
 
+    def convert_tokens_to_ids(self, token):
+        return int(token[1]) if len(token) == 3 and token[1].isdigit() else None
+
     def __call__(self, texts, **_):
         return {"input_ids": [[int(c) for c in text if c.isdigit()] for text in texts]}
 

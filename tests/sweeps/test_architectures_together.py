@@ -14,26 +14,45 @@ FIELDS = dict(
 ARCHITECTURES = ["standard", "p_anneal", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
 
 
+# A transcoder of the layer's MLP, beside the SAEs at HOOK, and one to a wider place.
+MLP = dict(hook_point="blocks.2.mlp.hook_in", hook_point_out="blocks.2.hook_mlp_out")
+TRANSCODERS = [
+    MLP,
+    MLP | dict(architecture="topk", skip_connection=True),
+    dict(architecture="jumprelu", hook_point_out="blocks.2.mlp.hook_post", skip_connection=True),
+]
+
+
 def weights(result):
     return {
-        row["architecture"]: (Path(row["path"]) / "sae_weights.safetensors").read_bytes()
+        (row["architecture"], row.get("hook_point_out")): (
+            Path(row["path"]) / "sae_weights.safetensors"
+        ).read_bytes()
         for row in result.rows
     }
 
 
 def test_all_architectures_in_one_pack_are_what_each_is_alone(ray_instance, tiny, tmp_path):
+    points = [dict(architecture=a) for a in ARCHITECTURES] + TRANSCODERS
     together = saeray.sweep(
-        tiny | FIELDS | dict(architecture=ARCHITECTURES),
-        name="together", storage_path=tmp_path, live=False,
-    )  # fmt: skip
-    assert [r["status"] for r in together.rows] == ["done"] * 7
-    assert {r["architecture"] for r in together.rows} == set(ARCHITECTURES)
-    each = dict(architecture=["standard", "matryoshka"], resources={"saes_per_trainer": 1})
+        tiny | FIELDS | dict(grid=points), name="together", storage_path=tmp_path, live=False
+    )
+    assert [r["status"] for r in together.rows] == ["done"] * 10
+    assert [r["architecture"] for r in together.rows][:7] == ARCHITECTURES
+    assert [len(pack) for pack in together.status.packs] == [10]
+    points = [dict(architecture=a) for a in ("standard", "matryoshka")] + TRANSCODERS
+    each = dict(grid=points, resources={"saes_per_trainer": 1})
     alone = saeray.sweep(tiny | FIELDS | each, name="alone", storage_path=tmp_path, live=False)
     both = weights(together)
+    assert len(both) == 10
     for name, data in weights(alone).items():
         assert both[name] == data, name
     for row in together.rows:
         sae = load_sae(row["path"])
         assert row["l0"] == pytest.approx(8) or row["architecture"] != "topk"
         assert 0 < row["l0"] <= sae.d_sae
+        assert (0 < row["fvu"] < 2 and 0 < row["ce_loss_score"] <= 1) or sae.d_out == 512
+        assert sae.is_transcoder == (row["hook_point_out"] is not None)
+    wide = load_sae(together.rows[-1]["path"])
+    assert (wide.architecture, wide.d_in, wide.d_out) == ("jumprelu_skip_transcoder", 128, 512)
+    assert wide.W_skip.any()

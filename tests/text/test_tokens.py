@@ -13,7 +13,7 @@ from support.digits import Digits, parquet, windows_of
 from saeray.errors import ConfigError, SaerayError
 from saeray.lm.hub import embedding_rows, load_tokenizer
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
-from saeray.spec.messages import Bos
+from saeray.spec.messages import SpecialTokens
 from saeray.stream.token_server import TokenServer
 from saeray.text.tokens import TokenWindows
 
@@ -258,7 +258,7 @@ def test_a_token_that_was_added_to_the_tokenizer_alone(tiny, tmp_path):
     config = resolve(LanguageModelSAERunnerConfig(**fields))
     assert embedding_rows(config) == 4096
     server = TokenServer(config.to_dict())
-    assert server.check() == Bos(0, "<|endoftext|>")
+    assert server.check() == SpecialTokens(0, "<|endoftext|>")
     assert server.block(0).max() < 4096
     counts = server.counts()
     assert counts.skipped_rows > 0

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Rule
+from saeray.sae.architectures.base import SAE, transcoder_name
 from saeray.sae.architectures.batchtopk import BatchTopK
 from saeray.sae.architectures.gated import Gated, GatedSAE
 from saeray.sae.architectures.jumprelu import JumpReLU, JumpReLUSAE
 from saeray.sae.architectures.matryoshka import Matryoshka
 from saeray.sae.architectures.p_anneal import PAnneal
+from saeray.sae.architectures.rule import Rule
 from saeray.sae.architectures.standard import Standard, StandardSAE
 from saeray.sae.architectures.topk import TopK, TopKSAE
 
@@ -38,7 +39,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # What is published, by the name that stands in cfg.json.
 PUBLISHED: dict[str, type[SAE]] = {
-    kind.architecture: kind for kind in (StandardSAE, GatedSAE, TopKSAE, JumpReLUSAE)
+    name: kind
+    for kind in (StandardSAE, GatedSAE, TopKSAE, JumpReLUSAE)
+    for name in (
+        kind.architecture,
+        transcoder_name(kind.architecture, skip=False),
+        transcoder_name(kind.architecture, skip=True),
+    )
 }
 
 

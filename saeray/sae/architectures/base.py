@@ -1,60 +1,70 @@
-"""What an architecture says, and all that the training step knows of it.
+"""What an SAE of any architecture is: its weights and its forward pass.
 
-An architecture is a file beside this one with two classes at most: the *SAE*, its weights and its
-forward pass, and the *rule* it is trained by:
+How one is trained is its *rule* (`rule`). Any of them can be a *transcoder*: it reads x at one
+place and reconstructs y at another, which may be of another width, with a bias b_dec_out of its own
+and, where it has a skip connection, x W_skip (Dunefsky et al., 2406.11944; Paulo et al.,
+2501.18823). To a rule it is the same.
 
-    x ─► h = (x - b_dec) W_enc + b_enc ─► select ─► latents f ─► x̂ ─► loss
-                                          which h   of those     and back: df ─► dh = pull_back
-
-A rule's functions take *entries*: h of a block, [R, L], or of the active ones alone, [n]. They are
-written once and serve both, since all they do is elementwise; a parameter [L] reaches an entry
-through `at`. The weights' gradient, ranks, Adam, checkpoints and reports know no architecture.
-
-B rows, R rows of a block, n active entries, D = d_in, L = d_sae.
+D = d_in, L = d_sae, O = d_out (D but in a transcoder).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from saeray.sae.options import TrainingOptions
-
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+OF_OUTPUT = ("b_dec_out", "W_skip")  # of a transcoder; the second where it has a skip connection
 
 
 class SAE(nn.Module):
     """f = latents((x - b_dec) W_enc + b_enc)        x̂ = f W_dec + b_dec
 
-    Shapes: x, x̂ [..., D]; f [..., L]; W_enc [D, L]; W_dec [L, D]; b_enc [L]; b_dec [D]. Training
-    works on the weights directly (`saeray.sae.trainer`).
+    A transcoder: ŷ = f W_dec + b_dec_out, and + x W_skip where it has a skip connection.
+
+    Shapes: x, x̂ [..., D]; f [..., L]; W_enc [D, L]; W_dec [L, D]; b_enc [L]; b_dec [D]. Of a
+    transcoder ŷ [..., O]; W_dec [L, O]; b_dec_out [O]; W_skip [D, O]. Training works on the weights
+    directly (`saeray.sae.trainer`).
     """
 
-    architecture: ClassVar[str]  # as sae_lens calls what this computes
+    architecture: str  # as sae_lens calls what this computes; of a class, what it is without y
     EXTRA: ClassVar[tuple[str, ...]] = ()  # parameters [L] beside the four
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # numbers that it is a function of beside those
     SAE_LENS_CFG: ClassVar[dict[str, Any]] = {}  # what sae_lens wants to be told beside them
 
     def __init__(
-        self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, **others: Any
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        *,
+        b_dec_out: Tensor | None = None,
+        W_skip: Tensor | None = None,
+        **others: Any,
     ) -> None:
         """Takes the tensors; W_enc's memory is a row per feature, as W_dec's is.
 
-        others: a tensor [L] for each of EXTRA and a number for each of SETTINGS.
+        b_dec_out: of a transcoder, W_skip only of one. others: a tensor [L] for each of EXTRA and a
+        number for each of SETTINGS.
 
         Raises:
             ValueError: shapes that do not belong together, or other names than these.
         """
         super().__init__()
         d_in, d_sae = W_enc.shape
+        d_out = d_in if b_dec_out is None else len(b_dec_out)
         shapes = (tuple(W_dec.shape), tuple(b_enc.shape), tuple(b_dec.shape))
-        if shapes != ((d_sae, d_in), (d_sae,), (d_in,)):
+        if shapes != ((d_sae, d_out), (d_sae,), (d_in,)):
             raise ValueError(
-                f"W_enc [{d_in}, {d_sae}] needs W_dec [{d_sae}, {d_in}], b_enc [{d_sae}], "
+                f"W_enc [{d_in}, {d_sae}] needs W_dec [{d_sae}, {d_out}], b_enc [{d_sae}], "
                 f"b_dec [{d_in}]; got {shapes}"
+            )
+        if W_skip is not None and (b_dec_out is None or tuple(W_skip.shape) != (d_in, d_out)):
+            raise ValueError(
+                f"W_skip [{d_in}, {d_out}] is wanted, with a b_dec_out; got {tuple(W_skip.shape)}"
             )
         if set(others) != {*self.EXTRA, *self.SETTINGS}:
             wanted = ", ".join((*self.EXTRA, *self.SETTINGS)) or "nothing"
@@ -67,6 +77,10 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
+        self.b_dec_out = as_parameter(b_dec_out)
+        self.W_skip = as_parameter(W_skip)
+        if b_dec_out is not None:
+            self.architecture = transcoder_name(type(self).architecture, W_skip is not None)
         for name in self.EXTRA:
             if tuple(others[name].shape) != (d_sae,):
                 raise ValueError(f"{name} [{d_sae}] is wanted; got {tuple(others[name].shape)}")
@@ -83,9 +97,27 @@ class SAE(nn.Module):
         return self.W_enc.shape[1]
 
     @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.b_dec_out is not None
+
+    @property
+    def b_out(self) -> Tensor:
+        """What is added to the decoded: [O]."""
+        return self.b_dec if self.b_dec_out is None else self.b_dec_out
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """The names of the parameters that it has whatever its architecture."""
+        return PARAMETERS + tuple(n for n in OF_OUTPUT if getattr(self, n) is not None)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All parameters by name."""
-        return {name: getattr(self, name) for name in (*PARAMETERS, *self.EXTRA)}
+        return {name: getattr(self, name) for name in (*self.common, *self.EXTRA)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,21 +127,41 @@ class SAE(nn.Module):
         """One of the same kind with these in the place of its own."""
         return type(self)(**{**self.tensors, **tensors}, **self.settings)
 
-    def for_unscaled(self, scale: float) -> SAE:
+    def for_unscaled(self, scale: float, of_output: float = 1.0) -> SAE:
         """The same function of x where this SAE is one of scale * x, in x's own units.
 
-        h stays what it is, so all that is [L] does: W_enc scaled up, W_dec and b_dec down.
+        h stays what it is, so all that is [L] does: W_enc scaled up, W_dec and b_dec down. A
+        transcoder's y is scaled by of_output, and so is what it writes.
         """
-        if scale == 1.0:
+        write = of_output if self.is_transcoder else scale
+        if scale == write == 1.0:
             return self
-        return self.with_tensors(
-            {
-                "W_enc": self.W_enc * scale,
-                "W_dec": self.W_dec / scale,
-                "b_enc": self.b_enc.clone(),
-                "b_dec": self.b_dec / scale,
-            }
-        )
+        tensors = {
+            "W_enc": self.W_enc * scale,
+            "W_dec": self.W_dec / write,
+            "b_enc": self.b_enc.clone(),
+            "b_dec": self.b_dec / scale,
+        }
+        if self.b_dec_out is not None:
+            tensors["b_dec_out"] = self.b_dec_out / write
+        if self.W_skip is not None:
+            tensors["W_skip"] = self.W_skip * (scale / write)
+        return self.with_tensors(tensors)
+
+    def without_centre(self) -> SAE:
+        """As a transcoder is published: b_dec, which its input loses, is taken into b_enc.
+
+        It is zero then: a published transcoder has one bias for its output and one for features.
+        """
+        if not self.is_transcoder:
+            return self
+        moved = self.b_dec @ self.W_enc
+        tensors = {"b_enc": self.b_enc - moved, "b_dec": torch.zeros_like(self.b_dec)}
+        return self.with_tensors(tensors | self.moved_centre(moved))
+
+    def moved_centre(self, moved: Tensor) -> dict[str, Tensor]:
+        """What else changes where b_dec W_enc [L] is taken out of b_enc."""
+        return {}
 
     def latents(self, h: Tensor) -> Tensor:
         """Pre-activations h [..., L] -> feature activations f [..., L]."""
@@ -120,208 +172,58 @@ class SAE(nn.Module):
         return self.latents((x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc)
 
     def decode(self, f: Tensor) -> Tensor:
-        """f [..., L] -> reconstruction x̂ [..., D]."""
-        return f @ self.W_dec + self.b_dec
+        """f [..., L] -> reconstruction x̂ [..., D]; of a transcoder ŷ, without what is skipped."""
+        return f @ self.W_dec + self.b_out
+
+    def reconstruct(self, x: Tensor, f: Tensor) -> Tensor:
+        """x [..., D] and its features f [..., L] -> reconstruction [..., O]."""
+        found = self.decode(f)
+        return found if self.W_skip is None else found + x.to(self.W_skip.dtype) @ self.W_skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> reconstruction [..., D]."""
-        return self.decode(self.encode(x))
+        """x [..., D] -> reconstruction [..., O]."""
+        return self.reconstruct(x, self.encode(x))
 
     def sae_lens_tensors(self) -> dict[str, Tensor]:
-        """The parameters under the names that sae_lens loads them by."""
-        return self.tensors
+        """The parameters under the names that sae_lens loads them by.
+
+        Of a transcoder as it is published: its b_dec is the output's there.
+        """
+        tensors = self.tensors
+        if "b_dec_out" in tensors:
+            tensors["b_dec"] = tensors.pop("b_dec_out")
+        if "W_skip" in tensors:
+            tensors["W_skip"] = tensors["W_skip"].t()  # [O, D]
+        return tensors
 
     @classmethod
     def from_sae_lens(cls, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> SAE:
         """The SAE that `sae_lens_tensors` and cfg.json describe."""
-        names = (*PARAMETERS, *cls.EXTRA)
-        return cls(**{n: tensors[n] for n in names}, **{n: cfg[n] for n in cls.SETTINGS})
+        named = {n: tensors[n] for n in (*PARAMETERS, *cls.EXTRA)}
+        if cfg["architecture"].endswith(TRANSCODER):
+            named["b_dec_out"] = named["b_dec"]
+            named["b_dec"] = named["W_enc"].new_zeros(len(named["W_enc"]))
+            if "W_skip" in tensors:
+                named["W_skip"] = tensors["W_skip"].t().contiguous()
+        return cls(**named, **{n: cfg[n] for n in cls.SETTINGS})
+
+
+TRANSCODER = "transcoder"  # what their names end with
+
+
+def transcoder_name(architecture: str, skip: bool) -> str:
+    """What sae_lens calls a transcoder of an architecture, or would where it has none of it."""
+    base = "" if architecture == "standard" else f"{architecture}_"
+    return f"{base}{'skip_' if skip else ''}{TRANSCODER}"
+
+
+def as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 def kind_of(sae: SAE) -> dict[str, Any]:
     """What a cfg.json says of an SAE's kind: enough to make it of its tensors again."""
     return {"architecture": sae.architecture, **sae.settings}
-
-
-class Active(NamedTuple):
-    """Entries on the way back: [R, L], or [n] of the active ones alone."""
-
-    h: Tensor
-    f: Tensor
-    df: Tensor  # of the squared error
-    at: Callable[[Tensor], Tensor]  # a parameter [L] at these entries
-    row_l0: Callable[[], Tensor]  # how many features are active in each row, [R]
-    of_row: Callable[[Tensor], Tensor]  # what belongs to rows, [R], at these entries
-    df_gate: Tensor | None = None  # of the error of what `gate_latents` reconstruct
-
-
-class Pulled(NamedTuple):
-    """What `pull_back` hands back."""
-
-    dh: Tensor  # like h
-    sums: dict[str, Tensor]  # by the names in `Rule.SUMS`, like h: to be summed over rows
-
-
-class StepContext(NamedTuple):
-    """What the entries of one step have in common."""
-
-    coefficient: float  # of the sparsity term, in this step
-    per_row: float  # the same over B: what one row adds to the loss
-    norms: Tensor | None  # [L] of the decoder's rows, where they are free
-
-
-class Rule:
-    """How one architecture is trained. This one is for those that are relu(h) at heart."""
-
-    EXTRA_STATE: ClassVar[tuple[str, ...]] = ()  # attributes, numbers, that a checkpoint holds
-    SUMS: ClassVar[tuple[str, ...]] = ()  # [L] over rows that gradients of its own are made of
-    always_sparse: ClassVar[bool] = False  # few are active from the first step on
-    keeps_h: ClassVar[bool] = True  # whether the way back needs h
-    sparsity_loss: ClassVar[str | None] = "l1_loss"  # what reports call the sparsity term
-    is_steered: ClassVar[bool] = True  # whether target_l0 moves its coefficient
-    has_gate: ClassVar[bool] = False  # whether there are `gate_latents`
-    gate_teaches_decoder = False  # whether W_dec and b_dec learn from what those reconstruct
-
-    def __init__(self, sae: SAE, options: TrainingOptions) -> None:
-        self.sae = sae
-        self.options = options
-        self.step: StepContext = StepContext(0.0, 0.0, None)
-
-    @classmethod
-    def starts(cls, name: str, options: Any) -> float:
-        """Where one of the SAE's EXTRA parameters starts."""
-        return 0.0
-
-    # --- the step -------------------------------------------------------------------------
-
-    @property
-    def coefficient(self) -> float:
-        """Of the sparsity term, before its warm-up."""
-        return self.options.l1_coefficient
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Reconstruction is from the first so many features, for each of these; the last is L."""
-        return (self.sae.d_sae,)
-
-    def begin_step(self, step: StepContext) -> None:
-        self.step = step
-
-    @property
-    def penalty(self) -> float | Tensor | None:
-        """What the sparsity term adds to every active entry's gradient, where that is a constant.
-
-        A number, or [L]. Then f = relu(h), and the step takes shorter ways than these functions.
-        """
-        return None
-
-    def weighted(self, values: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
-        """values times the norms of their features' decoder rows, where those are free."""
-        return values if self.step.norms is None else values * at(self.step.norms)
-
-    @property
-    def remedy(self) -> str | None:
-        """What brings dead features back, by its name in `pack_step.REMEDIES`; None: nothing."""
-        return None
-
-    # --- selection ------------------------------------------------------------------------
-
-    def floor(self) -> Tensor | None:
-        """[L]: entries with h at or below it have no part in the step; None: 0 for all."""
-        return None
-
-    @property
-    def k(self) -> int | None:
-        """How many of each row's largest h are selected; None: all above the floor."""
-        return None
-
-    def n_of_batch(self, n_rows: int) -> int | None:
-        """How many of a whole batch's largest h are selected; None: all above the floor."""
-        return None
-
-    smallest = 0.0  # of those, in the last step that chose them; infinity: none was above 0
-
-    def choose(self, smallest: float) -> None:
-        """Of this step: what is at least as large is active."""
-        self.smallest = smallest
-
-    def selected_by(self) -> Tensor | None:
-        """[L]: what h is multiplied by for `k` and `n_of_batch`; None: 1."""
-        return None
-
-    # --- entries --------------------------------------------------------------------------
-
-    def latents(self, h: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
-        """f of selected entries h."""
-        return torch.relu(h)
-
-    def latents_of_block(self, h: Tensor, f: Tensor) -> None:
-        """The same of a whole block, selection included: h, f [R, L]."""
-        f.copy_(self.latents(h, whole))
-
-    def gate_latents(self, h: Tensor) -> Tensor:
-        """What a second reconstruction is made of, by the same decoder."""
-        raise NotImplementedError
-
-    def pull_back(self, active: Active) -> Pulled:
-        """Gradient of the whole loss by h, and by what the rule has parameters of its own for."""
-        raise NotImplementedError
-
-    def pull_back_block(self, active: Active, extra: dict[str, Tensor]) -> None:
-        """The same of a whole block: df becomes dh in place, sums are added to `extra` [L]."""
-        pulled = self.pull_back(active)
-        active.df.copy_(pulled.dh)
-        for name, values in pulled.sums.items():
-            extra[name].add_(values.sum(dim=0))
-
-    def sparsity(self, active: Active) -> Tensor:
-        """The sparsity term's value without its coefficient, summed over the entries; 0-d."""
-        return self.weighted(active.f, active.at).sum()
-
-    # --- the end of a step ----------------------------------------------------------------
-
-    def finish_gradient(self, grad: Any) -> None:
-        """Turns the step's sums (`Gradients`) into gradients: by default that of the norms."""
-        norms = self.step.norms
-        if norms is not None and "norm" in grad.extra:
-            along = grad.extra["norm"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-            grad.W_dec.addcmul_(along.unsqueeze(1), self.sae.W_dec)
-
-    def gradient_of(self, name: str, grad: Any) -> Tensor:
-        """Of one of the SAE's EXTRA parameters, [L]."""
-        return grad.extra[name]
-
-    def after_step(self) -> None:
-        """After Adam."""
-
-    # --- what is reported, kept and published ---------------------------------------------
-
-    def losses(self, sparsity: float, remedy: float) -> dict[str, float]:
-        """The terms of the loss beside the squared error, by their wandb keys.
-
-        sparsity: without its coefficient, a row; remedy: of the term for the dead.
-        """
-        found = {} if self.sparsity_loss is None else {f"losses/{self.sparsity_loss}": sparsity}
-        if self.remedy is not None:
-            found[f"losses/{self.remedy}_loss"] = remedy
-        return found
-
-    def published(self) -> SAE:
-        """The SAE as it is used, of the SAE in training."""
-        return self.sae
-
-    def state(self) -> dict[str, Any]:
-        """Plain numbers that a checkpoint holds."""
-        return {name: getattr(self, name) for name in self.EXTRA_STATE}
-
-    def restore(self, numbers: dict[str, Any]) -> None:
-        for name in self.EXTRA_STATE:
-            setattr(self, name, numbers[name])
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """`at` of a whole block: [L] stands beside [R, L] as it is."""
-    return parameter
 
 
 def folded(sae: SAE) -> dict[str, Tensor]:
@@ -333,4 +235,5 @@ def folded(sae: SAE) -> dict[str, Tensor]:
         "W_dec": sae.W_dec / norms.unsqueeze(1),
         "b_enc": sae.b_enc * norms,
         "b_dec": sae.b_dec.clone(),
+        **{n: getattr(sae, n).clone() for n in sae.common if n in OF_OUTPUT},
     }

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Pulled, Rule
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Pulled, Rule
 
 
 class GatedSAE(SAE):
@@ -42,8 +43,11 @@ class GatedSAE(SAE):
         return torch.relu((h - self.b_enc) * self.r_mag.exp() + self.b_mag) * (h > 0)
 
     def sae_lens_tensors(self) -> dict[str, Tensor]:
-        tensors = self.tensors
+        tensors = super().sae_lens_tensors()
         return {("b_gate" if n == "b_enc" else n): t for n, t in tensors.items()}
+
+    def moved_centre(self, moved: Tensor) -> dict[str, Tensor]:
+        return {"b_mag": self.b_mag - moved * self.r_mag.exp()}
 
     @classmethod
     def from_sae_lens(cls, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> SAE:

@@ -22,7 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Pulled, Rule
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Pulled, Rule
 from saeray.sae.options import TrainingOptions
 
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Pulled, Rule
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Pulled, Rule
 from saeray.sae.options import TrainingOptions
 
 BATCHES = 10  # over which the penalties of the old and the new p are compared

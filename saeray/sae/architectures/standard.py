@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Rule, StepContext
+from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.rule import Active, Rule, StepContext
 
 
 class StandardSAE(SAE):

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE, Active, Pulled, Rule, folded
+from saeray.sae.architectures.base import SAE, folded
+from saeray.sae.architectures.rule import Active, Pulled, Rule
 
 
 class TopKSAE(SAE):
