@@ -215,13 +215,14 @@ def main() -> None:
             found[label] = [benchmark.judged(*one) for one in saes]
             print(label, *found[label], sep="\n  ", flush=True)
     (benchmark.output / "results.json").write_text(strict_json.dumps(found, indent=1))
-    print("\n| | " + " | ".join(f"k {k}: lr, FVU, never fired" for k in benchmark.k))
+    print("\n| | " + " | ".join(f"k {k}: lr, L0, FVU, never fired" for k in benchmark.k))
     print("|---" * (1 + len(benchmark.k)) + "|")
     for label, rows in found.items():
         cells = []
         for k in benchmark.k:
             best = min((r for r in rows if r["k"] == k), key=lambda r: r["fvu"])
-            cells.append(f"{best['lr']:g}, {best['fvu']:.4f}, {best['never']}")
+            figures = f"{best['l0']:.1f}, {best['fvu']:.4f}, {best['never']}"
+            cells.append(f"{best['lr']:g}, {figures}")
         print(f"| {label} | " + " | ".join(cells) + " |")
 
 
