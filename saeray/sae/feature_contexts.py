@@ -308,9 +308,7 @@ class FeatureContexts:
 
 def state_bytes(d_sae: int, context: int, top: int, per_band: int) -> int:
     """What a `FeatureContexts` holds at most."""
-    return d_sae * (
-        (top + BANDS * per_band) * (8 + 4 + 2 + 2 * context) + 4 * HISTOGRAM_BINS + 4
-    )
+    return d_sae * ((top + BANDS * per_band) * (8 + 4 + 2 + 2 * context) + 4 * HISTOGRAM_BINS + 4)
 
 
 def exponent_of(value: Tensor) -> Tensor:

@@ -92,5 +92,3 @@ def test_neighbours_against_all_cosines_at_once(monkeypatch):
     few = nearest_features(W_dec[:2], 3)
     assert few.feature.tolist() == [[1, -1, -1], [0, -1, -1]]
     assert nearest_features(W_dec[:1], 2).feature.tolist() == [[-1, -1]]
-
-

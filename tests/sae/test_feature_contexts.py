@@ -1,6 +1,7 @@
 """Top contexts, samples of bands and histograms against a brute force over everything at once."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,15 +75,17 @@ def brute_force(f, j):
     used = int(largest / reach * BANDS) + 1
     units = [round(i * used / SHOWN) for i in range(SHOWN + 1)]
     bands = []
-    for low, high in reversed(list(zip(units, units[1:]))):
+    for low, high in reversed(list(pairwise(units))):
         inside = [w for w in ranked[TOP:] if low <= int(float(peaks[w]) / reach * BANDS) < high]
         number = chance(torch.full((len(inside),), j), torch.tensor(inside, dtype=torch.int64))
-        by_chance = sorted(zip(number.tolist(), inside), key=lambda of: (-of[0], of[1]))
+        by_chance = sorted(
+            zip(number.tolist(), inside, strict=True), key=lambda of: (-of[0], of[1])
+        )
         bands.append({w for _, w in by_chance[:PER_BAND]})
     inner = [u / BANDS * reach for u in units[:-1]]
     tokens = [
         int(((values >= low / BANDS * reach) & (values < high / BANDS * reach)).sum())
-        for low, high in zip(units, units[1:])
+        for low, high in pairwise(units)
     ]
     return ranked[:TOP], bands, histogram, reach / HISTOGRAM_BINS, [*inner, largest], tokens
 
@@ -106,7 +109,12 @@ def test_a_context_is_kept_with_its_activations(latents, in_order):
     pairs = zip(
         [*found.top_window.flatten(), *found.band_window.flatten()],
         [*found.top_slot.flatten(), *found.band_slot.flatten()],
-        [j for t in (found.top_window, found.band_window) for j in range(L) for _ in t[j].flatten()],
+        [
+            j
+            for t in (found.top_window, found.band_window)
+            for j in range(L)
+            for _ in t[j].flatten()
+        ],
         strict=True,
     )
     seen = 0
