@@ -7,7 +7,8 @@
       features/batch-0.jsonl.gz  activations/batch-0.jsonl.gz …
 
 Where SAEDashboard samples tokens, ours are contexts (each counts once, by its peak), and its
-intervals are our bands. As there, the BOS token that begins a window is left out, and neurons and
+intervals are our bands. As there, decoder rows have norm 1 (activations are multiplied by the norm,
+logits divided), the BOS token that begins a window is left out, and neurons and
 other features are correlated with nothing where that was not asked for.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -92,24 +93,24 @@ def saedashboard(data: FeatureData) -> Iterator[tuple[str, bytes]]:
 
 def dashboard(data: FeatureData, feature: int) -> dict[str, Any]:
     """One feature, with the fields of SAEDashboard's NeuronpediaDashboardFeature."""
-    a = data.arrays
+    a, norm = data.arrays, norm_of(data, feature)
     counts = a["histogram"][feature]
     used = int(np.flatnonzero(counts)[-1]) + 1
-    middles = (np.arange(used) + 0.5) * float(a["bin_width"][feature])
+    middles = (np.arange(used) + 0.5) * float(a["bin_width"][feature]) * norm
     top, bottom = data.effects(feature, "top"), data.effects(feature, "bottom")
     logit_counts, logit_middles = np.zeros(0, np.int64), np.zeros(0)
     if data.has_logits:
         logit_counts = a["logit_histogram"][feature]
         low, high = a["logit_range"][feature].astype(np.float64)
         step = (high - low) / len(logit_counts)
-        logit_middles = low + (np.arange(len(logit_counts)) + 0.5) * step
+        logit_middles = (low + (np.arange(len(logit_counts)) + 0.5) * step) / norm
     return {
         "feature_index": feature,
         **dict.fromkeys(NOT_COMPUTED, ()),
         "neg_str": [data.text(e.token) for e in bottom],
-        "neg_values": [round(e.logit, ROUNDED) for e in bottom],
+        "neg_values": rounded([e.logit / norm for e in bottom]),
         "pos_str": [data.text(e.token) for e in top],
-        "pos_values": [round(e.logit, ROUNDED) for e in top],
+        "pos_values": rounded([e.logit / norm for e in top]),
         "frac_nonzero": float(data.density[feature]),
         "freq_hist_data_bar_values": rounded(middles),
         "freq_hist_data_bar_heights": counts[:used].tolist(),
@@ -133,25 +134,31 @@ NOT_COMPUTED = (
 
 def sequences(data: FeatureData, feature: int) -> Iterator[dict[str, Any]]:
     """The top, then the bands from the highest on."""
-    largest = round(float(data.arrays["largest"][feature]), ROUNDED)
+    norm = norm_of(data, feature)
+    largest = round(float(data.arrays["largest"][feature]) * norm, ROUNDED)
     for c in data.top(feature):
-        yield {"bin_min": -1, "bin_max": largest, "bin_contains": -1, **sequence(data, c)}
+        yield {"bin_min": -1, "bin_max": largest, "bin_contains": -1, **sequence(data, c, norm)}
     for band in data.bands(feature):
         about = {
-            "bin_min": round(band.low, ROUNDED),
-            "bin_max": round(band.high, ROUNDED),
+            "bin_min": round(band.low * norm, ROUNDED),
+            "bin_max": round(band.high * norm, ROUNDED),
             "bin_contains": round(band.tokens / data.n_tokens, 7),
         }
         for c in band.contexts:
-            yield about | sequence(data, c)
+            yield about | sequence(data, c, norm)
 
 
-def sequence(data: FeatureData, c: Context) -> dict[str, Any]:
+def norm_of(data: FeatureData, feature: int) -> float:
+    """Of its decoder row. SAEDashboard makes rows of norm 1 and multiplies activations by it."""
+    return float(data.arrays["decoder_norm"][feature]) or 1.0
+
+
+def sequence(data: FeatureData, c: Context, norm: float) -> dict[str, Any]:
     tokens = data.tokens[c.window]
     # A BOS that is the peak itself stays: something has to be pointed at.
     first = 1 if data.about["prepend_bos"] and c.position > 0 else 0
     values = np.zeros(len(tokens), np.float32)
-    values[c.positions] = c.values
+    values[c.positions] = c.values * np.float32(norm)
     return {
         "tokens": [data.text(int(t)) for t in tokens[first:]],
         "values": [round(float(v), ACTIVATION_DECIMALS) for v in values[first:]],
@@ -216,7 +223,7 @@ def feature_row(data: FeatureData, feature: int, shown: dict[str, Any]) -> dict[
         "index": str(feature),
         "creatorId": CREATOR,
         "createdAt": CREATED,
-        "maxActApprox": float(data.arrays["largest"][feature]),
+        "maxActApprox": float(data.arrays["largest"][feature]) * norm_of(data, feature),
         "hasVector": False,
         "vectorLabel": None,
         "hookName": data.about["writes_to"],
@@ -270,5 +277,5 @@ def as_json(data: object) -> bytes:
     return strict_json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def rounded(values: np.ndarray) -> list[float]:
+def rounded(values: Iterable[float]) -> list[float]:
     return [round(float(v), ROUNDED) for v in values]

@@ -1,4 +1,4 @@
-"""The pages of features: what is in them, and how they come in parts. A browser: test_in_browser."""
+"""The pages of features: what is in them, and how they come in parts."""
 
 import base64
 import json

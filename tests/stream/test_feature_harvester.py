@@ -57,6 +57,7 @@ def test_the_features_are_those_of_the_latents(alone, tokens):
         f = of.sparse_sae(0).encode(x).view(*tokens.shape, -1)
     assert data.fired.tolist() == (f > 0).sum(dim=(0, 1)).tolist()
     assert data.about["n_dead"] == int((f.amax(dim=(0, 1)) == 0).sum()) >= 2
+    assert (data.fired > 20).sum() > 50 and 0 < data.density.sum() < 20
     assert len(data) == data.about["d_sae"] == of.L
     peaks = f.amax(dim=1)
     for j in range(of.L):

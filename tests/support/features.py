@@ -22,7 +22,7 @@ def sparse_sae(seed):
     """A few features active per token; the last two never are."""
     g = torch.Generator().manual_seed(seed)
     W_dec = torch.nn.functional.normalize(torch.randn(L, D, generator=g), dim=1)
-    b_enc = torch.full((L,), -12.0)
+    b_enc = torch.full((L,), -4.0)
     b_enc[-2:] = -1e6
     return StandardSAE(W_dec.t().contiguous(), W_dec, b_enc, torch.zeros(D))
 
