@@ -128,7 +128,7 @@
     for (const band of f.bands) {
       if (!band.contexts.length) continue;
       parts.push(el("h3", {}, `activation ${short(band.low, 3)} to ${short(band.high, 3)} `,
-        el("span", { class: "muted" }, `(${band.tokens.toLocaleString("en")} tokens)`)));
+        el("span", { class: "muted" }, `(${band.tokens.toLocaleString("en")} token${band.tokens === 1 ? "" : "s"})`)));
       parts.push(...band.contexts.map((c) => contextLine(c, f.largest)));
     }
     if (f.fired === 0) parts.splice(0, parts.length, el("p", { class: "note" }, "It fired on none of the tokens."));
@@ -145,10 +145,12 @@
     at("status").textContent = "";
     try {
       const f = await feature(j);
-      if (now === j) show(j, f);
+      if (now !== j) return;
+      show(j, f);
     } catch (error) {
       at("status").textContent = `data/${error.message} is not there: copy the whole folder.`;
     }
+    document.documentElement.dataset.ready = String(j);
   }
 
   const go = (j) => { location.hash = String(j); };

@@ -70,4 +70,5 @@
   for (const id of ["where", "which", "by"]) at(id).addEventListener("change", again);
   at("more").addEventListener("click", more);
   again();
+  document.documentElement.dataset.ready = "yes";
 })();
