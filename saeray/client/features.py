@@ -17,10 +17,10 @@ from saeray.client.connect import chosen, connected, is_jobs, is_outside
 from saeray.client.features_command import TOKENS, TOP
 from saeray.client.result import load_sweep
 from saeray.errors import ConfigError, SaerayError, bad_value, nearest, printable
-from saeray.files import feature_data
+from saeray.files import feature_data, strict_json
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
-from saeray.report import features, features_export
+from saeray.report import features, features_export, report
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE
 from saeray.spec.messages import DONE, STOPPED
@@ -113,6 +113,8 @@ def make(sweep: Folder, wanted: Wanted, say: Callable[[str], None]) -> None:
     for name in wanted.saes:
         write(sweep, name, wanted.formats, say)
     features.write_list(sweep)
+    if report.FILE in sweep.names():
+        report.write_report([sweep], sweep)  # with links to them
 
 
 def refuse_textless(saes: Sequence[SAE]) -> None:
@@ -162,6 +164,7 @@ def gather(
                 (sweep / "trials" / s.name / "final").uri,
                 s.config.resolved_hook_point,
                 s.config.hooks_read[-1],
+                d_sae_of(sweep, s),
             )
             for s in saes
         },
@@ -179,6 +182,11 @@ def gather(
     about = {s.name: about_of(sweep, s, digests[s.name], wanted) for s in saes}
     FeaturePass(first, hook_points_of(configs), job, place, n, say).run(wanted.tokens, about)
     place.delete()
+
+
+def d_sae_of(sweep: Folder, sae: SAE) -> int:
+    cfg = strict_json.loads((sweep / "trials" / sae.name / "final").read("cfg.json"))
+    return int(cfg["d_sae"])
 
 
 def about_of(sweep: Folder, sae: SAE, digest: str, wanted: Wanted) -> dict[str, Any]:

@@ -35,6 +35,8 @@ LOGITS_SAID = (
     "the mean over the vocabulary taken off, not divided by what the norm divides by: as "
     "SAEDashboard has them"
 )
+PART_WINDOWS = 1 << 14  # windows are numbered by part, with so many numbers for each
+MOST_PARTS = 1 << 18
 ROWS_AT_ONCE = 256  # features whose contexts are written down at a time
 
 
@@ -44,6 +46,7 @@ class Wanted(NamedTuple):
     folder: str  # of its weights
     hook_point: str  # where it reads
     writes_to: str  # the hook point that its decoder's rows are of
+    d_sae: int
 
 
 class FeatureJob(NamedTuple):
@@ -109,8 +112,8 @@ class FeatureHarvester(Harvester):
         other.load(dict(tensors))
         of.merge(other)
 
-    def collect(self, part: int, first_window: int, tokens: np.ndarray) -> int:
-        """Gathers from a part of the text: windows first_window …, int32 [n, context]."""
+    def collect(self, part: int, tokens: np.ndarray) -> int:
+        """Gathers from a part of the text: int32 [n, context]."""
         import torch
 
         if self.job is None:
@@ -122,7 +125,7 @@ class FeatureHarvester(Harvester):
                 windows = x.view(len(tokens), -1, x.shape[-1])
                 for i, of_window in enumerate(windows):
                     f = self.saes[sae].encode(of_window)
-                    self.states[sae].add(first_window + i, f)
+                    self.states[sae].add(part * PART_WINDOWS + i, f)
         self.parts.add(part)
         return part
 
@@ -153,13 +156,20 @@ class FeatureHarvester(Harvester):
 
         self.merge(sae, {n: torch.from_numpy(a) for n, a in state.items()})
 
-    def finish(self, sae: str, tokens: np.ndarray, about: dict[str, Any]) -> None:
-        """Writes the features of an SAE down. tokens: all the windows; about: what is said of it"""
+    def finish(
+        self, sae: str, tokens: np.ndarray, firsts: list[int], about: dict[str, Any]
+    ) -> None:
+        """Writes the features of an SAE down.
+
+        tokens: all windows, int32 [n, context]. firsts: by part, which of them is its first.
+        about: what is said of the SAE.
+        """
         from saeray.lm.hub import load_tokenizer
         from saeray.lm.token_texts import token_texts
 
         assert self.job is not None
         arrays = self.arrays(sae)
+        arrays["window"] = by_place(arrays["window"], np.array(firsts))
         ids = feature_data.used_tokens(tokens, arrays)
         texts = token_texts(load_tokenizer(self.config), ids)
         data = feature_data.FeatureData(dict(about), arrays, tokens)
@@ -221,6 +231,12 @@ class FeatureHarvester(Harvester):
         return folded_unembedding(model)
 
 
+def by_place(window: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """Numbers of windows, as contexts have them, to their places in the text; -1 stays."""
+    part, within = np.divmod(np.maximum(window, 0).astype(np.int64), PART_WINDOWS)
+    return np.where(window < 0, -1, firsts[part] + within).astype(np.int32)
+
+
 def written_down(of: FeatureContexts, window: Tensor, slot: Tensor) -> dict[str, Tensor]:
     """The contexts in these slots [L, S], with the tokens on which their feature is active."""
     import torch
@@ -237,7 +253,7 @@ def written_down(of: FeatureContexts, window: Tensor, slot: Tensor) -> dict[str,
         shares.append(share[active])
     ends = torch.cat(counts).cumsum(0)
     return {
-        "window": window.int(),
+        "window": window,
         "position": torch.where(there, of.position.gather(1, at).cpu(), -1).to(torch.int16),
         "peak": torch.where(there, of.peak.gather(1, at).cpu(), 0.0),
         "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), ends]),

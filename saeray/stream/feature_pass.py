@@ -20,13 +20,13 @@ from ray.exceptions import RayActorError
 from saeray.actors.make import passed_on, placed
 from saeray.actors.nodes import cluster_now, on_head
 from saeray.actors.waiting import ask, get, poll
-from saeray.errors import Late, SaerayError
+from saeray.errors import ConfigError, Late, SaerayError, bad_value
 from saeray.files import strict_json
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.placement import wants_gpu
 from saeray.spec.room import Need
-from saeray.stream.feature_harvester import PARTS, FeatureHarvester, FeatureJob
+from saeray.stream.feature_harvester import MOST_PARTS, PARTS, FeatureHarvester, FeatureJob
 from saeray.stream.token_server import TokenBlock, TokenServer
 
 IN_FLIGHT = 2  # parts per harvester: one running, one waiting at its door
@@ -46,12 +46,6 @@ class Text(NamedTuple):
     @property
     def held_parts(self) -> int:
         return -(-len(self.held_out) // self.size)
-
-    def first_window(self, part: int) -> int:
-        held = self.held_parts
-        if part < held:
-            return part * self.size
-        return len(self.held_out) + (part - held) * self.size
 
 
 class FeaturePass:
@@ -99,18 +93,36 @@ class FeaturePass:
             self.text = self.text_of(tokens)
             self.begin_all()
             self.gather()
-            windows = np.concatenate([self.tokens(p) for p in range(self.text.n_parts)])
-            self.join(windows, about)
+            self.join([self.tokens(part) for part in range(self.text.n_parts)], about)
         finally:
             for a in (self.token_server, *self.harvesters):
                 ray.kill(a)
 
     def check(self) -> None:
+        self.check_memory()
         data = [self.config.to_dict()]
         facts = self.ask(lambda: self.harvesters[0].check.remote(data), "a harvester")
         for text in facts.warnings:
             self.say(f"! {text}")
         self.ask(lambda: self.token_server.check.remote(), "the token server")
+
+    def check_memory(self) -> None:
+        """Says what a harvester will hold, and refuses what no node can."""
+        from saeray.sae.feature_contexts import state_bytes
+
+        job = self.job
+        states = [
+            state_bytes(one.d_sae, job.context, job.top, job.per_band) for one in job.saes.values()
+        ]
+        most = sum(states) + 2 * max(states)  # two more while those of two harvesters are joined
+        there = max(n.resources.get("memory", 0.0) for n in cluster_now().nodes)
+        if most > there:
+            raise ConfigError(
+                f"the features of {len(states)} SAEs take up to {most / 1e9:.1f} GB of a harvester "
+                f"beside the language model, and the largest node has {there / 1e9:.1f} GB: fewer "
+                "SAEs at a time (SWEEP/SAE), or a smaller --top."
+            )
+        self.say(f"each harvester gathers into {sum(states) / 1e9:.2f} GB at most")
 
     def text_of(self, tokens: int) -> Text:
         """At least `tokens` tokens, in whole parts; fewer only where less is held out."""
@@ -119,7 +131,11 @@ class FeaturePass:
         n_windows = -(-tokens // context)
         held = held[:n_windows]
         more = -(-(n_windows - len(held)) // size)
-        return Text(held, -(-len(held) // size) + more, size)
+        n_parts = -(-len(held) // size) + more
+        if n_parts > MOST_PARTS:
+            most = MOST_PARTS * size * context
+            raise bad_value("--tokens", tokens, f"at most {most:,} with this store_batch_size.")
+        return Text(held, n_parts, size)
 
     def tokens(self, part: int) -> np.ndarray:
         text = self.text
@@ -168,9 +184,7 @@ class FeaturePass:
             for i in self.free(pending):
                 if todo:
                     part = todo.popleft()
-                    call = self.harvesters[i].collect.remote(
-                        part, self.text.first_window(part), self.tokens(part)
-                    )
+                    call = self.harvesters[i].collect.remote(part, self.tokens(part))
                     pending[call] = (i, part)
             done, _ = ray.wait(list(pending), timeout=self.limit_s)
             if not done:
@@ -231,9 +245,11 @@ class FeaturePass:
         per_part = self.text.size * self.config.context_size
         return f"{done * per_part:,} of {self.text.n_parts * per_part:,} tokens"
 
-    def join(self, windows: np.ndarray, about: Mapping[str, dict[str, Any]]) -> None:
+    def join(self, parts: list[np.ndarray], about: Mapping[str, dict[str, Any]]) -> None:
         """All of it on the first harvester, which writes it down, one SAE after the other."""
         first, *others = self.harvesters
+        windows = np.concatenate(parts)
+        firsts = [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
         shown = ray.put(windows)
         of_text = {"held_out_windows": len(self.text.held_out), "windows": len(windows)}
         for sae in self.job.saes:
@@ -241,7 +257,7 @@ class FeaturePass:
                 state = h.state.remote(sae)
                 get(first.absorb.remote(sae, state), self.limit_s, "a harvester")
                 del state
-            finished = first.finish.remote(sae, shown, of_text | about[sae])
+            finished = first.finish.remote(sae, shown, firsts, of_text | about[sae])
             get(finished, FINISH_SECONDS, "a harvester")
 
     def ask(self, call: Callable[[], Any], who: str) -> Any:

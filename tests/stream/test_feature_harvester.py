@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support import features as of
-from support.features import ABOUT, BANDS, PER_BAND, TOP
+from support.features import ABOUT, BANDS, FIRSTS, PER_BAND, TOP
 
 from saeray.errors import SaerayError
 from saeray.files import feature_data
@@ -26,7 +26,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def tokens(parts):
-    return np.concatenate([t for _, _, t in parts])
+    return np.concatenate([t for _, t in parts])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def alone(tmp_path_factory, parts, tokens):
         for part in parts:
             one.collect(*part)
         for sae in SAES:
-            one.finish(sae, tokens, ABOUT | {"sae": sae})
+            one.finish(sae, tokens, FIRSTS, ABOUT | {"sae": sae})
     return folder, one
 
 
@@ -88,7 +88,7 @@ def test_harvesters_that_share_the_text_write_the_same_bytes(alone, tmp_path, pa
         second.collect(*part)
     for sae in SAES:
         first.absorb(sae, second.state(sae))
-        first.finish(sae, tokens, ABOUT | {"sae": sae})
+        first.finish(sae, tokens, FIRSTS, ABOUT | {"sae": sae})
         assert read(folder, sae) == read(alone[0], sae)
 
 
@@ -113,7 +113,7 @@ def test_what_was_saved_goes_on_with_another_number_of_harvesters(alone, tmp_pat
     assert again.save() == [0, 1, 2, 3, 4]
     assert list(saved_states(place).values()) == [{0, 1, 2, 3, 4}]
     for sae in SAES:
-        again.finish(sae, tokens, ABOUT | {"sae": sae})
+        again.finish(sae, tokens, FIRSTS, ABOUT | {"sae": sae})
         assert read(folder, sae) == read(alone[0], sae)
 
 

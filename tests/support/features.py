@@ -48,7 +48,7 @@ def sweep_of(where, **saes):
 def job_of(folder, *names):
     hook = "blocks.2.hook_resid_pre"
     return FeatureJob(
-        {n: Wanted((folder / "trials" / n / "final").uri, hook, hook) for n in names},
+        {n: Wanted((folder / "trials" / n / "final").uri, hook, hook, L) for n in names},
         64, TOP, BANDS, PER_BAND, folder.uri, (folder / "features" / ".pass").uri,
     )  # fmt: skip
 
@@ -61,12 +61,15 @@ ABOUT = {
 }  # fmt: skip
 
 
+FIRSTS = [0, 8, 16, 24, 32]
+
+
 def parts():
-    """(number, first window, tokens) of the first 40 windows of the bundled text."""
+    """(number, tokens) of the first 40 windows of the bundled text."""
     config = resolve(LanguageModelSAERunnerConfig(**fields()))
     text = open_text(config, lambda _: None)
     windows = np.concatenate([text.evaluation(), text.train(0, 32)])
-    return [(i, 8 * i, windows[8 * i : 8 * i + 8]) for i in range(5)]
+    return [(i, windows[8 * i : 8 * i + 8]) for i in range(5)]
 
 
 def harvester(job, name="harvester-0", saved=()):
