@@ -11,10 +11,9 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from saeray.client.connect import chosen, connected, is_jobs, is_outside
-from saeray.client.features_command import TOKENS, TOP
 from saeray.client.result import load_sweep
 from saeray.errors import ConfigError, SaerayError, bad_value, nearest, printable
 from saeray.files import feature_data, strict_json
@@ -22,37 +21,14 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.report import features, features_export, report
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.features import BANDS, PER_BAND, VERSION, Wanted
 from saeray.spec.grid import SAE
 from saeray.spec.messages import DONE, STOPPED
 from saeray.spec.plan import by_stream, hook_points_of
 from saeray.spec.synthetic import is_synthetic
 
-BANDS, PER_BAND = 5, 5
-VERSION = 1  # of what is gathered and how it is written down
 # Of a stopped SAE there is a final folder, too.
 TRAINED = (DONE, STOPPED)
-
-
-class Wanted(NamedTuple):
-    """What is asked for, in plain data."""
-
-    saes: Sequence[str]  # of the sweep
-    tokens: int = TOKENS
-    top: int = TOP
-    harvesters: int | None = None  # None: as the sweep had them
-    formats: Sequence[str] = ("pages",)
-
-    def checked(self) -> Wanted:
-        """Raises a `ConfigError` where a number makes no sense."""
-        for name, value, least in (
-            ("--tokens", self.tokens, 1), ("--top", self.top, 1),
-            ("--harvesters", self.harvesters, 1),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise bad_value(name, value, f"at least {least}.")
-        if self.top > 1000:
-            raise bad_value("--top", self.top, "at most 1,000 contexts of each feature.")
-        return self
 
 
 def sweep_and_saes(place: str, open_folder: Callable[[str], Folder]) -> tuple[Folder, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-TOKENS, TOP = 1 << 18, 20
+from saeray.spec.features import TOKENS, TOP
 
 
 def add_features(commands: Any, addresses: str) -> None:

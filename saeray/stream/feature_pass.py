@@ -122,7 +122,7 @@ class FeaturePass:
                 f"beside the language model, and the largest node has {there / 1e9:.1f} GB: fewer "
                 "SAEs at a time (SWEEP/SAE), or a smaller --top."
             )
-        self.say(f"each harvester gathers into {sum(states) / 1e9:.2f} GB at most")
+        self.say(f"each harvester gathers into {sum(states) / 1e6:,.0f} MB at most")
 
     def text_of(self, tokens: int) -> Text:
         """At least `tokens` tokens, in whole parts; fewer only where less is held out."""

@@ -6,11 +6,12 @@ from support import features as of
 from support.finished import finished, sae
 
 from saeray.client.cli import main
-from saeray.client.features import Wanted, chosen_saes, described, digest_of, sweep_and_saes
+from saeray.client.features import chosen_saes, described, digest_of, sweep_and_saes
 from saeray.errors import ConfigError, SaerayError
 from saeray.files import feature_data
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
+from saeray.spec.features import Wanted
 from saeray.spec.grid import SAE
 from saeray.spec.messages import WAITING
 from saeray.spec.synthetic import HOOK_POINT, TEXT

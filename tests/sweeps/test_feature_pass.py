@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from support import features as of
 
-from saeray.client.features import Wanted, make
+from saeray.client.features import make
 from saeray.files import feature_data
 from saeray.files.storage import Folder
+from saeray.spec.features import Wanted
 from saeray.stream.check import open_text
 from saeray.stream.feature_harvester import FeatureHarvester, FeatureJob
 from saeray.stream.feature_harvester import Wanted as OneSAE
@@ -66,7 +67,7 @@ def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance):
     said = []
 
     def kill():
-        while not any("gathers" in text for text in said):
+        while not any("gathers into" in text for text in said):
             time.sleep(0.1)
         while len(found := pids("FeatureHarvester")) < 2:
             time.sleep(0.1)
