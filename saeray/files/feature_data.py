@@ -166,7 +166,8 @@ def used_tokens(tokens: Array, arrays: Mapping[str, Array]) -> Array:
 
 
 def write(folder: Folder, data: FeatureData) -> None:
-    """The folder of one SAE, about.json last."""
+    """The folder of one SAE, in the place of what was there; about.json last."""
+    folder.delete()
     folder.write(TOKENS, save({"tokens": np.ascontiguousarray(data.tokens)}))
     folder.write(FEATURES, save({n: np.ascontiguousarray(a) for n, a in data.arrays.items()}))
     folder.write(ABOUT, (strict_json.dumps(data.about, ensure_ascii=True) + "\n").encode())
