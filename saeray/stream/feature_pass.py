@@ -91,9 +91,16 @@ class FeaturePass:
         try:
             self.check()
             self.text = self.text_of(tokens)
-            self.begin_all()
-            self.gather()
-            self.join([self.tokens(part) for part in range(self.text.n_parts)], about)
+            for left in reversed(range(DEATHS)):
+                try:
+                    self.begin_all()
+                    self.gather()
+                    self.join([self.tokens(part) for part in range(self.text.n_parts)], about)
+                    return
+                except RayActorError as error:  # while nobody else could take its place
+                    if not left:
+                        raise SaerayError(f"{too_many_deaths(DEATHS)} ({error})") from None
+                    self.say("! a harvester died; all go on from what was saved.")
         finally:
             for a in (self.token_server, *self.harvesters):
                 ray.kill(a)
@@ -152,8 +159,8 @@ class FeaturePass:
         saved = list(saved_states(self.place))
         shares = [saved[i :: len(self.harvesters)] for i in range(len(self.harvesters))]
         calls = [
-            self.harvesters[i].begin.remote(self.job, f"harvester-{i}", share)
-            for i, share in enumerate(shares)
+            h.begin.options(max_task_retries=RETRIES).remote(self.job, f"harvester-{i}", share)
+            for i, (h, share) in enumerate(zip(self.harvesters, shares, strict=True))
         ]
         for i, call in enumerate(calls):
             self.has[i] = set(get(call, self.limit_s, f"harvester {i}"))
@@ -165,10 +172,7 @@ class FeaturePass:
         """A harvester that was started again, with what it saved last."""
         self.deaths += 1
         if self.deaths >= DEATHS:
-            raise SaerayError(
-                f"{self.deaths} harvesters died one after the other; out of memory? Fewer SAEs at "
-                "a time, or a smaller --top."
-            )
+            raise SaerayError(too_many_deaths(self.deaths))
         self.say(f"! harvester {i} died; what it had not saved is gathered again.")
         theirs = set().union(*(has for j, has in enumerate(self.has) if j != i))
         mine = [s for s, of in saved_states(self.place).items() if theirs.isdisjoint(of)]
@@ -262,6 +266,13 @@ class FeaturePass:
 
     def ask(self, call: Callable[[], Any], who: str) -> Any:
         return ask(call, self.limit_s, who)
+
+
+def too_many_deaths(n: int) -> str:
+    return (
+        f"{n} harvesters died one after the other; out of memory? Fewer SAEs at a time, or a "
+        "smaller --top."
+    )
 
 
 def needed(config: LanguageModelSAERunnerConfig) -> Need:

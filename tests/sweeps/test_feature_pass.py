@@ -2,8 +2,6 @@
 
 import os
 import signal
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from saeray.spec.features import Wanted
 from saeray.stream.check import open_text
 from saeray.stream.feature_harvester import FeatureHarvester, FeatureJob
 from saeray.stream.feature_harvester import Wanted as OneSAE
+from saeray.stream.feature_pass import FeaturePass
 
 HOOK = "blocks.2.hook_resid_pre"
 
@@ -57,25 +56,22 @@ def test_a_pass_by_two_harvesters_is_as_one_by_hand(alone, monkeypatch, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance):
+@pytest.mark.parametrize("phase", ["gather", "join"])
+def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance, monkeypatch, phase):
     folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0), b=of.sparse_sae(1))
     wanted = Wanted(("a", "b"), tokens=40_000, harvesters=2)
     make(folder, wanted, lambda _: None)
     kept = {s: (folder / "features" / s).read(feature_data.FEATURES) for s in "ab"}
     (folder / "features").delete()
-    said = []
+    said, killed, real = [], [], getattr(FeaturePass, phase)
 
-    def kill():
-        while not any("gathers into" in text for text in said):
-            time.sleep(0.1)
-        while len(found := pids("FeatureHarvester")) < 2:
-            time.sleep(0.1)
-        time.sleep(15)  # both have begun, by then
-        os.kill(min(found), signal.SIGKILL)
+    def struck(self, *arguments):
+        if not killed:
+            killed.append(min(pids("FeatureHarvester")))
+            os.kill(killed[0], signal.SIGKILL)
+        return real(self, *arguments)
 
-    thread = threading.Thread(target=kill)
-    thread.start()
+    monkeypatch.setattr(FeaturePass, phase, struck)
     make(folder, wanted, said.append)
-    thread.join()
     assert {s: (folder / "features" / s).read(feature_data.FEATURES) for s in "ab"} == kept
-    assert any("died" in text for text in said)
+    assert [text for text in said if "died" in text]
