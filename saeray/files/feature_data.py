@@ -80,7 +80,8 @@ class FeatureData:
 
     @property
     def n_tokens(self) -> int:
-        return int(self.tokens.size)
+        """That the SAE has seen."""
+        return int(self.about["n_tokens"])
 
     @property
     def fired(self) -> Array:

@@ -172,11 +172,11 @@ class FeatureHarvester(Harvester):
         arrays["window"] = by_place(arrays["window"], np.array(firsts))
         ids = feature_data.used_tokens(tokens, arrays)
         texts = token_texts(load_tokenizer(self.config), ids)
-        data = feature_data.FeatureData(dict(about), arrays, tokens)
+        about = about | {"n_tokens": int(tokens.size)}
+        data = feature_data.FeatureData(about, arrays, tokens)
         no_logits = f"none: {self.job.saes[sae].writes_to} is not in the residual stream"
         data.about |= {
             "d_sae": len(data),
-            "n_tokens": data.n_tokens,
             "n_dead": int((data.fired == 0).sum()),
             "n_dense": int((data.density > feature_data.DENSE).sum()),
             "logits": LOGITS_SAID if data.has_logits else no_logits,
