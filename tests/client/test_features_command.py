@@ -5,8 +5,8 @@ from support import feature_files
 from support import features as of
 from support.finished import finished, sae
 
-from saeray.client.cli import main
-from saeray.client.features import chosen_saes, described, digest_of, sweep_and_saes
+from saeray.client.cli import main, parser
+from saeray.client.features import chosen_saes, described, digest_of, sweep_and_saes, words
 from saeray.errors import ConfigError, SaerayError
 from saeray.files import feature_data
 from saeray.files.storage import Folder
@@ -94,3 +94,14 @@ def test_other_text_or_other_weights_are_another_pass(sweep, change):
     config = SweepFolder(sweep, sweep.name).read_configs()["a"]
     one = SAE("a", config)
     assert digest_of(sweep, one, Wanted(("a",))) != digest_of(sweep, one, Wanted(("a",), **change))
+
+
+def test_a_job_is_given_the_same_command():
+    arguments = parser().parse_args(
+        "features results/mine/a --tokens 5 --feature 3 --format neuronpedia".split()
+    )
+    wanted = Wanted((), 5, 20, None, ("pages", "neuronpedia"))
+    again = parser().parse_args(words(arguments, wanted))
+    assert again.sweep == "~/results/mine/a"
+    for name in ("tokens", "top", "feature", "harvesters", "format"):
+        assert getattr(again, name) == getattr(arguments, name)
