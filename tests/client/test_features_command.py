@@ -98,7 +98,7 @@ def test_other_text_or_other_weights_are_another_pass(sweep, change):
 
 def test_a_job_is_given_the_same_command():
     arguments = parser().parse_args(
-        "features results/mine/a --tokens 5 --feature 3 --format neuronpedia".split()
+        ["features", "results/mine/a", "--tokens", "5", "--feature", "3", "--format", "neuronpedia"]
     )
     wanted = Wanted((), 5, 20, None, ("pages", "neuronpedia"))
     again = parser().parse_args(words(arguments, wanted))
