@@ -52,6 +52,11 @@ SETTINGS: dict[str, Any] = {
 # does not import. --no-deps keeps torchvision out, which would replace torch.
 PEERS = {
     "sae_lens": [["sae-lens==6.54.12"]],
+    # For tests alone. Of what it asks for the rest is for models that we do not have.
+    "sae_dashboard": [
+        ["sae-lens==6.54.12", "dataclasses-json==0.6.7", "matplotlib==3.10.1"],
+        ["--no-deps", "sae-dashboard==0.8.0", "eindex-callum==0.1.2"],
+    ],
     "dictionary_learning": [
         ["--no-deps", "dictionary-learning==0.1.0", "nnsight==0.3.7"],
         [

@@ -121,7 +121,7 @@ HEAVY = ("ray", "transformer_lens", "transformers", "wandb", "datasets")
         ("sae sae.trainer", HEAVY),
         ("lm.model lm.evaluate", ("ray", "wandb")),
         ("files.checkpoint", ("ray", "wandb", "transformers")),
-        ("report.page", HEAVY),
+        ("report.page report.features report.features_export", (*HEAVY, "torch")),
         (
             "cluster.trial cluster.roster stream.buffer stream.launch client.driver",
             ("torch", "transformer_lens", "wandb"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
@@ -280,6 +281,7 @@ def parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=compare_command)
 
     add_report(commands)
+    add_features(commands, ADDRESSES)
 
     wandb = commands.add_parser(
         "wandb", help="send a sweep to wandb: each SAE's whole metrics.jsonl as one run"

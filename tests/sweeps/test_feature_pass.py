@@ -1,0 +1,77 @@
+"""`saeray features` on a finished sweep, by real harvesters: what one alone would write."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from support import features as of
+from support.running import pids
+
+from saeray.client.features import make
+from saeray.files import feature_data
+from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
+from saeray.spec.features import Wanted
+from saeray.stream.check import open_text
+from saeray.stream.feature_harvester import FeatureHarvester, FeatureJob
+from saeray.stream.feature_harvester import Wanted as OneSAE
+from saeray.stream.feature_pass import FeaturePass
+
+HOOK = "blocks.2.hook_resid_pre"
+
+
+def test_a_pass_by_two_harvesters_is_as_one_by_hand(alone, monkeypatch, tmp_path):
+    (row,) = alone.rows
+    name, said = row["trial"], []
+    sweep = alone.folder  # on S3
+    make(sweep, Wanted((name,), tokens=4096, top=4, harvesters=2), said.append)
+    place = sweep / "features" / name
+    data = feature_data.read(place)
+    assert data.about["windows"] * 64 == data.n_tokens == 8 * 64 + 4 * 16 * 64
+    assert data.about["held_out_windows"] == 8
+    assert {"index.html", "feature.html", "data"} <= set(place.names())
+    assert set((sweep / "features").names()) == {name, "index.html"}  # none of what was saved
+    # The same text, SAE and model, in this process.
+    config = SweepFolder(sweep, sweep.name).read_configs()[name]
+    monkeypatch.setattr("saeray.stream.feature_harvester.seen_from_here", Folder.at)
+    wanted = OneSAE((sweep / "trials" / name / "final").uri, HOOK, HOOK, len(data))
+    job = FeatureJob({name: wanted}, 64, 4, 5, 5, str(tmp_path), str(tmp_path))
+    one = FeatureHarvester(config.to_dict(), [HOOK])
+    one.begin(job, "one", [])
+    text = open_text(config, lambda _: None)
+    parts = [text.evaluation(), *(text.train(16 * i, 16) for i in range(4))]
+    for i, tokens in enumerate(parts):
+        one.collect(i, tokens)
+    one.finish(name, np.concatenate(parts), [0, 8, 24, 40, 56], data.about)
+    assert (Folder.at(tmp_path) / "features" / name).read(feature_data.FEATURES) == place.read(
+        feature_data.FEATURES
+    )
+    # Once more there is nothing to gather: no harvester is started.
+    said.clear()
+    make(sweep, Wanted((name,), tokens=4096, top=4), said.append)
+    assert len(said) == 1 and "index.html" in said[0]
+    (sweep / "features").delete()  # others look at this sweep, too
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("phase", ["gather", "join"])
+def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance, monkeypatch, phase):
+    folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0), b=of.sparse_sae(1))
+    wanted = Wanted(("a", "b"), tokens=40_000, harvesters=2)
+    make(folder, wanted, lambda _: None)
+    kept = {s: (folder / "features" / s).read(feature_data.FEATURES) for s in "ab"}
+    (folder / "features").delete()
+    said, killed, real = [], [], getattr(FeaturePass, phase)
+
+    def struck(self, *arguments):
+        if not killed:
+            killed.append(min(pids("FeatureHarvester")))
+            os.kill(killed[0], signal.SIGKILL)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(FeaturePass, phase, struck)
+    make(folder, wanted, said.append)
+    assert {s: (folder / "features" / s).read(feature_data.FEATURES) for s in "ab"} == kept
+    assert [text for text in said if "died" in text]
