@@ -63,7 +63,7 @@ class SAETrial(tune.Trainable):
         self.decides = known is None or known["decides"]  # a scheduler or searcher, on the results
         self.number = 0
         self.state = ""
-        self.folder = ""
+        self.folder = self.path = None  # of its newest checkpoint, and where it is when trained
         self.enlist(sweep, folder)
 
     def own_folder(self) -> tuple[str, str]:
@@ -110,7 +110,8 @@ class SAETrial(tune.Trainable):
                 self.sae.wait_limit_s,
                 "roster",
             )
-        self.number, self.state, self.folder = result.number, result.state, result.checkpoint
+        self.number, self.state = result.number, result.state
+        self.folder, self.path = result.checkpoint, result.path
         if result.state in (FAILED, INTERRUPTED) and self.raises:
             raise SAEFailed(result.error)
         # Tune ends an experiment whose results lack what it decides on: one that failed before its
@@ -126,7 +127,12 @@ class SAETrial(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        pointer = {"name": self.name, "folder": self.folder, "number": self.number}
+        pointer = {
+            "name": self.name,
+            "folder": self.folder,
+            "path": self.path,
+            "number": self.number,
+        }
         (Path(checkpoint_dir) / POINTER).write_text(strict_json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
@@ -139,6 +145,7 @@ class SAETrial(tune.Trainable):
         if pointer["name"] != self.name:
             raise ConfigError(f"{self.name} can't go on from {pointer['name']}: {NO_TAKEOVER}")
         self.folder, self.number = pointer["folder"], pointer["number"]
+        self.path = pointer.get("path")
 
     def cleanup(self) -> None:
         """Tune is done with this trial; an SAE that is still training leaves its pack.
