@@ -58,7 +58,7 @@ def chosen(where: Any) -> tuple[SweepResult, list[str]]:
     if name not in trained:
         known = [row["trial"] for row in sweep.rows]
         said = "it is not trained yet" if name in known else nearest(name, known)
-        raise bad_value("SAE", name, f"in {sweep.folder.uri}: {said}.")
+        raise bad_value("SAE", name, f"in {sweep.folder.uri}: {said}")
     return sweep, [name]
 
 
@@ -125,10 +125,10 @@ def push(sweep: Any, repo: str, *, private: bool | None = None, license: str | N
         n: model_card.published_config(c) for n, c in mine["saes"].items() if n in names
     }
     mine.pop("resources", None)
-    mine, rows, configs = with_those_there(repo, mine, rows, configs)
-    card = model_card.Card(
-        repo, mine["name"], rows, configs, license, decoded(hub_repo.text_there(repo, "README.md"))
-    )
+    there = hub_repo.there(repo, OF_A_SWEEP)
+    mine, rows, configs = with_those_there(repo, there, mine, rows, configs)
+    readme = there.get("README.md", b"").decode()
+    card = model_card.Card(repo, mine["name"], rows, configs, license, readme)
 
     def parts() -> Iterator[Mapping[str, bytes | Path]]:
         for sae in names:
@@ -147,6 +147,7 @@ def push(sweep: Any, repo: str, *, private: bool | None = None, license: str | N
 
 def with_those_there(
     repo: str,
+    there: Mapping[str, bytes],
     mine: dict[str, Any],
     rows: list[dict[str, Any]],
     configs: dict[str, LanguageModelSAERunnerConfig],
@@ -156,11 +157,9 @@ def with_those_there(
     Raises:
         ConfigError: another SAE of the same name is among them.
     """
-    there = hub_repo.text_there(repo, "sweep.yaml")
-    table = hub_repo.text_there(repo, "results.parquet")
-    if there is None or table is None:
+    if not {"sweep.yaml", "results.parquet"} <= {*there}:
         return mine, rows, configs
-    before = yaml.safe_load(there)["saes"]
+    before = yaml.safe_load(there["sweep.yaml"])["saes"]
     for name, config in mine["saes"].items():
         other = before.get(name, config)
         differing = [k for k in config if other.get(k) != config[k] and k not in MAY_DIFFER]
@@ -171,17 +170,13 @@ def with_those_there(
                 "is wanted."
             )
     kept = {name: config for name, config in before.items() if name not in mine["saes"]}
-    old = pyarrow.parquet.read_table(io.BytesIO(table)).to_pylist()
+    old = pyarrow.parquet.read_table(io.BytesIO(there["results.parquet"])).to_pylist()
     rows = [row for row in old if row["trial"] in kept] + rows
     read = {n: LanguageModelSAERunnerConfig.from_dict(c, source=repo) for n, c in kept.items()}
     return mine | {"saes": kept | mine["saes"]}, rows, configs | read
 
 
 MAY_DIFFER = frozenset(model_card.OF_THE_MACHINE)
-
-
-def decoded(data: bytes | None) -> str | None:
-    return None if data is None else data.decode()
 
 
 def files_of_sae(result: SweepResult, name: str) -> Iterator[tuple[str, bytes | Path]]:
@@ -262,7 +257,9 @@ def at_home(folder: Folder, target: Path, saes: list[str]) -> None:
     """sweep.yaml and results of these SAEs alone, with the paths that they will have."""
     data = yaml.safe_load(folder.read("sweep.yaml"))
     data["saes"] = {name: config for name, config in data["saes"].items() if name in saes}
-    folder.write("sweep.yaml", yaml.safe_dump(data | {"name": target.name}).encode())
+    folder.write(
+        "sweep.yaml", yaml.safe_dump(data | {"name": target.name}, sort_keys=False).encode()
+    )
     table = pyarrow.parquet.read_table(io.BytesIO(folder.read("results.parquet")))
     rows = [row for row in table.to_pylist() if row["trial"] in saes]
     write_results(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -122,16 +123,18 @@ def folder_with(name: Name, files: Sequence[str], prefix: str) -> str:
     return str(fetched(name, f"{prefix}cfg.json").parent)
 
 
-def text_there(repo: str, path: str) -> bytes | None:
-    """A file of a repository as it is now; None where there is none of either."""
+def there(repo: str, paths: Sequence[str]) -> dict[str, bytes]:
+    """Those of these files that a repository has now; none where there is no such repository."""
     from huggingface_hub import errors
 
     with asking(repo) as api:
         try:
-            found = api.hf_hub_download(repo, path)
-        except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError):
-            return None
-        return Path(found).read_bytes()
+            info = api.model_info(repo)
+        except errors.RepositoryNotFoundError:
+            return {}
+        has = {file.rfilename for file in info.siblings or ()}
+        found = {p: api.hf_hub_download(repo, p, revision=info.sha) for p in paths if p in has}
+        return {path: Path(place).read_bytes() for path, place in found.items()}
 
 
 Parts = Iterable[Mapping[str, bytes | Path]]  # files by their path in a repository
@@ -157,7 +160,9 @@ def published(repo: str, parts: Parts, message: str, private: bool | None) -> st
             new = [CommitOperationAdd(path_in_repo=p, path_or_fileobj=d) for p, d in files.items()]
             api.preupload_lfs_files(repo, new)
             added += new
-        api.create_commit(repo, added, commit_message=message)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+            api.create_commit(repo, added, commit_message=message)
         return str(made)
 
 

@@ -45,7 +45,7 @@ class Card(NamedTuple):
     rows: Sequence[Mapping[str, Any]]  # results.csv's, of the SAEs in the repository
     configs: Mapping[str, LanguageModelSAERunnerConfig]  # by SAE
     license: str | None = None
-    there: str | None = None  # the README.md that is there
+    there: str = ""  # the README.md that is there
 
 
 def written(card: Card) -> str:
@@ -53,7 +53,7 @@ def written(card: Card) -> str:
     configs = [card.configs[row["trial"]] for row in card.rows]
     lines = [BEGIN, of_what(configs), "", *table(card.rows), "", *frontiers(card.rows)]
     part = "\n".join([*lines, *loading(card), *config_of(card, configs), END])
-    before, body = parted(card.there or "")
+    before, body = parted(card.there)
     if BEGIN in body and END in body:
         head, _, rest = body.partition(BEGIN)
         body = head + part + rest.partition(END)[2]

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
+import yaml
 
 
 class ModelHub:
@@ -62,6 +63,7 @@ class ModelHub:
         """(status, headers, body)"""
         for pattern, what, writes in (
             (r"/api/repos/create", self.create, True),
+            (r"/api/validate-yaml", self.validate_yaml, False),
             (r"/api/models/(\w+/[\w.-]+)/preupload/main", self.preupload, True),
             (r"/api/models/(\w+/[\w.-]+)/xet-write-token/main", self.xet_token, True),
             (r"/api/models/(\w+/[\w.-]+)/commit/main", self.commit, True),
@@ -75,7 +77,7 @@ class ModelHub:
                 continue
             if writes and not right:
                 return error(401, "", "Invalid username or password.")
-            repo = found[1] if found.groups() else None
+            repo = found[1] if found.groups() else None  # and whether it may be seen
             hidden = repo in self.private and not right
             if repo is not None and (repo not in self.repos or hidden):
                 return error(404 if right else 401, "RepoNotFound", "Repository not found")
@@ -94,6 +96,15 @@ class ModelHub:
         if asked.get("visibility") == "private" or asked.get("private"):
             self.private.add(repo)
         return reply(url)
+
+    def validate_yaml(self, sent):
+        """A card's front matter, as strict as the hub in what ours has."""
+        data = yaml.safe_load(json.loads(sent)["content"].split("---")[1])
+        names = [*data.get("base_model", []), *data.get("datasets", [])]
+        wrong = [n for n in names if not re.fullmatch(r"[\w.-]+/[\w.-]+", n)]
+        wrong += [t for t in data["tags"] if not isinstance(t, str)]
+        told = {"errors": [{"message": f"{n}: not valid"} for n in wrong], "warnings": []}
+        return reply(told, 400 if wrong else 200)
 
     def preupload(self, sent, repo):
         def mode(path):
