@@ -20,7 +20,8 @@ import yaml
 from saeray.client.result import SweepResult, load_sweep
 from saeray.errors import ConfigError, bad_value, nearest
 from saeray.files import hub_repo, model_card, strict_json
-from saeray.files.results import write_pareto, write_results
+from saeray.files.picture import write_pareto
+from saeray.files.results import write_results
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig

@@ -109,7 +109,9 @@ class SAECfg:
     def described(self) -> tuple[str, str]:
         """For a line: its name, and where it belongs and lies."""
         out = f" to {self.hook_name_out}" if self.hook_name_out else ""
-        at = f" at {self.hook_name}{out} of {self.model_name}" if self.hook_name else ""
+        model = str(self.model_name)
+        model = model.rpartition("/")[2] if model.startswith(("/", "~")) else model
+        at = f" at {self.hook_name}{out} of {model}" if self.hook_name else ""
         return (
             f" {self.name}" if self.name else "",
             at + (f", in {self.folder}" if self.folder else ""),

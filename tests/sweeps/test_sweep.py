@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 import time
 
@@ -11,7 +12,9 @@ import pytest
 import ray
 import torch
 import yaml
-from support.bundled import MODEL, fields
+from support.blocks import run_blocks
+from support.bundled import MODEL, ROOT, fields
+from support.model_hub import ModelHub
 from support.running import weights_of
 from support.wandb_files import read_run
 
@@ -169,6 +172,32 @@ def test_its_page_and_its_account_are_there(six):
     assert f"{session.harvested_tokens:,}" in page and session.placement[:20] in page
     assert page.count("<tr class=") == 6
     assert f"to look at: {folder}/report.html" in result.summary()
+
+
+def test_the_blocks_of_docs_sharing_run_on_it(six, tmp_path):
+    _, folder = six
+    hub = ModelHub()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine").symlink_to(folder)
+    try:
+        said = run_blocks(
+            ROOT / "docs" / "sharing.md",
+            tmp_path,
+            {"lr=0.002,l1_coefficient=0.0004": "lr=0.001,l1_coefficient=0.0003"},
+            HF_ENDPOINT=hub.url,
+            HF_TOKEN=hub.token,
+            HF_HOME=str(tmp_path / "hf"),
+        )
+    finally:
+        hub.close()
+        shutil.rmtree(folder / "export")
+    assert "<SAE lr=0.001,l1_coefficient=0.0003: standard 128 -> 512 at blocks.2" in said
+    assert {*hub.repos} == hub.private | {"me/one-sae"} == {
+        "me/my-saes", "me/one-sae", "me/from-python",
+    }  # fmt: skip
+    assert len(saeray.load_sweep(tmp_path / "pulled").rows) == 6
+    made = tmp_path / "exported" / "lr=0.001,l1_coefficient=0.0003"
+    assert saeray.load_sae(made).cfg.hook_layer == 2
 
 
 def test_wandb_has_one_offline_run_per_sae(six):
