@@ -120,7 +120,7 @@ def push(sweep: Any, repo: str, *, private: bool | None = None, license: str | N
     result, names = chosen(sweep)
     configs = SweepFolder(result.folder, result.name).read_configs()
     rows = [row for row in result.rows if row["trial"] in names]
-    rows = [row | {"path": f"trials/{row['trial']}/final"} for row in rows]
+    rows = [row | {"path": row["trial"]} for row in rows]  # in the repository
     mine = yaml.safe_load(result.folder.read("sweep.yaml"))
     mine["saes"] = {
         n: model_card.published_config(c) for n, c in mine["saes"].items() if n in names

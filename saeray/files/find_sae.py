@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saeray.errors import ConfigError, bad_value, nearest
+from saeray.errors import ConfigError, SaerayError, bad_value, nearest
 from saeray.files import hub_repo, strict_json
 from saeray.files.checkpoint import load_sae as load_folder
 from saeray.files.storage import Folder
@@ -99,7 +99,10 @@ def named(text: str, field: str) -> Folder:
                 said = f"no trained SAE of that name; {nearest(place.name, there)}"
                 raise bad_value(field, text, said)
     if found is None and hub_repo.is_name(text) and not place.exists():
-        found = Folder.at(hub_repo.sae_folder(text))
+        try:
+            found = Folder.at(hub_repo.sae_folder(text))
+        except SaerayError as error:  # a path with a slip in it looks like a name, too
+            raise type(error)(f"{text}: no such folder is here, and {error}") from None
     if found is None:
         kind = "SAE" if place.exists() else "folder"
         raise bad_value(

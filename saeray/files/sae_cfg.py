@@ -23,7 +23,7 @@ from saeray.sae.architectures.base import SAE, folded, kind_of
 NOT_SAE_NAMES = ("final", "sae", "")  # folders that say nothing of the SAE in them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SAECfg:
     """An SAE's kind, size, model and hook point, and all that it was trained with.
 

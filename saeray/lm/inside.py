@@ -30,8 +30,7 @@ from saeray.spec.synthetic import is_synthetic
 
 # Of what an SAE was trained with, what its model is loaded by.
 OF_THE_MODEL = (
-    "model_name", "model_revision", "trust_remote_code", "activation_dtype", "prepend_bos",
-    "context_size",
+    "model_name", "model_revision", "activation_dtype", "prepend_bos", "context_size",
 )  # fmt: skip
 
 
@@ -46,11 +45,15 @@ def hooks_of(sae: SAE) -> tuple[str, str]:
     return sae.cfg.hook_name, sae.cfg.hook_name_out or sae.cfg.hook_name
 
 
-def language_model(saes: SAE | Sequence[SAE], device: str | None = None) -> LanguageModel:
+def language_model(
+    saes: SAE | Sequence[SAE], device: str | None = None, trust_remote_code: bool = False
+) -> LanguageModel:
     """The language model of one SAE or several, loaded once for all of them.
 
     Args:
         device: cpu, cuda, mps or auto; default: where the first SAE is.
+        trust_remote_code: whether a model's own code may run. An SAE's cfg.json, which may be
+            anybody's, has no say in it.
 
     Raises:
         ConfigError: they are of different models, or of none; or it can't be loaded.
@@ -67,6 +70,7 @@ def language_model(saes: SAE | Sequence[SAE], device: str | None = None) -> Lang
     fields = {n: known[n] for n in OF_THE_MODEL if known.get(n) is not None}
     config = LanguageModelSAERunnerConfig(
         **fields,
+        trust_remote_code=trust_remote_code,
         hook_point=hooks[0],
         dataset_path="",
         device=str(saes[0].device) if device is None else device,
@@ -106,6 +110,10 @@ class Inside:
             if lm.config.prepend_bos and bos is not None:
                 ids = [bos, *ids]
             text = torch.tensor(ids)
+        elif not torch.is_tensor(text):
+            raise bad_value(
+                "text", text, "one text, or token ids, a tensor [n, context], for several."
+            )
         tokens = torch.atleast_2d(text).to(lm.device, torch.int64)
         limit = context_limit(lm.model.config)
         if limit and tokens.shape[1] > limit:
@@ -162,7 +170,8 @@ def spliced(
     """Runs an SAE inside the language model at its hook.
 
     Args:
-        model: of `language_model`, where it is loaded already (for several SAEs, say).
+        model: of `language_model`, where it is loaded already (for several SAEs, say, or one that
+            brings code of its own).
         device: of the model; default: where the SAE is.
         reconstruction: False leaves the model as it is, and only reads latents.
 

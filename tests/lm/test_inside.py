@@ -84,7 +84,13 @@ def test_what_can_not_be_spliced_is_said(model):
         saeray.latents(made("blocks.0.hook_resid_pre"), TEXT, model)
     with saeray.spliced(made(), model) as inside, pytest.raises(ConfigError, match="at most 256"):
         inside(torch.zeros(300, dtype=torch.int64))
-    sae = made()
+    with (
+        saeray.spliced(made(), model) as inside,
+        pytest.raises(ConfigError, match=r"text = \['a', 'b'\]: one text, or token ids"),
+    ):
+        inside(["a", "b"])
+    sae = made(training_config={"trust_remote_code": True})
+    assert not saeray.language_model(sae).config.trust_remote_code  # whoever wrote the cfg.json
     sae.cfg = saeray.SAECfg.of(sae, model_name="synthetic:d_in=128", hook_name="x")
     with pytest.raises(ConfigError, match="there is no language model behind it"):
         saeray.language_model(sae)

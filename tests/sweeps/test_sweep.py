@@ -286,7 +286,7 @@ def test_a_trial_that_starts_when_the_others_are_done(tiny, tmp_path, ray_instan
     assert rosters("late") == []
 
 
-def test_the_guides_snippet(tiny, tmp_path, monkeypatch):
+def test_the_guides_snippet(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     from saeray import LanguageModelSAERunnerConfig, language_model_sae_runner
 
@@ -337,6 +337,10 @@ def test_the_guides_snippet(tiny, tmp_path, monkeypatch):
     assert len(list((folder / "trials" / "sae" / "checkpoints").iterdir())) == 9
     x = torch.randn(3, 128)
     assert torch.equal(sparse_autoencoder(x), load_sae(str(folder / "trials/sae/final"))(x))
+    about = sparse_autoencoder.cfg
+    assert (about.name, about.hook_point, about.lr) == ("sae", cfg.hook_point, cfg.lr)
+    assert repr(sparse_autoencoder).startswith("<SAE sae: standard 128 -> 512 at blocks.2.hook")
+    assert f"results: {folder}" in capsys.readouterr().out
 
 
 class Spy(saeray.SAETrial):
