@@ -6,8 +6,9 @@
     )
 
 The trials of one experiment meet at its roster, which trains them in packs. A trial's Tune
-checkpoint is a pointer, a small JSON with the folder of its SAE; the SAE's real checkpoints lie
-there, so schedulers may pause and restore trials without copying weights.
+checkpoint, taken at its first result and at its last, is a pointer, a small JSON with the folder of
+its SAE; the SAE's real checkpoints lie there, so schedulers may pause and restore trials without
+copying weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.result import SHOULD_CHECKPOINT
 
 from saeray.actors import waiting
 from saeray.actors.nodes import HEAD_SHARE, has_head
@@ -110,6 +112,7 @@ class SAETrial(tune.Trainable):
                 self.sae.wait_limit_s,
                 "roster",
             )
+        first = self.number == 0
         self.number, self.state = result.number, result.state
         self.folder, self.path = result.checkpoint, result.path
         if result.state in (FAILED, INTERRUPTED) and self.raises:
@@ -124,6 +127,8 @@ class SAETrial(tune.Trainable):
             "step": result.step,
             "path": result.path,
             "done": result.state in ENDS,
+            # However Tune ends it, what it has of the trial leads to the SAE (`saeray.load_sae`).
+            SHOULD_CHECKPOINT: self.raises and (first or result.state in ENDS),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -413,7 +413,10 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert tokens[1e-5] < ASHA_STEPS * 1024  # the worst was stopped
     best = results.get_best_result(metric="metrics/CE_loss_score", mode="max")
     assert best.config["lr"] > 1e-5
-    assert load_sae(best.metrics["path"]).d_sae == 256
+    for r in results:  # stopped or not
+        names = {saeray.load_sae(x).cfg.folder for x in (r, r.checkpoint, r.metrics)}
+        assert names == {r.metrics["path"]}
+    assert (tmp_path / "asha" / "pareto.png").exists()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "asha" / "results.csv").read_text())))
     statuses = {float(r["lr"]): r["status"] for r in rows}
     assert statuses[1e-5] == "stopped"
