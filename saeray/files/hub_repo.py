@@ -79,7 +79,8 @@ def asking(repo: str) -> Iterator[HfApi]:
 def files_of(name: Name) -> list[str]:
     """The paths of all files in a repository."""
     with asking(name.repo) as api:
-        return api.list_repo_files(name.repo, revision=name.revision)
+        info = api.model_info(name.repo, revision=name.revision)
+        return [file.rfilename for file in info.siblings or ()]
 
 
 def fetched(name: Name, path: str) -> Path:
@@ -95,8 +96,16 @@ def sae_folder(text: str) -> str:
         ConfigError: there is none there, or several.
     """
     name = parsed(text)
-    files = files_of(name)
     wanted = [f"{name.inside}/", f"{name.inside}/final/"] if name.inside else [""]
+    try:
+        files = files_of(name)
+    except ConfigError:
+        raise
+    except SaerayError:  # without a net: as it was when it was last loaded
+        kept = [found for prefix in wanted if (found := in_cache(name, f"{prefix}cfg.json"))]
+        if kept:
+            return kept[0]
+        raise
     for prefix in wanted:
         if f"{prefix}cfg.json" in files:
             return folder_with(name, files, prefix)
@@ -114,6 +123,14 @@ def sae_folder(text: str) -> str:
         f"{text}: there are {len(inside)} SAEs: {', '.join(inside[:12])}{more}; "
         f"{name.repo}/NAME takes one."
     )
+
+
+def in_cache(name: Name, path: str) -> str | None:
+    """The folder of a file that was brought before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name.repo, path, revision=name.revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def folder_with(name: Name, files: Sequence[str], prefix: str) -> str:

@@ -225,6 +225,9 @@ def test_training_starts_from_an_sae_on_the_hub(hub, here):
     assert torch.equal(began.W_enc, saeray.load_sae(here / "it").W_enc)
     with pytest.raises(saeray.ConfigError, match=r"them/saes/y: no SAE is there"):
         started_from(config_of("standard", init_from="them/saes/y"), 4)
+    hub.close()  # without a net it is what was loaded last
+    hub.server.server_close()
+    assert torch.equal(saeray.load_sae("them/saes/x").W_enc, began.W_enc)
 
 
 def test_a_hub_that_does_not_answer(hub, sweep, here, capsys):
