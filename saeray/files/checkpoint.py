@@ -20,8 +20,8 @@ from torch import Tensor
 
 from saeray.files import strict_json
 from saeray.files.sae_cfg import (
-    AS_LOADED,
     SAECfg,
+    as_loaded,
     in_the_form_of_now,
     weights_of_now,
     without_rescaling,
@@ -235,7 +235,7 @@ def load_sae(folder: Folder | str) -> SAE:
     sae = without_rescaling(cfg, published_sae(cfg, weights))
     known = "sparsity.safetensors" in folder.names()
     sparsity = load(folder.read("sparsity.safetensors"))["sparsity"] if known else None
-    sae.cfg = SAECfg(cfg | AS_LOADED | sae.SAE_LENS_CFG, folder.uri, sparsity)
+    sae.cfg = SAECfg(as_loaded(cfg) | sae.SAE_LENS_CFG, folder.uri, sparsity)
     return sae
 
 

@@ -138,8 +138,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# What holds of every SAE that was loaded, however it was written.
-AS_LOADED = {"apply_b_dec_to_input": True, "normalize_activations": "none"}
 METADATA = (
     "model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path",
 )  # fmt: skip
@@ -180,7 +178,7 @@ def weights_of_now(cfg: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
             "scaling_factor: its latents are multiplied by factors of their own (finetuned), which "
             "ours are not."
         )
-    if not cfg.get("apply_b_dec_to_input", True):
+    if not cfg.get("apply_b_dec_to_input", True) and not is_transcoder(cfg):
         # x W + b = (x - b_dec) W + (b + b_dec W)
         shift = tensors["b_dec"] @ tensors["W_enc"]
         for name in {"b_enc", "b_gate"} & tensors.keys():
@@ -188,6 +186,17 @@ def weights_of_now(cfg: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         if "b_mag" in tensors:
             tensors["b_mag"] = tensors["b_mag"] + shift * tensors["r_mag"].exp()
     return tensors
+
+
+def as_loaded(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cfg.json says of an SAE once it was loaded, however it was written."""
+    told = {"apply_b_dec_to_input": not is_transcoder(cfg), "normalize_activations": "none"}
+    return {**cfg, **told}
+
+
+def is_transcoder(cfg: Mapping[str, Any]) -> bool:
+    """Its b_dec is its output's alone."""
+    return cfg["architecture"].endswith("transcoder")
 
 
 def without_rescaling(cfg: dict[str, Any], sae: SAE) -> SAE:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,10 +83,15 @@ class Inside:
     def __init__(self, model: LanguageModel, sae: SAE) -> None:
         self.sae = sae
         self.language_model = model
-        self.latents: Tensor | None = None  # [n, context, d_sae], of the newest forward
         self.reads, self.writes = hooks_of(sae)
-        self.read: Tensor | None = None  # what came in, where x̂ goes elsewhere
+        self.x: Tensor | None = None  # [n, context, d_in], what came in at the newest forward
         self.tokenizer = load_tokenizer(model.config)
+
+    @property
+    def latents(self) -> Tensor:
+        """[n, context, d_sae], of the newest forward."""
+        assert self.x is not None, "nothing was run yet"
+        return self.sae.encode(self.x)
 
     @property
     def model(self) -> Any:
@@ -138,26 +142,22 @@ class Inside:
 
     # --- at the hooks -----------------------------------------------------------------------
 
-    def encoded(self, value: Tensor) -> Tensor:
-        """x as the model has it -> latents, kept."""
-        self.latents = self.sae.encode(flat_heads(value).to(self.sae.device))
-        return self.latents
-
     def keep(self, value: Tensor) -> None:
-        self.read = self.encoded(value)
+        self.x = flat_heads(value).to(self.sae.device)
 
-    def put(self, value: Tensor, with_reconstruction: bool) -> Tensor | None:
-        """What goes on in the place of what is at the hook; None: the same."""
-        latents = self.encoded(value) if self.reads == self.writes else self.read
-        if not with_reconstruction:
-            return None
-        assert latents is not None, f"{self.reads} comes after {self.writes}"
-        x_hat = self.sae.decode(latents)
-        return x_hat.reshape(value.shape).to(value.device, value.dtype)
+    def put(self, value: Tensor) -> Tensor:
+        """What goes on in the place of what is at the hook."""
+        if self.reads == self.writes:
+            self.keep(value)
+        assert self.x is not None, f"{self.reads} comes after {self.writes}"
+        return self.sae(self.x).reshape(value.shape).to(value.device, value.dtype)
 
     def handlers(self, with_reconstruction: bool) -> list[tuple[str, Callable[[Tensor], Any]]]:
-        here = (self.writes, partial(self.put, with_reconstruction=with_reconstruction))
-        return [here] if self.reads == self.writes else [(self.reads, self.keep), here]
+        reading: tuple[str, Callable[[Tensor], Any]] = (self.reads, self.keep)
+        if not with_reconstruction:
+            return [reading]
+        writing = (self.writes, self.put)
+        return [writing] if self.reads == self.writes else [reading, writing]
 
 
 @contextlib.contextmanager
@@ -207,5 +207,4 @@ def latents(sae: SAE, text: str | Tensor, model: LanguageModel | None = None) ->
     """
     with spliced(sae, model, reconstruction=False) as inside:
         inside(text)
-    assert inside.latents is not None
-    return inside.latents
+        return inside.latents
