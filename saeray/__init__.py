@@ -18,14 +18,21 @@ _WHERE = {
     "ConfigError": "saeray.errors",
     "LanguageModelSAERunnerConfig": "saeray.spec.config",
     "Resources": "saeray.spec.config",
+    "SAECfg": "saeray.files.sae_cfg",
     "SAETrial": "saeray.cluster.trial",
     "StandardSAE": "saeray.sae.architectures.standard",
     "compare": "saeray.client.choose",
+    "export": "saeray.client.sharing",
+    "language_model": "saeray.lm.inside",
     "language_model_sae_runner": "saeray.client.runner",
-    "load_sae": "saeray.files.checkpoint",
+    "latents": "saeray.lm.inside",
+    "load_sae": "saeray.files.find_sae",
     "load_sweep": "saeray.client.result",
+    "pull": "saeray.client.sharing",
+    "push": "saeray.client.sharing",
     "resume": "saeray.client.runner",
     "runtime_env": "saeray.client.connect",
+    "spliced": "saeray.lm.inside",
     "sweep": "saeray.client.runner",
 }
 
@@ -34,9 +41,12 @@ if TYPE_CHECKING:
     from saeray.client.connect import runtime_env
     from saeray.client.result import load_sweep
     from saeray.client.runner import language_model_sae_runner, resume, sweep
+    from saeray.client.sharing import export, pull, push
     from saeray.cluster.trial import SAETrial
     from saeray.errors import ConfigError
-    from saeray.files.checkpoint import load_sae
+    from saeray.files.find_sae import load_sae
+    from saeray.files.sae_cfg import SAECfg
+    from saeray.lm.inside import language_model, latents, spliced
     from saeray.sae.architectures.standard import StandardSAE
     from saeray.spec.config import LanguageModelSAERunnerConfig
     from saeray.spec.resources import Resources
@@ -52,14 +62,21 @@ __all__ = [
     "ConfigError",
     "LanguageModelSAERunnerConfig",
     "Resources",
+    "SAECfg",
     "SAETrial",
     "StandardSAE",
     "__version__",
     "compare",
+    "export",
+    "language_model",
     "language_model_sae_runner",
+    "latents",
     "load_sae",
     "load_sweep",
+    "pull",
+    "push",
     "resume",
     "runtime_env",
+    "spliced",
     "sweep",
 ]

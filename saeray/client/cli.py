@@ -19,6 +19,7 @@ import yaml
 
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
+from saeray.client.sharing_commands import add_commands
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -288,6 +289,8 @@ def parser() -> argparse.ArgumentParser:
     )
     wandb.add_argument("directory", metavar="DIR", help="the sweep's folder: a path or s3://…")
     wandb.set_defaults(command=wandb_command)
+
+    add_commands(commands)
 
     fields = commands.add_parser("fields", help="what the fields of a sweep file mean")
     fields.add_argument("word", metavar="WORD", nargs="?", default="", help="in a name or text")

@@ -22,11 +22,11 @@ from saeray.client.session import (
     saes_of,
     with_absolute_inputs,
 )
-from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve
 from saeray.spec.grid import expand
-from saeray.spec.messages import DONE
+from saeray.spec.messages import DONE, STOPPED
 from saeray.spec.scheduler import refuse_takeover
 
 if TYPE_CHECKING:
@@ -152,11 +152,14 @@ def language_model_sae_runner(
 ) -> SAE | list[SAE]:
     """The guide's runner: trains and returns the SAE (of a grid, all of them in grid order).
 
+    Prints where the results are; each SAE's `cfg` says which it is.
+
     Raises:
         ConfigError: bad input. SaerayError: training failed.
     """
     result = sweep(cfg)
-    failed = [row for row in result.rows if row["status"] != DONE]
+    print(printable(f"results: {result.folder.uri}"))
+    failed = [row for row in result.rows if row["status"] not in (DONE, STOPPED)]
     if failed:
         raise SaerayError("; ".join(str(row["error"]) for row in failed))
     trained = [result.load(row["trial"]) for row in result.rows]

@@ -227,6 +227,8 @@ def absolute(path: Any) -> Any:
     """A path that is there, as other processes find it; anything else as it is. Of a list, each."""
     if isinstance(path, list):
         return [absolute(one) for one in path]
-    if isinstance(path, str) and "://" not in path and Path(path).expanduser().exists():
-        return portable(Path(path).expanduser())
+    if isinstance(path, str) and "://" not in path:
+        here = Path(path).expanduser()
+        if here.exists() or (here.parent / "sweep.yaml").exists():  # SWEEP/SAE
+            return portable(here)
     return path

@@ -6,8 +6,9 @@
     )
 
 The trials of one experiment meet at its roster, which trains them in packs. A trial's Tune
-checkpoint is a pointer, a small JSON with the folder of its SAE; the SAE's real checkpoints lie
-there, so schedulers may pause and restore trials without copying weights.
+checkpoint, taken at its first result and at its last, is a pointer, a small JSON with the folder of
+its SAE; the SAE's real checkpoints lie there, so schedulers may pause and restore trials without
+copying weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.result import SHOULD_CHECKPOINT
 
 from saeray.actors import waiting
 from saeray.actors.nodes import HEAD_SHARE, has_head
@@ -63,7 +65,7 @@ class SAETrial(tune.Trainable):
         self.decides = known is None or known["decides"]  # a scheduler or searcher, on the results
         self.number = 0
         self.state = ""
-        self.folder = ""
+        self.folder = self.path = None  # of its newest checkpoint, and where it is when trained
         self.enlist(sweep, folder)
 
     def own_folder(self) -> tuple[str, str]:
@@ -110,7 +112,9 @@ class SAETrial(tune.Trainable):
                 self.sae.wait_limit_s,
                 "roster",
             )
-        self.number, self.state, self.folder = result.number, result.state, result.checkpoint
+        first = self.number == 0
+        self.number, self.state = result.number, result.state
+        self.folder, self.path = result.checkpoint, result.path
         if result.state in (FAILED, INTERRUPTED) and self.raises:
             raise SAEFailed(result.error)
         # Tune ends an experiment whose results lack what it decides on: one that failed before its
@@ -123,10 +127,17 @@ class SAETrial(tune.Trainable):
             "step": result.step,
             "path": result.path,
             "done": result.state in ENDS,
+            # However Tune ends it, what it has of the trial leads to the SAE (`saeray.load_sae`).
+            SHOULD_CHECKPOINT: self.raises and (first or result.state in ENDS),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        pointer = {"name": self.name, "folder": self.folder, "number": self.number}
+        pointer = {
+            "name": self.name,
+            "folder": self.folder,
+            "path": self.path,
+            "number": self.number,
+        }
         (Path(checkpoint_dir) / POINTER).write_text(strict_json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
@@ -139,6 +150,7 @@ class SAETrial(tune.Trainable):
         if pointer["name"] != self.name:
             raise ConfigError(f"{self.name} can't go on from {pointer['name']}: {NO_TAKEOVER}")
         self.folder, self.number = pointer["folder"], pointer["number"]
+        self.path = pointer.get("path")
 
     def cleanup(self) -> None:
         """Tune is done with this trial; an SAE that is still training leaves its pack.

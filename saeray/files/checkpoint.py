@@ -19,6 +19,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from saeray.files import strict_json
+from saeray.files.sae_cfg import (
+    SAECfg,
+    as_loaded,
+    in_the_form_of_now,
+    weights_of_now,
+    without_rescaling,
+)
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES, published_sae
 from saeray.sae.architectures.base import SAE, kind_of
@@ -240,14 +247,19 @@ def delete_others(folder: Folder, keep: set[int]) -> None:
 
 
 def load_sae(folder: Folder | str) -> SAE:
-    """Loads a published SAE (`…/final`, or a checkpoint).
+    """Loads a published SAE (`…/final`, or a checkpoint), sae_lens's too, with its `cfg`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. ConfigError: one that computes what none of ours does.
     """
     folder = folder if isinstance(folder, Folder) else Folder.at(folder)
-    cfg = strict_json.loads(folder.read("cfg.json"))
-    return published_sae(cfg, load(folder.read("sae_weights.safetensors")))
+    cfg = in_the_form_of_now(strict_json.loads(folder.read("cfg.json")))
+    weights = weights_of_now(cfg, load(folder.read("sae_weights.safetensors")))
+    sae = without_rescaling(cfg, published_sae(cfg, weights))
+    known = "sparsity.safetensors" in folder.names()
+    sparsity = load(folder.read("sparsity.safetensors"))["sparsity"] if known else None
+    sae.cfg = SAECfg(as_loaded(cfg) | sae.SAE_LENS_CFG, folder.uri, sparsity)
+    return sae
 
 
 def json_bytes(data: object) -> bytes:

@@ -1,4 +1,4 @@
-"""An SAE to start from: a folder that saeray or sae_lens has written."""
+"""An SAE to start from: a folder that saeray or sae_lens has written, or one on the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from saeray.errors import bad_value
 from saeray.files.checkpoint import load_sae
-from saeray.files.storage import Folder
+from saeray.files.find_sae import folder_of
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import OF_OUTPUT, PARAMETERS, SAE, folded
 from saeray.sae.options import TrainingOptions
@@ -42,7 +42,7 @@ def started_from(
     where = config.init_from
     assert where is not None
     try:
-        sae = load_sae(Folder.at(where, "init_from"))
+        sae = load_sae(folder_of(where, "init_from"))
     except (OSError, KeyError, ValueError) as error:
         raise bad_value("init_from", where, f"no SAE could be read there: {error}") from None
     wanted = (d_in, config.d_sae(d_in))

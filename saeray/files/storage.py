@@ -58,6 +58,13 @@ class Folder:
         return place.rstrip("/").rpartition("/")[0] + mark + query
 
     @property
+    def parent(self) -> Folder | None:
+        """The folder that it lies in; None of a bucket, or of the root."""
+        if "/" not in self.path.strip("/"):
+            return None
+        return Folder(self.filesystem, str(PurePosixPath(self.path).parent), self.parent_uri)
+
+    @property
     def parts(self) -> tuple[str, str, str]:
         """The URI, `?`, and what says where the store is: its endpoint, a region."""
         # In a path on this machine `?` is a character like any other.

@@ -73,7 +73,7 @@ class LanguageModelSAERunnerConfig:
     # them have is None where it is not given, and then filled by saeray.spec.architectures.
     architecture: str = "standard"
     expansion_factor: int | float = 4  # d_sae = d_in * expansion_factor
-    # saeray: folder of a trained SAE, ours or sae_lens's (path or URI), to start from
+    # saeray: a trained SAE to start from, ours or sae_lens's: a folder, or its name on the hub
     init_from: str | None = None
     b_dec_init_method: str | None = None  # geometric_median, mean or zeros; None: the recipe's
     b_dec_init_rows: int = 4096  # saeray: rows sampled from the first half buffer for it

@@ -2,45 +2,16 @@
 
 import pytest
 import torch
-from support.configs import short_run
+from support.published import CPU, config_of, trained
 
 from saeray.cluster.options import options_of
 from saeray.errors import ConfigError
-from saeray.files.checkpoint import save_final
 from saeray.files.init_from import started_from
-from saeray.files.storage import Folder
-from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.initial import initial_sae
-from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
-
-CPU = torch.device("cpu")
-FIELDS = {
-    "standard": {}, "gated": {}, "topk": {"k": 3}, "batchtopk": {"k": 3},
-    "jumprelu": {"l0_coefficient": 0.01},
-}  # fmt: skip
 
 
 def config(architecture, folder=None, **changes):
-    return short_run(
-        architecture=architecture,
-        init_from=folder and str(folder),
-        **FIELDS[architecture] | changes,
-    )
-
-
-def trained(folder, architecture):
-    c = config(architecture, recipe="sae_lens")
-    options = options_of(c, CPU, 4)
-    sae = initial_sae(
-        4, 16, seed=0, b_dec=torch.ones(4), dtype=torch.float32, decoder_init_norm=0.5,
-        encoder_init="decoder_transpose", architecture=ARCHITECTURES[architecture], options=options,
-    )  # fmt: skip
-    t = SAETrainer(sae, options)
-    for i in range(5):
-        PackStep().step([t], torch.randn(64, 4, generator=torch.Generator().manual_seed(i)))
-    save_final(Folder.at(folder), c, t)
-    return t.published
+    return config_of(architecture, init_from=folder and str(folder), **changes)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -67,7 +38,7 @@ def test_another_architecture_takes_the_weights(tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path):
     trained(tmp_path / "sae", "standard")
-    with pytest.raises(ConfigError, match=r"init_from = .*no SAE could be read there"):
+    with pytest.raises(ConfigError, match=r"init_from = .*there is no such folder: cfg.json"):
         started_from(config("standard", tmp_path / "nothing"), 4)
     with pytest.raises(
         ConfigError, match="d_in and d_sae are 4 and 16, those of this sweep 4 and 32"

@@ -34,6 +34,8 @@ class SAE(nn.Module):
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # numbers that it is a function of beside those
     SAE_LENS_CFG: ClassVar[dict[str, Any]] = {}  # what sae_lens wants to be told beside them
 
+    cfg: Any = None  # of one that was loaded: where it belongs (saeray.files.sae_cfg.SAECfg)
+
     def __init__(
         self,
         W_enc: Tensor,
@@ -113,6 +115,35 @@ class SAE(nn.Module):
     def common(self) -> tuple[str, ...]:
         """The names of the parameters that it has whatever its architecture."""
         return PARAMETERS + tuple(n for n in OF_OUTPUT if getattr(self, n) is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    def __repr__(self) -> str:
+        name, place = self.cfg.described if self.cfg is not None else ("", "")
+        kind = self.architecture if self.cfg is None else self.cfg.architecture
+        return f"<SAE{name}: {kind} {self.d_in} -> {self.d_sae}{place}>"
+
+    def save(self, folder: Any) -> None:
+        """Writes what `saeray.load_sae` and sae_lens load: cfg.json and weights, as they are now.
+
+        folder: a path or URI; other files there stay.
+
+        Raises:
+            ValueError: it has no `cfg`, so nothing is known of the model it belongs to.
+        """
+        if self.cfg is None:
+            raise ValueError(
+                "this SAE has no cfg (its model and hook point); those of saeray.load_sae have, "
+                "and for one made by hand: sae.cfg = saeray.SAECfg.of(sae, model_name=…, "
+                "hook_name=…)."
+            )
+        self.cfg.save(self, folder)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
