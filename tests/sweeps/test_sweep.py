@@ -142,8 +142,9 @@ def test_the_sweeps_folder_is_as_documented(six):
                     "sparsity/dead_features",
                     "details/current_learning_rate", "details/n_training_tokens"):  # fmt: skip
             assert all(key in x for x in lines), key
-        evaluated = [x["step"] for x in lines if "metrics/CE_loss_score" in x]
-        assert evaluated == [16, 32]
+        evaluated = [x["step"] for x in lines if "eval/CE_loss_score" in x]
+        assert evaluated == [x["step"] for x in lines if "eval/l0" in x] == [16, 32]
+        assert row["l0"] == lines[-1]["eval/l0"]
         # Not the loss: the L1 comes in over the first steps, and makes it sparser at any price.
         assert lines[-1]["metrics/l0"] < lines[0]["metrics/l0"]
         assert sum(lines[-1]["plots/feature_density_line_chart"]["counts"]) == 512
@@ -180,7 +181,12 @@ def test_wandb_has_one_offline_run_per_sae(six):
         run = read_run(folder_of_run)
         seen[run.name] = run.group
         keys = {key for line in run.history for key in line}
-        assert {"losses/mse_loss", "metrics/CE_loss_score", "sparsity/dead_features"} <= keys
+        assert {
+            "losses/mse_loss",
+            "eval/CE_loss_score",
+            "metrics/l0",
+            "sparsity/dead_features",
+        } <= keys
         assert any(k.startswith("plots/feature_density_line_chart") for k in keys), keys
     assert seen == {r["trial"]: "six" for r in result.rows}
 
