@@ -20,6 +20,11 @@ def held_out(figures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_batch(name: str) -> str:
+    """What a held-out figure is called where it is a batch's."""
+    return BATCH + name.removeprefix(HELD_OUT) if name.startswith(HELD_OUT) else name
+
+
 def by_prefix(line: dict[str, Any]) -> dict[str, Any]:
     """A log line of any version, by the names of now.
 
@@ -32,7 +37,7 @@ def by_prefix(line: dict[str, Any]) -> dict[str, Any]:
 def with_aliases(figures: Mapping[str, Any]) -> dict[str, Any]:
     """With `metrics/…` for held-out figures that no batch has, as they were called before."""
     former = {
-        BATCH + key.removeprefix(HELD_OUT): value
+        of_batch(key): value
         for key, value in figures.items()
         if key.startswith(HELD_OUT) and key != EVALUATED
     }

@@ -11,6 +11,7 @@ from saeray.errors import ConfigError
 from saeray.files.results import COLUMNS
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
+from saeray.spec.metric_names import of_batch
 from saeray.spec.plan import describe
 from saeray.spec.scheduler import OBJECTIVES, refuse_takeover
 
@@ -123,5 +124,5 @@ def test_a_trial_takes_no_lists_no_grid_and_no_scheduler():
 
 
 def test_every_objective_is_a_figure_of_the_results_or_the_loss():
-    known = {*COLUMNS.values(), "losses/overall_loss"}
+    known = {*COLUMNS.values(), *map(of_batch, COLUMNS.values()), "losses/overall_loss"}
     assert set(OBJECTIVES) <= known
