@@ -129,7 +129,8 @@ def table(mine: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
         pairs = [(a[key], b["scalars"][name]) for a, b in zip(mine, other, strict=True)]
         apart = max(abs(a - b) / abs(b) for a, b in pairs)
         figures = " | ".join(f"{a:.5g} | {b:.5g}" for a, b in pairs)
-        lines.append(f"| `{key}` | {name} | {figures} | {apart:.1e} |")
+        ours_is = key.replace("metrics/", "eval/")  # as logs have it
+        lines.append(f"| `{ours_is}` | {name} | {figures} | {apart:.1e} |")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saeray.errors import ConfigError, SaerayError, bad_value, printable
+from saeray.files.wandb_key import lacking
 from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.grid import expand
@@ -97,6 +98,7 @@ def plan(config: LanguageModelSAERunnerConfig, cluster: Cluster | None) -> list[
     epochs: list[str] = []
     warnings += check_texts([configs[0] for configs in streams], epochs)
     warnings += [text for s in saes for text in cautions(s.config)]
+    warnings += lacking() if config.log_to_wandb else []
     lines = [f"  {text}" for text in dict.fromkeys(described(s.config) for s in saes)]
     for configs, of in zip(streams, facts, strict=True):
         for hook_point in hook_points_of(configs):

@@ -34,9 +34,16 @@ class Column(NamedTuple):
     from_width: int = 0  # of the terminal
 
 
+def newest(row: SAERow, name: str) -> float | None:
+    """A figure of the last batch; of an SAE that has ended, the held-out one."""
+    both = row.metrics.get(f"eval/{name}"), row.metrics.get(f"metrics/{name}")
+    found, other = both if row.state in ENDS else both[::-1]
+    return other if found is None else found
+
+
 def figure(key: str, form: str) -> Callable[[SAERow], str]:
     def cell(row: SAERow) -> str:
-        value = row.metrics.get(key)
+        value = row.metrics.get(key) if "/" in key else newest(row, key)
         return "–" if value is None else format(value, form)
 
     return cell
@@ -50,9 +57,9 @@ COLUMNS = (
     Column("done", 4, share),
     Column("tokens", 6, lambda row: human(row.n_training_tokens), WIDE),
     Column("loss", 9, figure("losses/overall_loss", ".4g"), WIDE),
-    Column("L0", 6, figure("metrics/l0", ".1f")),
-    Column("expl.var", 8, figure("metrics/explained_variance", ".3f"), NARROW),
-    Column("CE score", 8, figure("metrics/CE_loss_score", ".3f")),
+    Column("L0", 6, figure("l0", ".1f")),
+    Column("expl.var", 8, figure("explained_variance", ".3f"), NARROW),
+    Column("CE score", 8, figure("eval/CE_loss_score", ".3f")),
     Column("dead", 5, figure("sparsity/below_dead_feature_threshold", "d"), NARROW),
 )
 
@@ -107,16 +114,17 @@ def in_the_middle(text: str, width: int) -> str:
 
 def on_frontier(rows: Sequence[SAERow]) -> set[str]:
     """Those that no sparser one beats in explained variance so far."""
-    keys = ("metrics/l0", "metrics/explained_variance")
-    known = [
-        r for r in rows if r.state != FAILED and all(r.metrics.get(k) is not None for k in keys)
-    ]
-    points = [(r.metrics[keys[0]], -r.metrics[keys[1]]) for r in known]
-    return {r.name for r, on in zip(known, pareto(points), strict=True) if on}
+    known, points = [], []
+    for row in rows:
+        l0, explained = newest(row, "l0"), newest(row, "explained_variance")
+        if row.state != FAILED and l0 is not None and explained is not None:
+            known.append(row.name)
+            points.append((l0, -explained))
+    return {name for name, on in zip(known, pareto(points), strict=True) if on}
 
 
 def l0_of(row: SAERow) -> float:
-    value = row.metrics.get("metrics/l0")
+    value = newest(row, "l0")
     return float("inf") if value is None else float(value)
 
 

@@ -32,6 +32,7 @@ from saeray.spec.messages import (
     Report,
     Result,
 )
+from saeray.spec.metric_names import EVALUATED, held_out
 from saeray.spec.plan import DTYPE_BYTES
 from saeray.stream.launch import Stream
 
@@ -137,8 +138,8 @@ class Reports:
                 await asyncio.to_thread(folder.write, FEATURES, features)
             except Exception as problem:
                 self.state.say(f"{entry.name}: {FEATURES} could not be written: {problem}")
-        self.evaluation_tokens += metrics["eval/n_tokens"]
-        return metrics
+        self.evaluation_tokens += metrics[EVALUATED]
+        return held_out(metrics)
 
     async def settle(self, entry: Entry) -> None:
         """Passes on an SAE's reports as their evaluations come in."""

@@ -31,6 +31,7 @@ from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.errors import ConfigError
 from saeray.files.sweep_folder import Known
+from saeray.files.wandb_key import lacking
 from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE, refuse_duplicates
@@ -321,7 +322,7 @@ class Roster:
             self.reports.evaluation_tokens += known.evaluation_tokens
         if not entry.ended:
             self.reports.open(entry)
-            for text in cautions(config):
+            for text in [*cautions(config), *(lacking() if config.log_to_wandb else [])]:
                 self.state.do(self.state.warn(text))
         return entry
 

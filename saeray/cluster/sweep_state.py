@@ -37,6 +37,7 @@ from saeray.spec.messages import (
     SAERow,
     reader_name,
 )
+from saeray.spec.metric_names import EVALUATED
 from saeray.stream.launch import Stream
 from saeray.version import __version__
 
@@ -73,7 +74,7 @@ class Entry:
     @property
     def evaluated(self) -> bool:
         """Whether its metrics have held-out figures."""
-        return "eval/n_tokens" in self.metrics
+        return EVALUATED in self.metrics
 
     @property
     def to_be_told(self) -> bool:

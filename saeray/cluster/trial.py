@@ -30,6 +30,7 @@ from saeray.files import strict_json
 from saeray.spec.config import LanguageModelSAERunnerConfig, grid_axes, resolve
 from saeray.spec.grid import derived_name
 from saeray.spec.messages import ENDS, FAILED, INTERRUPTED
+from saeray.spec.metric_names import with_aliases
 from saeray.spec.room import HEAD
 from saeray.spec.scheduler import EVALUATED, NO_TAKEOVER
 
@@ -120,9 +121,9 @@ class SAETrial(tune.Trainable):
         # Tune ends an experiment whose results lack what it decides on: one that failed before its
         # first evaluation, or a hook point that has no CE loss score.
         lacking = dict.fromkeys(EVALUATED, math.nan) if self.decides else {}
+        figures = with_aliases(lacking | result.metrics)
         return {
-            **lacking,
-            **result.metrics,
+            **figures,
             "n_training_tokens": result.n_training_tokens,
             "step": result.step,
             "path": result.path,

@@ -10,6 +10,7 @@ from typing import Any
 
 from saeray.files import strict_json
 from saeray.files.storage import Folder
+from saeray.spec.metric_names import by_prefix
 
 FLUSH_SECONDS = 30.0  # between puts of a metrics.jsonl to an object store
 
@@ -37,7 +38,7 @@ def line_of(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         return None
-    return with_names_of_now(line, "metrics/")
+    return by_prefix(with_names_of_now(line, "metrics/"))
 
 
 def text_of(line: Mapping[str, Any]) -> str:

@@ -20,31 +20,31 @@ from saeray.spec.config import NOT_AN_AXIS, LanguageModelSAERunnerConfig
 from saeray.spec.stream import ROW_FIELDS
 from saeray.spec.synthetic import is_synthetic
 
-# Column -> wandb key. Held-out figures, except those of the training state. docs/metrics.md says
-# what each of them is.
+# Column -> wandb key. Held-out figures, except those of the training state; the losses are the last
+# batch's. docs/metrics.md says what each of them is.
 COLUMNS = {
-    "l0": "metrics/l0",
-    "explained_variance": "metrics/explained_variance",
-    "explained_variance_per_token": "metrics/explained_variance_per_token",
-    "ce_loss_score": "metrics/CE_loss_score",
-    "ce_loss_without_sae": "metrics/ce_loss_without_sae",
-    "ce_loss_with_sae": "metrics/ce_loss_with_sae",
-    "ce_loss_with_ablation": "metrics/ce_loss_with_ablation",
-    "kl_div": "metrics/kl_div_with_sae",
+    "l0": "eval/l0",
+    "explained_variance": "eval/explained_variance",
+    "explained_variance_per_token": "eval/explained_variance_per_token",
+    "ce_loss_score": "eval/CE_loss_score",
+    "ce_loss_without_sae": "eval/ce_loss_without_sae",
+    "ce_loss_with_sae": "eval/ce_loss_with_sae",
+    "ce_loss_with_ablation": "eval/ce_loss_with_ablation",
+    "kl_div": "eval/kl_div_with_sae",
     # Fired on less than dead_feature_threshold of the tokens of the last full sampling window.
     "dead_features": "sparsity/below_dead_feature_threshold",
     "features_never_fired_held_out": "eval/features_never_fired",
-    "mean_log10_feature_sparsity": "metrics/mean_log10_feature_sparsity",
-    "fvu": "metrics/fvu",
-    "cosine": "metrics/cosine",
-    "l2_ratio": "metrics/l2_ratio",
-    "relative_reconstruction_bias": "metrics/relative_reconstruction_bias",
-    "ce_loss_score_mean_ablation": "metrics/CE_loss_score_mean_ablation",
-    "kl_div_score": "metrics/kl_div_score",
-    "l1": "metrics/l1",
-    "dense_share": "metrics/dense_share",
-    "s_n_dec": "metrics/s_n_dec",
-    "mdl": "metrics/mdl",
+    "mean_log10_feature_sparsity": "eval/mean_log10_feature_sparsity",
+    "fvu": "eval/fvu",
+    "cosine": "eval/cosine",
+    "l2_ratio": "eval/l2_ratio",
+    "relative_reconstruction_bias": "eval/relative_reconstruction_bias",
+    "ce_loss_score_mean_ablation": "eval/CE_loss_score_mean_ablation",
+    "kl_div_score": "eval/kl_div_score",
+    "l1": "eval/l1",
+    "dense_share": "eval/dense_share",
+    "s_n_dec": "eval/s_n_dec",
+    "mdl": "eval/mdl",
     "mse_loss": "losses/mse_loss",
     "l1_loss": "losses/l1_loss",
     "l0_loss": "losses/l0_loss",

@@ -19,6 +19,7 @@ from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import DONE, ENDS, STOPPED
+from saeray.spec.metric_names import of_batch
 
 READERS = 8  # logs at a time: they may be far away
 MOST_NUMBERS = 200_000  # of all training curves together: about 1.5 MB of a page
@@ -126,7 +127,8 @@ def with_newest(row: dict[str, Any], newest: Mapping[str, Any]) -> dict[str, Any
     if row["status"] in ENDS:
         return row
     figures = COLUMNS | GROUND_TRUTH_COLUMNS
-    return row | {c: newest[key] for c, key in figures.items() if newest.get(key) is not None}
+    known = {c: newest.get(key, newest.get(of_batch(key))) for c, key in figures.items()}
+    return row | {c: value for c, value in known.items() if value is not None}
 
 
 def feature_pages(folder: Folder) -> frozenset[str]:

@@ -45,8 +45,8 @@ class Snapshot(NamedTuple):
     tensors: dict[str, Any]  # numpy arrays by sae_lens's names
 
 
-# Figures, by wandb key, that only an SAE's last evaluation has.
-FINAL_METRICS = ("metrics/s_n_dec", "metrics/mdl")
+# Figures, by their names in logs, that only an SAE's last evaluation has.
+FINAL_METRICS = ("eval/s_n_dec", "eval/mdl")
 
 
 class Report(NamedTuple):

@@ -27,9 +27,9 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES = {
-    "metrics/CE_loss_score": Objective("max", True),
-    "metrics/ce_loss_with_sae": Objective("min", True),
-    "metrics/kl_div_with_sae": Objective("min", True),
+    "eval/CE_loss_score": Objective("max", True),
+    "eval/ce_loss_with_sae": Objective("min", True),
+    "eval/kl_div_with_sae": Objective("min", True),
     "metrics/explained_variance": Objective("max", False),
     "metrics/l0": Objective(None, False),
     "losses/overall_loss": Objective("min", False),
@@ -62,6 +62,8 @@ class Scheduler:
             raise bad_value("scheduler.name", self.name, remedy_for(self.name))
         by_name = {key.rpartition("/")[2].casefold(): key for key in OBJECTIVES}
         given = self.metric.casefold()
+        if given.startswith("metrics/") and f"eval/{given[8:]}" in map(str.casefold, EVALUATED):
+            given = f"eval/{given[8:]}"  # as it was called before
         key = by_name.get(given.rpartition("/")[2])
         if key is None or given not in (key.casefold(), key.rpartition("/")[2].casefold()):
             names = [k.rpartition("/")[2] for k in OBJECTIVES]

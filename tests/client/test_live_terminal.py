@@ -16,7 +16,7 @@ def grid(n):
         l0 = 10.0 * 1.05**i
         metrics = {
             "metrics/l0": l0, "metrics/explained_variance": 1 - 5 / l0, "losses/overall_loss": 0.1,
-            "metrics/CE_loss_score": 1 - 3 / l0, "sparsity/below_dead_feature_threshold": i,
+            "eval/CE_loss_score": 1 - 3 / l0, "sparsity/below_dead_feature_threshold": i,
         }  # fmt: skip
         name = f"expansion_factor=16,l1_coefficient={0.01 / 1.05**i:.3g},lr=0.0004,seed={i % 3}"
         rows.append(SAERow(name, TRAINING, 50, 100, 50_000, metrics))

@@ -12,7 +12,7 @@ from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.files.metrics_log import read_lines
 from saeray.spec.messages import EVALUATING, STOPPED, TRAINING, Report
 
-FOUND = {"metrics/CE_loss_score": 0.5, "eval/n_tokens": 64}
+FOUND = {"eval/CE_loss_score": 0.5, "eval/n_tokens": 64}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_its_pack_is_asked_for_a_first_evaluation_once(reports):
 
     assert asyncio.run(asked()) == ([], ["a"], [], [])
     told = reports.result_of(entry)
-    assert (told.step, told.metrics["metrics/CE_loss_score"]) == (4, 0.5)  # the last known one
+    assert (told.step, told.metrics["eval/CE_loss_score"]) == (4, 0.5)  # the last known one
 
 
 def test_the_log_is_that_of_one_that_nobody_decided_upon(reports):
@@ -72,7 +72,7 @@ def test_the_log_is_that_of_one_that_nobody_decided_upon(reports):
 
     asyncio.run(trained())
     lines = read_lines(reports.state.folder / "trials" / "a")
-    assert [line["step"] for line in lines if "metrics/CE_loss_score" in line] == [4]
+    assert [line["step"] for line in lines if "eval/CE_loss_score" in line] == [4]
     assert [line["step"] for line in lines] == [2, 4, 6]
 
 

@@ -78,8 +78,8 @@ def test_a_figure_without_meaning_is_null_and_its_reason_is_said_once(reports, t
     assert reports.state.warnings == [f"{HOOK}: no CE loss score"]
     assert reports.evaluation_tokens == 128
     for entry in reports.state.entries.values():
-        assert entry.metrics["metrics/CE_loss_score"] is None
-        assert "metrics/CE_loss_score" not in reports.result_of(entry).metrics  # Tune wants numbers
+        assert entry.metrics["eval/CE_loss_score"] is None
+        assert "eval/CE_loss_score" not in reports.result_of(entry).metrics  # Tune wants numbers
     reports.state.files.write_results(reports.state.outcomes())
     assert [r["ce_loss_score"] for r in reports.state.files.read_rows()] == [None, None]
     memory = strict_json.loads((tmp_path / ".ray" / "roster.json").read_text())
@@ -93,7 +93,7 @@ def test_saes_that_report_at_once_are_evaluated_together(reports, monkeypatch):
     asyncio.run(taken(reports, pack, *told))
     # Three and two of them, so that both harvesters have some.
     assert [h.calls for h in harvesters] == [[(0.0, 1.0, 2.0)], [(3.0, 4.0)]]
-    assert [e.metrics["metrics/l0"] for e in reports.state.entries.values()] == [0, 1, 2, 3, 4]
+    assert [e.metrics["eval/l0"] for e in reports.state.entries.values()] == [0, 1, 2, 3, 4]
     monkeypatch.setattr("saeray.cluster.reports.EVALUATED_BYTES", 2 * (2 * 16 * 64 * 4))
     asyncio.run(taken(reports, pack, *(r._replace(step=10) for r in told)))
     assert [len(weights) for h in harvesters for weights in h.calls[1:]] == [2, 1, 2]
@@ -104,7 +104,7 @@ def test_one_that_cant_be_evaluated_keeps_no_other_one_back(reports):
     weights = [1.0, ValueError("no weights"), 3.0]
     told = [Report(n, 5, 40, {}, [w]) for n, w in zip("abc", weights, strict=True)]
     asyncio.run(taken(reports, pack, *told))
-    found = [e.metrics.get("metrics/l0") for e in reports.state.entries.values()]
+    found = [e.metrics.get("eval/l0") for e in reports.state.entries.values()]
     assert found == [1.0, None, 3.0]
     assert "b: not evaluated: no weights" in reports.state.warnings
 
@@ -133,8 +133,8 @@ def test_features_are_written_before_an_sae_has_ended(reports, tmp_path, interru
     asyncio.run(run())
     assert there == [b"of 7"]
     (line,) = read_lines(Folder.at(tmp_path / "trials" / "a"))
-    assert line["metrics/l0"] == 7.0
-    assert ("metrics/mdl" in line) is not interrupted
+    assert line["eval/l0"] == 7.0
+    assert ("eval/mdl" in line) is not interrupted
     assert entry.state == (INTERRUPTED if interrupted else DONE)
 
 

@@ -11,6 +11,7 @@ from saeray.errors import ConfigError
 from saeray.files.results import COLUMNS
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
+from saeray.spec.metric_names import of_batch
 from saeray.spec.plan import describe
 from saeray.spec.scheduler import OBJECTIVES, refuse_takeover
 
@@ -24,7 +25,7 @@ def run(**scheduler):
 
 def test_an_objective_has_its_key_and_its_better_end():
     asked = run(metric="ce_loss_score").scheduler
-    assert (asked.metric, asked.mode) == ("metrics/CE_loss_score", "max")
+    assert (asked.metric, asked.mode) == ("eval/CE_loss_score", "max")
     assert run(metric="losses/mse_loss").scheduler.mode == "min"
     assert run(metric="l0", mode="min").scheduler.mode == "min"
 
@@ -38,7 +39,7 @@ def test_nobody_is_stopped_before_a_tenth_or_the_first_evaluation():
 
 def test_the_plan_says_it():
     saes = [SAE("a", run(grace_period=100, reduction_factor=2))]
-    assert "scheduler: asha on metrics/CE_loss_score (max), from 100 tokens on, one of 2 goes" in (
+    assert "scheduler: asha on eval/CE_loss_score (max), from 100 tokens on, one of 2 goes" in (
         describe(saes)
     )
 
@@ -51,7 +52,7 @@ def test_it_is_part_of_the_config_and_written_down():
 def test_tunes_schedulers_are_made_of_it():
     asha = scheduler_of(run(grace_period=100, reduction_factor=2))
     assert isinstance(asha, schedulers.ASHAScheduler)
-    assert asha.metric == "metrics/CE_loss_score"
+    assert asha.metric == "eval/CE_loss_score"
     rungs = [milestone for milestone, _ in asha._brackets[0]._rungs]
     assert rungs == [800, 400, 200, 100]
     assert isinstance(scheduler_of(run(name="median")), schedulers.MedianStoppingRule)
@@ -82,7 +83,7 @@ def test_what_can_not_be_is_refused(scheduler, words):
 def test_an_objective_that_comes_at_the_end_is_refused():
     with pytest.raises(ConfigError, match="known at the end only"):
         short_run(eval_every=0, scheduler=ASHA)
-    with pytest.raises(ConfigError, match="eval_every = 10: metrics/CE_loss_score, which"):
+    with pytest.raises(ConfigError, match="eval_every = 10: eval/CE_loss_score, which"):
         short_run(eval_every=10, scheduler=ASHA)  # of 10 steps
     assert short_run(eval_every=0, scheduler=ASHA | dict(metric="mse_loss")).scheduler is not None
     with pytest.raises(ConfigError, match="scheduler: metric must be given"):
@@ -123,5 +124,5 @@ def test_a_trial_takes_no_lists_no_grid_and_no_scheduler():
 
 
 def test_every_objective_is_a_figure_of_the_results_or_the_loss():
-    known = {*COLUMNS.values(), "losses/overall_loss"}
+    known = {*COLUMNS.values(), *map(of_batch, COLUMNS.values()), "losses/overall_loss"}
     assert set(OBJECTIVES) <= known

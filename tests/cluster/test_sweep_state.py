@@ -25,8 +25,8 @@ def session(monkeypatch, tmp_path):
         state = SweepState("s", str(tmp_path), "roster:s")
         for lr, of_sae in saes:
             name, config = f"lr={lr}", short_run(lr=lr)
-            state.entries[name] = Entry(name, config, of_sae, metrics={"metrics/l0": l0})
-            line = {"metrics/l0": l0, "details/n_training_tokens": 40}
+            state.entries[name] = Entry(name, config, of_sae, metrics={"eval/l0": l0})
+            line = {"eval/l0": l0, "details/n_training_tokens": 40}
             MetricsLog(Folder.at(tmp_path / "trials" / name)).append(5, line)
         return state
 

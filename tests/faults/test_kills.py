@@ -146,7 +146,7 @@ def test_the_step_it_is_stopped_at_is_logged_as_if_it_had_gone_on(ray_instance, 
         assert [r["step"] for r in lines] == [s for s in steps if s % 5 == 0 or s % every == 0]
         evaluated = [r["step"] for r in lines if "eval/n_tokens" in r]
         assert evaluated == [s for s in steps if s % 5 == 0]
-        assert [r["step"] for r in lines if "metrics/mdl" in r] == [n_steps]
+        assert [r["step"] for r in lines if "eval/mdl" in r] == [n_steps]
 
 
 @pytest.mark.slow

@@ -6,7 +6,12 @@ from support.published import CPU, config_of, trained
 
 from saeray.cluster.options import options_of
 from saeray.errors import ConfigError
+from saeray.files.checkpoint import save_final
 from saeray.files.init_from import started_from
+from saeray.files.storage import Folder
+from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.initial import initial_sae
+from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
 
 

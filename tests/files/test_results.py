@@ -18,10 +18,10 @@ def test_results_have_a_row_per_sae_and_a_column_per_varying_field(tmp_path):
     assert {"lr", "seed", "l1_coefficient"} <= set(axes)
     assert "model_name" not in axes
     figures = {
-        "metrics/l0": 12.5,
-        "metrics/CE_loss_score": 0.9,
-        "metrics/explained_variance": 0.8,
-        "metrics/explained_variance_per_token": 0.7,
+        "eval/l0": 12.5,
+        "eval/CE_loss_score": 0.9,
+        "eval/explained_variance": 0.8,
+        "eval/explained_variance_per_token": 0.7,
         "sparsity/below_dead_feature_threshold": 3,
         "eval/features_never_fired": 17,
         "details/n_training_tokens": 80,

@@ -46,7 +46,7 @@ def logged(folder, steps, names=("a", "b")):
     for name in names:
         tracker.open(name, LOGGED)
         for step in steps:
-            tracker.log(name, step, {"losses/mse_loss": 1 / step, "metrics/CE_loss_score": None})
+            tracker.log(name, step, {"losses/mse_loss": 1 / step, "eval/CE_loss_score": None})
         tracker.finish(name, failed=False)
     tracker.close()
     return tracker

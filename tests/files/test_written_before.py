@@ -47,9 +47,7 @@ def test_a_finished_sweep_is_done_already():
     assert [(r["trial"], r["status"], r["n_training_tokens"]) for r in result.rows] == [
         (name, "done", 307_200) for name in SAES
     ]
-    assert [row.metrics["metrics/l0"] for row in result.status.rows] == [
-        r["l0"] for r in result.rows
-    ]
+    assert [row.metrics["eval/l0"] for row in result.status.rows] == [r["l0"] for r in result.rows]
 
 
 def test_figures_of_another_meaning_are_read_under_the_name_they_have_now():
@@ -59,8 +57,9 @@ def test_figures_of_another_meaning_are_read_under_the_name_they_have_now():
     assert row["explained_variance"] is None
     for name in SAES:
         metrics = sweep_folder("finished").known([name])[name].metrics
-        assert "metrics/explained_variance" not in metrics
-        assert 0.5 < metrics["metrics/explained_variance_per_token"] < 0.6
+        assert "eval/explained_variance" not in metrics
+        assert 0.5 < metrics["eval/explained_variance_per_token"] < 0.6
+        assert 0 < metrics["metrics/l0"] != metrics["eval/l0"]  # of an earlier line's batch
 
 
 def test_its_log_is_gone_on_with_without_mixing_the_two(tmp_path):

@@ -130,12 +130,12 @@ def test_figures_that_are_no_numbers_are_drawn_nowhere(tmp_path):
 def test_a_long_log_costs_its_thinned_lines_only(tmp_path):
     folder = Folder.at(tmp_path)
     lines = [{"step": i, "details/n_training_tokens": 8 * i, "losses/l": i} for i in range(5000)]
-    lines[17] |= {"eval/n_tokens": 64, "metrics/CE_loss_score": 0.5}
+    lines[17] |= {"eval/n_tokens": 64, "eval/CE_loss_score": 0.5}
     folder.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
     log = read_log(folder, 50)
     tokens, values = log.curves["losses/l"]
     assert 50 <= len(tokens) <= 51 and values[0] == 0 and values[-1] == 4999
-    assert log.newest["metrics/CE_loss_score"] == 0.5 and log.n_lines == 5000
+    assert log.newest["eval/CE_loss_score"] == 0.5 and log.n_lines == 5000
 
 
 def test_a_sweep_on_s3(s3, capsys):

@@ -12,9 +12,9 @@ from saeray.spec.config import resolve
 from saeray.spec.messages import DONE
 
 FIGURES = {
-    "l0": "metrics/l0",
-    "ev": "metrics/explained_variance",
-    "ce": "metrics/CE_loss_score",
+    "l0": "eval/l0",
+    "ev": "eval/explained_variance",
+    "ce": "eval/CE_loss_score",
 }
 
 

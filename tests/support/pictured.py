@@ -27,12 +27,12 @@ def figures_at(l0, gain, width):
         counts[j] = round(width * 0.2 / 1.2 * math.exp(-(((centre - peak) / 0.7) ** 2)))
     counts[0] = max(0, width - sum(counts))
     return {
-        "metrics/l0": l0,
-        "metrics/fvu": fvu,
-        "metrics/explained_variance": 1 - fvu,
-        "metrics/CE_loss_score": 1 - fvu**1.5,
-        "metrics/kl_div_with_sae": 4 * fvu**1.5,
-        "metrics/dense_share": sum(counts[45:]) / width,
+        "eval/l0": l0,
+        "eval/fvu": fvu,
+        "eval/explained_variance": 1 - fvu,
+        "eval/CE_loss_score": 1 - fvu**1.5,
+        "eval/kl_div_with_sae": 4 * fvu**1.5,
+        "eval/dense_share": sum(counts[45:]) / width,
         "sparsity/below_dead_feature_threshold": counts[0] // 2,
         "eval/features_never_fired": counts[0],
         "plots/feature_density_line_chart": {"counts": counts, "edges": EDGES},
@@ -51,8 +51,8 @@ def log_of(config, metrics, upto, n_lines=20):
                 "details/n_training_tokens": int(at * config.training_tokens),
                 "losses/overall_loss": 0.02 + fading,
                 "losses/mse_loss": 0.01 + fading,
-                "metrics/l0": metrics["metrics/l0"] * (1 + 5 * fading),
-                "metrics/fvu": metrics["metrics/fvu"] * (1 + fading),
+                "metrics/l0": metrics["eval/l0"] * (1 + 5 * fading),
+                "metrics/fvu": metrics["eval/fvu"] * (1 + fading),
                 "details/current_learning_rate": config.lr * min(1, 10 * at),
             }
         )

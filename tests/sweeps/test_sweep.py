@@ -145,8 +145,9 @@ def test_the_sweeps_folder_is_as_documented(six):
                     "sparsity/dead_features",
                     "details/current_learning_rate", "details/n_training_tokens"):  # fmt: skip
             assert all(key in x for x in lines), key
-        evaluated = [x["step"] for x in lines if "metrics/CE_loss_score" in x]
-        assert evaluated == [16, 32]
+        evaluated = [x["step"] for x in lines if "eval/CE_loss_score" in x]
+        assert evaluated == [x["step"] for x in lines if "eval/l0" in x] == [16, 32]
+        assert row["l0"] == lines[-1]["eval/l0"]
         # Not the loss: the L1 comes in over the first steps, and makes it sparser at any price.
         assert lines[-1]["metrics/l0"] < lines[0]["metrics/l0"]
         assert sum(lines[-1]["plots/feature_density_line_chart"]["counts"]) == 512
@@ -212,7 +213,12 @@ def test_wandb_has_one_offline_run_per_sae_and_one_of_the_sweep(six):
             continue
         seen[run.name] = run.group
         keys = {key for line in run.history for key in line}
-        assert {"losses/mse_loss", "metrics/CE_loss_score", "sparsity/dead_features"} <= keys
+        assert {
+            "losses/mse_loss",
+            "eval/CE_loss_score",
+            "metrics/l0",
+            "sparsity/dead_features",
+        } <= keys
         assert any(k.startswith("plots/feature_density_line_chart") for k in keys), keys
         (row,) = [r for r in result.rows if r["trial"] == run.name]
         assert all(run.summary[c] == row[c] for c in ("l0", "fvu", "ce_loss_score", "kl_div"))
@@ -429,12 +435,8 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert set(statuses.values()) == {"done", "stopped"}
     assert (tmp_path / "asha" / "report.html").read_text().count("<tr class=") == 4
     (session,) = read_sessions(Folder.at(tmp_path / "asha"))
-<<<<<<< HEAD
-    assert session.trained_tokens == sum(float(r["n_training_tokens"]) for r in rows)
-=======
     # Those that Tune stopped have left their pack a log step or two after its last word.
     assert session.trained_tokens == sum(int(r["n_training_tokens"]) for r in rows)
->>>>>>> inout
     for r in rows:  # stopped ones are kept and evaluated too
         assert load_sae(r["path"]).d_sae == 256
         assert float(r["ce_loss_score"]) < 1

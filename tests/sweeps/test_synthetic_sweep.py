@@ -5,9 +5,11 @@ import io
 import json
 
 import pytest
+import yaml
 from support.running import weights_of
 
 import saeray
+from saeray.client.cli import main
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -69,3 +71,16 @@ def test_two_harvesters_change_no_byte(swept, tmp_path):
         same = dict(l1_coefficient=row["l1_coefficient"])
         assert weights_of(again, **same) == weights_of(swept[0], **same)
         assert row["mcc"] == other["mcc"]
+
+
+def test_a_dry_run_with_an_address_is_the_clusters(ray_instance, tmp_path, capsys):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(FIELDS))
+    assert main(["sweep", str(file), "--dry-run", "--address", "auto"]) == 0
+    out = capsys.readouterr().out
+    cpus = ray_instance.cluster_resources()["CPU"]
+    assert f"on the cluster of 1 nodes: 1 harvester ({0.5 if cpus < 4 else 1:g} CPUs)" in out
+    assert "1 pack, 1 at a time; 1 pass of the language model" in out
+    assert "text: none: the model is synthetic" in out
+    assert main(["sweep", str(file), "--dry-run", "--address", "auto", "--set", "device=cuda"]) == 2
+    assert "the cluster has no GPU" in capsys.readouterr().err

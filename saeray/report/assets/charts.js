@@ -141,13 +141,15 @@ const charts = (() => {
   const CURVES = {
     "losses/overall_loss": "loss", "losses/mse_loss": "MSE loss", "losses/l1_loss": "L1 loss", "losses/l0_loss": "L0 loss",
     "metrics/l0": "L0", "metrics/fvu": "FVU", "metrics/explained_variance": "explained variance",
-    "metrics/CE_loss_score": "CE loss score", "metrics/kl_div_with_sae": "KL divergence",
+    "eval/l0": "L0, held out", "eval/fvu": "FVU, held out", "eval/explained_variance": "explained variance, held out",
+    "eval/CE_loss_score": "CE loss score", "eval/kl_div_with_sae": "KL divergence",
     "sparsity/dead_features": "silent for the window", "sparsity/below_dead_feature_threshold": "dead features",
     "details/current_learning_rate": "learning rate",
   };
   const logged = [...new Set(report.saes.flatMap((s) => Object.keys(s.curves)))];
   const order = [...Object.keys(CURVES).filter((k) => logged.includes(k)), ...logged.filter((k) => !(k in CURVES)).sort()];
-  const curveName = (key) => CURVES[key] || key.replace(/^\w+\//, "").replaceAll("_", " ");
+  const held = (key) => (key.startsWith("eval/") ? ", held out" : "");
+  const curveName = (key) => CURVES[key] || key.replace(/^\w+\//, "").replaceAll("_", " ") + held(key);
   const lined = (traces) => ({ opacity: traces > 30 ? 0.55 : 0.85, width: traces > 30 ? 1.1 : 1.6 });
   fill(byId("curve-of"), order.map((k) => [k, curveName(k)]), order[0]);
   function curves() {
