@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saeray.actors.environment import quieten_train
+from saeray.client.ending import signals_kept
 from saeray.client.own_ray import runs_here, start_own_ray
 from saeray.errors import ConfigError, bad_value
 from saeray.lm.hub import PACKAGE
@@ -122,7 +123,8 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
         "logging_level": logging.ERROR,
     }
     if address == LOCAL or (address is None and not runs_here()):
-        start_own_ray(**options)
+        with signals_kept():
+            start_own_ray(**options)
         return True
     address = address or "auto"
     options["runtime_env"] = {"env_vars": settings()}
@@ -130,7 +132,8 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
         options["runtime_env"] = runtime_env()
     for tries_left in reversed(range(CONNECT_TRIES)):
         try:
-            ray.init(address=address, **options)
+            with signals_kept():
+                ray.init(address=address, **options)
             break
         except Exception as error:  # Ray raises almost anything, gRPC's own errors included
             # A head forks a server for each client, and one in ten of those dies at its birth
