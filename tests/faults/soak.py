@@ -9,7 +9,8 @@ again; also to the driver, whose sweep then goes on by `--resume`. A run is `ok`
 with exit code 0, its weights, logs (without their times), features and rows are those of a sweep
 that was left alone, and nothing is left of it: no process, no temporary file, no `.ray`. What
 happens to which kind of process at which second is a function of the run's seed; `--seed N --runs
-1` makes that run again. `--only "Roster:KILL@4,driver:TERM@9"` says it instead of a seed.
+1` makes that run again. `--only "Roster:KILL@4,driver:TERM@training"` says it instead of a seed: a
+moment is a number of seconds, or one of `PHASES`, in which a line names it too.
 """
 
 from __future__ import annotations
@@ -50,28 +51,35 @@ KINDS = {
 DRIVER = "driver"
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 STOP_SECONDS = 20.0
-LIMIT = 420.0  # of a run, beside its stops: more is a sweep that hangs
+LIMIT = 420.0  # of a run, beside its stops, or five times what it takes alone: then it hangs
+# Of a sweep, by what of it is there: its harvesters; its buffer; log lines; a checkpoint; a trained
+# SAE; a row that has ended.
+PHASES = ("start", "loading", "window", "training", "saved", "end", "closing")
 APPEARS_SECONDS = 25.0  # that a kind of process is waited for
 FIGURES = ("trial", "status", "ce_loss_score", "l0", "explained_variance", "n_training_tokens")
 
 
 @dataclass(frozen=True)
 class Blow:
-    """A signal to a process of one kind, so many seconds after the sweep's start."""
+    """A signal to a process of one kind, so many seconds after the sweep's start, or in a phase."""
 
-    at: float
+    at: float | str
     kind: str
     signal: str
     again: bool = False  # to its successor too, as soon as there is one
 
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.signal}@{self.at:.1f}" + ("+" if self.again else "")
-
     @classmethod
     def read(cls, text: str) -> Blow:
-        kind, _, rest = text.partition(":")
+        kind, _, rest = text.strip().partition(":")
         name, _, at = rest.partition("@")
-        return cls(float(at.rstrip("+")), kind, name, at.endswith("+"))
+        moment = at.rstrip("+")
+        when = moment if moment in PHASES else float(moment)
+        return cls(when, kind, name, at.endswith("+"))
+
+    def is_due(self, seconds: float, phase: str) -> bool:
+        if isinstance(self.at, str):
+            return PHASES.index(phase) >= PHASES.index(self.at)
+        return seconds >= self.at
 
 
 @dataclass
@@ -153,6 +161,21 @@ class Sweep:
                     found.append(p)
         return sorted(found, key=lambda p: p.pid)
 
+    def phase(self) -> str:
+        """The furthest of `PHASES` that is reached."""
+        place = self.folder / self.name
+        if (place / "results.parquet").exists():
+            return "closing"
+        if any(place.glob("trials/*/final")):
+            return "end"
+        if any(place.glob("trials/*/checkpoints/*/train_state.json")):
+            return "saved"
+        if any(log.stat().st_size for log in place.glob("trials/*/metrics.jsonl")):
+            return "training"
+        if self.of("ActivationBuffer"):
+            return "window"
+        return "loading" if self.of("Harvester") else "start"
+
     def left(self) -> list[psutil.Process]:
         return [p for p in self.seen.values() if p.is_running() and p.status() != "zombie"]
 
@@ -176,33 +199,38 @@ def disturbed(sweep: Sweep, plan: list[Blow], limit: float) -> Run:
     chance = random.Random(len(plan))
     waiting, wake = list(plan), []
     again: list[tuple[str, str, set[int]]] = []
+    missed: dict[Blow, float] = {}  # since when there is none of its kind
     interrupted = False  # by us
-    last_look = 0.0
+    looked, phase = 0.0, "start"
+
+    def noted(kind: str, name: str, more: str = "") -> None:
+        run.sent.append(f"{kind}:{name}@{time.monotonic() - began:.1f}/{phase}{more}")
+
     while True:
         now = time.monotonic()
         for due, process in [w for w in wake if w[0] <= now]:
             wake.remove((due, process))
             with suppress(psutil.Error, ProcessLookupError):
                 process.send_signal(signal.SIGCONT)
-        if now - last_look > 1.0:
+        if now - looked > 0.3:
             sweep.look()
-            last_look = now
-        for blow in [b for b in waiting if now - began >= b.at]:
+            looked, phase = now, sweep.phase()
+        for blow in [b for b in waiting if b.is_due(now - began, phase)]:
             if blow.kind == DRIVER:
                 waiting.remove(blow)
                 send(sweep.process, blow.signal, wake)
-                run.sent.append(f"driver:{blow.signal}@{now - began:.1f}")
+                noted(DRIVER, blow.signal)
                 interrupted = True
                 continue
             there = sweep.of(blow.kind)
             if not there:
-                if now - began - blow.at > APPEARS_SECONDS:
+                if now - missed.setdefault(blow, now) > APPEARS_SECONDS:
                     waiting.remove(blow)
                 continue
             waiting.remove(blow)
             victim = chance.choice(there)
             send(victim, blow.signal, wake)
-            run.sent.append(f"{blow.kind}:{blow.signal}@{now - began:.1f}")
+            noted(blow.kind, blow.signal)
             if blow.again:
                 again.append((blow.kind, blow.signal, {p.pid for p in there}))
         for one in list(again):
@@ -211,7 +239,7 @@ def disturbed(sweep: Sweep, plan: list[Blow], limit: float) -> Run:
             if new:
                 again.remove(one)
                 send(new[0], name, wake)
-                run.sent.append(f"{kind}:{name}@{now - began:.1f}(again)")
+                noted(kind, name, "+")
         code = sweep.process.poll()
         if code is not None:
             if interrupted and code != 0:
@@ -263,11 +291,13 @@ def leftovers(sweep: Sweep) -> list[str]:
     return found
 
 
-def one_run(folder: Path, name: str, plan: list[Blow], wanted: dict[str, str] | None) -> Run:
+def one_run(
+    folder: Path, name: str, plan: list[Blow], wanted: dict[str, str] | None, limit: float = LIMIT
+) -> Run:
     tmp = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     sweep = Sweep(folder, name, tmp)
     try:
-        run = disturbed(sweep, plan, LIMIT)
+        run = disturbed(sweep, plan, limit)
         if run.code is not None:
             if run.code != 0:
                 run.problems.append(f"exit code {run.code}")
@@ -309,7 +339,7 @@ def main() -> int:
     if kept.exists():
         alone = json.loads(kept.read_text())
     else:
-        run = one_run(folder, "undisturbed", [], None)
+        run = one_run(folder, "undisturbed", [], None, limit=3600.0)
         if run.problems:
             print(f"undisturbed: {run.problems}\n{run.said[-3000:]}")
             return 1
@@ -324,7 +354,7 @@ def main() -> int:
         else:
             plan = blows(seed, given.kills, given.seconds or alone["seconds"])
         shutil.rmtree(folder / name, ignore_errors=True)
-        run = one_run(folder, name, plan, alone["digest"])
+        run = one_run(folder, name, plan, alone["digest"], max(LIMIT, 5 * alone["seconds"]))
         n, sent = n + 1, sent + len(run.sent)
         failed += bool(run.problems)
         outcome = "; ".join(run.problems) or "ok"
