@@ -25,7 +25,8 @@ said = False  # that it is being ended
 def end_signals() -> None:
     """From now on an end that leaves time is a Ctrl-C, and what was trained is saved."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, end)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+            signal.signal(signal.SIGINT, end)
         signal.signal(signal.SIGTERM, end)  # as `ray job stop` and `kill` send it
 
 

@@ -49,6 +49,8 @@ KINDS = {
     "SAETrial": "ray::SAETrial",
 }
 DRIVER = "driver"
+# Only where `--only` names them: without them no sweep goes on, but by `--resume`.
+RAYS = {"Gcs": "gcs_server", "Raylet": "raylet"}
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 STOP_SECONDS = 20.0
 LIMIT = 420.0  # of a run, beside its stops, or five times what it takes alone: then it hangs
@@ -114,7 +116,9 @@ def blows(seed: int, kills: int, seconds: float) -> list[Blow]:
 
 def soak_config() -> dict:
     return config() | dict(
+        expansion_factor=2,
         l1_coefficient=[1e-3, 2e-3],
+        training_tokens=150 * 1024,
         checkpoint_every_s=5.0,
         resources=dict(harvesters=2, saes_per_trainer=2),
     )
@@ -157,7 +161,8 @@ class Sweep:
         found = []
         for p in self.look():
             with suppress(psutil.Error):
-                if "".join(p.cmdline()[:1]).startswith(KINDS[kind]):
+                name = "".join(p.cmdline()[:1])
+                if name.startswith(KINDS.get(kind, " ")) or Path(name).name == RAYS.get(kind):
                     found.append(p)
         return sorted(found, key=lambda p: p.pid)
 
@@ -231,6 +236,7 @@ def disturbed(sweep: Sweep, plan: list[Blow], limit: float) -> Run:
             victim = chance.choice(there)
             send(victim, blow.signal, wake)
             noted(blow.kind, blow.signal)
+            interrupted |= blow.kind in RAYS
             if blow.again:
                 again.append((blow.kind, blow.signal, {p.pid for p in there}))
         for one in list(again):
@@ -294,6 +300,7 @@ def leftovers(sweep: Sweep) -> list[str]:
 def one_run(
     folder: Path, name: str, plan: list[Blow], wanted: dict[str, str] | None, limit: float = LIMIT
 ) -> Run:
+    shutil.rmtree(folder / name, ignore_errors=True)
     tmp = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     sweep = Sweep(folder, name, tmp)
     try:
@@ -353,7 +360,6 @@ def main() -> int:
             plan = [Blow.read(b) for b in given.only.split(",")]
         else:
             plan = blows(seed, given.kills, given.seconds or alone["seconds"])
-        shutil.rmtree(folder / name, ignore_errors=True)
         run = one_run(folder, name, plan, alone["digest"], max(LIMIT, 5 * alone["seconds"]))
         n, sent = n + 1, sent + len(run.sent)
         failed += bool(run.problems)
