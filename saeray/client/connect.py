@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saeray.actors.environment import quieten_train
-from saeray.client.ending import signals_kept
+from saeray.client.ending import lost_without_ray, signals_kept
 from saeray.client.own_ray import runs_here, start_own_ray
 from saeray.errors import ConfigError, bad_value
 from saeray.lm.hub import PACKAGE
@@ -147,8 +147,10 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
 def connected(address: str | None, namespace: str | None = None) -> Iterator[bool]:
     """With Ray, ended again if it was started here; whether it is this process's own Ray."""
     started = start_ray(address, namespace)
+    own = started and is_own()
     try:
-        yield started and is_own()
+        with lost_without_ray(own_processes() if own else {}):
+            yield own
     finally:
         if started:
             end_ray()
@@ -196,6 +198,14 @@ def is_own() -> bool:
 
     node = worker._global_node
     return node is not None and bool(node.is_head())
+
+
+def own_processes() -> dict[str, Any]:
+    """The processes that this one's own Ray can't do without, by their names."""
+    from ray._private import worker
+
+    every = worker._global_node.all_processes
+    return {name: every[name][0].process for name in ("gcs_server", "raylet") if every.get(name)}
 
 
 def why_not(address: str, error: Exception) -> ConfigError:

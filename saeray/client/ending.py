@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,12 +19,16 @@ class Ended(KeyboardInterrupt):
     """The user has ended a sweep; says what there is of it, and what goes on with it."""
 
 
+# What runs in a command of ours: it may end the process, which is not a user's own program.
+in_command = False
 driven: Folder | None = None  # the folder of the sweep that this process drives
 said = False  # that it is being ended
 
 
 def end_signals() -> None:
-    """From now on an end that leaves time is a Ctrl-C, and what was trained is saved."""
+    """In a command: an end that leaves time is a Ctrl-C, and what was trained is saved."""
+    global in_command
+    in_command = True
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
             signal.signal(signal.SIGINT, end)
@@ -33,6 +38,44 @@ def end_signals() -> None:
 def end(number: int, *_: object) -> None:
     say_ending(signal.Signals(number).name)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def lost_without_ray(processes: Mapping[str, Any]) -> Iterator[None]:
+    """With processes, by their names, without which nothing goes on: their end is this one's.
+
+    Exit code 1, after one paragraph. Ray would end this process as well, some at once and some
+    after a minute, with a word to its own log.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            for name, process in processes.items():
+                if process.poll() is not None and not over.wait(0.5):
+                    lose(name, processes)
+
+    if in_command:
+        threading.Thread(target=watch, name="Ray's processes", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def lose(name: str, processes: Mapping[str, Any]) -> None:
+    """Ends this process and its Ray, of which one process has died."""
+    goes_on = "" if driven is None else f" It goes on with: saeray sweep --resume {driven.uri}"
+    print(
+        f"\nsaeray: {name}, a process of Ray's own, has died (out of memory?), and without it "
+        f"nothing goes on.{goes_on}",
+        file=sys.stderr,
+        flush=True,
+    )
+    for process in processes.values():
+        with suppress(OSError):
+            process.kill()
+    os._exit(1)
 
 
 def say_ending(why: str) -> None:

@@ -315,12 +315,12 @@ class Dispatch:
             await asyncio.sleep(0.05)
         if state.stream is None:
             return NotYet("the harvesters and the token server (loading the model and the text)")
-        if not state.announced:
-            await self.expected(state, state.stream)
         stream, about = state.stream.about, state.about
         configs = {n: c for n, c in about.configs.items() if not self.state.entries[n].ended}
         if not configs:
             return NOTHING
+        if not state.announced:
+            await self.expected(state, stream)
         return PackPlan(
             pack=pack,
             configs=configs,
