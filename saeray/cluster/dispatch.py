@@ -320,7 +320,7 @@ class Dispatch:
         if not configs:
             return NOTHING
         if not state.announced:
-            await self.expected(state, stream)
+            await self.expected(state, state.stream)
         return PackPlan(
             pack=pack,
             configs=configs,
