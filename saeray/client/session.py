@@ -105,7 +105,7 @@ def run(
 def forget_refused(folder: Folder) -> None:
     """A sweep whose input was refused before anything was spent leaves no folder behind."""
     spent = ("checkpoints/", "final/", "metrics.jsonl")
-    if not any(part in name for name in folder.files() for part in spent):
+    if not any(part in name for name, size in folder.files().items() for part in spent if size):
         folder.delete()
 
 

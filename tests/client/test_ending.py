@@ -53,7 +53,7 @@ def test_its_sweep_yaml_can_be_run_again(asked, tmp_path):
 def test_refused_input_leaves_no_folder_but_nothing_that_was_trained_goes(asked, tmp_path):
     log = tmp_path / "mine" / "trials" / "a" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
-    log.touch()
+    log.write_text("{}")
     forget_refused(Folder.at(tmp_path / "mine"))
     assert log.exists()
     log.unlink()
