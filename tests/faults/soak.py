@@ -133,7 +133,15 @@ class Sweep:
         self.file.write_text(yaml.safe_dump(soak_config()))
         self.seen: dict[tuple[int, float], psutil.Process] = {}
         self.output = (folder / f"{name}.log").open("w")
-        self.process = self.command(str(self.file), "--name", name, "--storage-path", str(folder))
+        self.begin()
+
+    def begin(self) -> None:
+        """The sweep, or what goes on with it once it has written down what it was asked for."""
+        if (self.folder / self.name / "sweep.yaml").exists():
+            self.process = self.command("--resume", str(self.folder / self.name))
+        else:
+            named = ["--name", self.name, "--storage-path", str(self.folder)]
+            self.process = self.command(str(self.file), *named)
 
     def command(self, *arguments: str) -> subprocess.Popen:
         env = os.environ | {"RAY_TMPDIR": str(self.tmp), "RAY_ADDRESS": "local"}
@@ -142,9 +150,6 @@ class Sweep:
             [sys.executable, "-m", "saeray", "sweep", *arguments],
             stdout=self.output, stderr=subprocess.STDOUT, env=env,
         )  # fmt: skip
-
-    def resume(self) -> None:
-        self.process = self.command("--resume", str(self.folder / self.name))
 
     def look(self) -> list[psutil.Process]:
         """Every process below the driver; remembered."""
@@ -251,7 +256,7 @@ def disturbed(sweep: Sweep, plan: list[Blow], limit: float) -> Run:
             if interrupted and code != 0:
                 interrupted = False
                 time.sleep(2.0)  # its Ray's processes notice that it is gone
-                sweep.resume()
+                sweep.begin()
                 continue
             run.code = code
             break

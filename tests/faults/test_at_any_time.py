@@ -23,8 +23,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "blows",
     [
-        "driver:KILL@0.5",  # before Ray runs
-        "driver:KILL@start",
+        "driver:KILL@0.3,driver:KILL@6",  # before it has written anything, before Ray runs
         "Roster:KILL@loading",
         "TokenServer:KILL@loading",
         "Harvester:TERM@loading",
