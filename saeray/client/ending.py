@@ -152,10 +152,10 @@ def epitaph(folder: Folder) -> str:
         for row in rows
         if row["status"] == INTERRUPTED and (tokens := newest_saved(folder, row["trial"]))
     ]
-    parts = [f"{ended} of {len(rows)} SAEs have ended"] if ended else []
+    parts = [f"{ended} ended"] if ended else []
     if saved:
-        parts.append(f"{len(saved)} are saved, at {min(saved):,} tokens or more")
-    there = ", ".join(parts) or "nothing was trained yet"
+        parts.append(f"{len(saved)} saved at {min(saved):,} tokens or more")
+    there = f"of {len(rows)} SAEs {', '.join(parts)}" if parts else "no SAE is saved yet"
     return f"interrupted; {there}. It goes on with: saeray sweep --resume {folder.uri}"
 
 

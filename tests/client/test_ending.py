@@ -64,7 +64,7 @@ def test_refused_input_leaves_no_folder_but_nothing_that_was_trained_goes(asked,
 def test_the_last_words_name_what_is_saved_and_the_command_that_goes_on(asked, tmp_path):
     place = Folder.at(tmp_path / "mine")
     assert ending.epitaph(place) == (
-        "interrupted; nothing was trained yet. It goes on with: "
+        "interrupted; no SAE is saved yet. It goes on with: "
         f"saeray sweep --resume {tmp_path / 'mine'}"
     )
     one, two = expand(resolve(asked))
@@ -74,7 +74,7 @@ def test_the_last_words_name_what_is_saved_and_the_command_that_goes_on(asked, t
     ]
     SweepFolder(place, "mine").write_results(rows)
     (tmp_path / "mine" / "trials" / two.name / "checkpoints" / "2048").mkdir(parents=True)
-    words = "1 of 2 SAEs have ended, 1 are saved, at 2,048 tokens"
+    words = "of 2 SAEs 1 ended, 1 saved at 2,048 tokens"
     with pytest.raises(ending.Ended, match=words), ending.driving(place):
         raise KeyboardInterrupt
 
