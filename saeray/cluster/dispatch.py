@@ -283,10 +283,9 @@ class Dispatch:
                 return Ended(f"its launcher died ({type(error).__name__})", killed=True)
             if not isinstance(outcome, NotYet):
                 ray.kill(pack.launcher)
-                if outcome.problem is None:
-                    return Ended(None)
-                died = "controller or workers died" if outcome.killed else "trainer failed"
-                return outcome._replace(problem=f"its {died}: {outcome.problem}")
+                if outcome.problem is None or outcome.killed:
+                    return outcome
+                return Ended(f"its trainer failed: {outcome.problem}")
             if not pack.heard_of and time.monotonic() > deadline:
                 ray.kill(pack.launcher)
                 fitted = pack.about.fitted

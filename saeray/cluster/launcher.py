@@ -64,17 +64,19 @@ class Launcher:
         try:
             fit_pack(self.about, roster, storage_path, wait_limit_s)
         except Exception as error:
-            self.how = Ended(str(error), was_killed(error))
+            self.how = ended_by(error)
         finally:
             self.ended.set()
 
 
-def was_killed(error: BaseException) -> bool:
-    """Whether a trainer ended because its controller died, or its workers once too often."""
+def ended_by(error: BaseException) -> Ended:
+    """How a trainer ended that raised this."""
+    if isinstance(error, RayActorError):
+        return Ended("Ray Train's controller died", killed=True)
     failures = getattr(error, "worker_failures", {})
-    if failures:
-        return all(isinstance(e, RayActorError) for e in failures.values())
-    return isinstance(error, RayActorError)
+    if failures and all(isinstance(e, RayActorError) for e in failures.values()):
+        return Ended(f"its workers died {RESTARTS + 1} times", killed=True)
+    return Ended(str(error))
 
 
 def start_launcher(
