@@ -65,10 +65,12 @@ def lost_without_ray(processes: Mapping[str, Any]) -> Iterator[None]:
 
 def lose(name: str, processes: Mapping[str, Any]) -> None:
     """Ends this process and its Ray, of which one process has died."""
-    goes_on = "" if driven is None else f" It goes on with: saeray sweep --resume {driven.uri}"
+    goes_on = (
+        "" if driven is None else f" The sweep goes on with: saeray sweep --resume {driven.uri}"
+    )
     print(
-        f"\nsaeray: {name}, a process of Ray's own, has died (out of memory?), and without it "
-        f"nothing goes on.{goes_on}",
+        f"\nsaeray: {name}, a process of Ray's own, has died (out of memory?), and nothing "
+        f"goes on without it.{goes_on}",
         file=sys.stderr,
         flush=True,
     )
