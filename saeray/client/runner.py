@@ -19,6 +19,7 @@ from saeray.client.result import SweepResult
 from saeray.client.session import (
     ask_for,
     done_already,
+    forget_refused,
     run,
     saes_of,
     with_absolute_inputs,
@@ -95,10 +96,14 @@ def sweep(
     assert config.name is not None and config.storage_path is not None
     folder, saes = Folder.at(config.storage_path) / config.name, expand(config)
     versions = ask_for(folder, with_absolute_paths(asked), saes)
-    with driving(folder), connected(address, namespace) as ends_ray:
-        result = run(
-            saes, folder, config.name, scheduler, live, ends_ray, versions=versions, began=began
-        )
+    try:
+        with driving(folder), connected(address, namespace) as ends_ray:
+            result = run(
+                saes, folder, config.name, scheduler, live, ends_ray, versions=versions, began=began
+            )
+    except ConfigError:
+        forget_refused(folder)
+        raise
     return result.with_all_ended()
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.configs import config
 
-from saeray.client import ending
+from saeray.client import ending, runner
 from saeray.client.cli import load_sweep_file
 from saeray.client.session import ask_for, forget_refused, given_fields, saes_of
 from saeray.errors import ConfigError
@@ -58,6 +58,19 @@ def test_refused_input_leaves_no_folder_but_nothing_that_was_trained_goes(asked,
     assert log.exists()
     log.unlink()
     forget_refused(Folder.at(tmp_path / "mine"))
+    assert not (tmp_path / "mine").exists()
+
+
+def test_where_no_ray_answers_no_folder_is_left(tmp_path, monkeypatch):
+    """It is there while Ray is being started: from then on the sweep can be resumed."""
+
+    def connected(*_):
+        assert saes_of(Folder.at(tmp_path / "mine"))
+        raise ConfigError("no Ray cluster answers there")
+
+    monkeypatch.setattr(runner, "connected", connected)
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        runner.sweep(config(), name="mine", storage_path=tmp_path)
     assert not (tmp_path / "mine").exists()
 
 
