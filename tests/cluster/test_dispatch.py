@@ -8,7 +8,7 @@ import pytest
 from support.configs import config
 
 from saeray.cluster import dispatch
-from saeray.cluster.dispatch import LAUNCHES, Dispatch, Queued
+from saeray.cluster.dispatch import IDLE_SECONDS, LAUNCHES, Dispatch, Queued
 from saeray.cluster.launcher import AboutPack, Ended
 from saeray.cluster.sweep_state import PackState
 from saeray.files.storage import Folder
@@ -119,3 +119,28 @@ def test_a_pack_that_was_killed_is_launched_again_so_many_times(killed, tries, s
         assert ended == {}
         assert "started again" in said[0]
     assert pack.through  # what may be left of it is not listened to
+
+
+def test_saes_that_wait_while_nothing_runs_are_launched_and_not_for_ever(monkeypatch):
+    now, launched, given_up = [0.0], [], []
+    monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    entry = SimpleNamespace(name="a", config=config(), state="waiting", withdrawn=False)
+    state = SimpleNamespace(entries={"a": entry}, packs={}, over=False, error=None)
+    reports = SimpleNamespace(give_up=given_up.append)
+    dispatched = Dispatch(state, reports, None)
+
+    async def launch(entries):
+        launched.append((now[0], [e.name for e in entries]))
+
+    dispatched.launch = launch
+    limit = config().wait_limit_s
+    for seconds in (1.0, 1.0 + IDLE_SECONDS, 12.0, 13.0, limit, limit + 2.0):
+        now[0] = seconds
+        asyncio.run(dispatched.start_idlers())
+    assert launched == [(12.0, ["a"]), (13.0, ["a"]), (limit, ["a"])]
+    (error,) = given_up
+    assert "wait_limit_s" in str(error)
+    # One that runs is what the others may wait for.
+    now[0], state.packs["p"] = 10 * limit, SimpleNamespace(task=SimpleNamespace(done=lambda: False))
+    asyncio.run(dispatched.start_idlers())
+    assert (len(launched), len(given_up), dispatched.idle_since) == (3, 1, None)
