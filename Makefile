@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= not slow
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint soak bench clean
 
 demo: $(INSTALLED)
 	WANDB_MODE=$${WANDB_MODE:-offline} $(BIN)/saeray sweep sweeps/tiny.yaml
@@ -21,6 +21,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check saeray tests benchmarks
 	$(BIN)/ruff format --check saeray tests benchmarks
 	$(BIN)/mypy
+
+# Sweeps whose processes are killed at random: make soak SOAK='--seed 7 --minutes 60 --kills 4'
+SOAK ?= --minutes 30
+soak: $(INSTALLED)
+	$(BIN)/python tests/faults/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/peers.py

@@ -41,7 +41,7 @@ import ray
 from saeray.actors import waiting
 from saeray.actors.waiting import NotYet
 from saeray.cluster import dispatch, roster
-from saeray.cluster.launcher import AboutPack
+from saeray.cluster.launcher import AboutPack, Ended
 from saeray.cluster.roster import Roster
 from saeray.errors import SaerayError
 from saeray.files.metrics_log import read_lines
@@ -272,12 +272,12 @@ class SimulatedRoster(Roster):
         host.start.remote(about, handle, limit)
         return host
 
-    async def end_of(self, pack: Any, limit: float) -> str | None:
+    async def end_of(self, pack: Any, limit: float) -> Ended:
         """As `Dispatch` does, without killing a process that others still use."""
         host = self.hosts[pack.about.name]
         while isinstance(outcome := await host.outcome.remote(pack.about.name), NotYet):
             await asyncio.sleep(1.0)
-        return outcome[0]
+        return Ended(outcome[0])
 
 
 def shared_harvesters(real: Any, n_processes: int) -> Any:

@@ -6,7 +6,9 @@ where the actor is created.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from typing import Any
 
 import ray
@@ -34,7 +36,31 @@ def actor(cls: type, name: str, **options: Any) -> Any:
         "max_restarts": -1,
         "scheduling_strategy": "DEFAULT",
     }
-    return ray.remote(cls).options(**(standard | options))
+    return ray.remote(mortal(cls)).options(**(standard | options))
+
+
+def mortal(cls: type) -> type:
+    """A class whose actor ends at once when it is sent SIGTERM."""
+
+    class Mortal(cls):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            end_at_sigterm()
+            super().__init__(*arguments, **named)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Mortal, name, getattr(cls, name))
+    return Mortal
+
+
+def end_at_sigterm() -> None:
+    """From now on SIGTERM ends this process as SIGKILL does, as `kill` and spot nodes want it.
+
+    Ray's own handler waits for the calls in flight; some of ours never end. Not by way of
+    `signal.signal`, which wants the main thread: an async actor is made in another one.
+    """
+    set_handler = ctypes.pythonapi.PyOS_setsig
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    set_handler(int(signal.SIGTERM), int(signal.SIG_DFL))
 
 
 def placed(need: Need) -> dict[str, Any]:

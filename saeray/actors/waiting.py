@@ -6,6 +6,7 @@ harmless to repeat. One that is gone for good is not.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from saeray.errors import Late, SaerayError
 
 POLL_SECONDS = 2.0  # a call never waits longer than this for news; callers ask again
 RETRY_SECONDS = 0.2  # between calls to an actor that is being started again
+RESTART_SECONDS = 300.0  # that one may take to be there again
 
 
 class NotYet(NamedTuple):
@@ -98,6 +100,22 @@ def poll(
                 f"nothing came from {answer.late} for {limit_s:g} s (wait_limit_s); raise it if "
                 "the machine is only slow."
             )
+
+
+async def steadily(call: Callable[[], Any], limit_s: float = RESTART_SECONDS) -> Any:
+    """A call, in an async actor, that is repeated while its actor is being started again.
+
+    Raises:
+        ActorUnavailableError: that takes longer than `limit_s`.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return await call()
+        except ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 def one_that_takes(

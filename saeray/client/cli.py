@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from saeray.client.ending import Ended, end_signals
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
 from saeray.client.sharing_commands import add_commands
@@ -46,6 +45,8 @@ def load_sweep_file(path: str | os.PathLike[str], overrides: list[str] = []) -> 
         raise ConfigError(f"{file}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: `field: value` lines are wanted, at the top level.")
+    if "saes" in data and isinstance(data.get("config"), dict):
+        data = data["config"]  # as a sweep has written it into its folder
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
@@ -299,15 +300,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def interrupt(*_: object) -> None:
-    """Any end that leaves time is a Ctrl-C: what was trained is saved."""
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)  # as `ray job stop` and `kill` end it
+    end_signals()
     try:
         return parsed.command(parsed)
     except ConfigError as error:
@@ -316,6 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SaerayError as error:
         print(printable(f"saeray: {error}"), file=sys.stderr)
         return 1
+    except Ended as error:
+        print(printable(f"saeray: {error}"), file=sys.stderr)
+        return 130
     except KeyboardInterrupt as left:
         if left.args:  # the sweep's name: it was left running
             print(
@@ -325,9 +323,5 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 0
-        print(
-            "saeray: interrupted; what was trained so far is in the sweep's folder, and "
-            "`saeray sweep --resume` of it goes on.",
-            file=sys.stderr,
-        )
+        print("saeray: interrupted.", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saeray.actors.environment import quieten_train
+from saeray.client.ending import lost_without_ray, signals_kept
 from saeray.client.own_ray import runs_here, start_own_ray
 from saeray.errors import ConfigError, bad_value
 from saeray.lm.hub import PACKAGE
@@ -122,7 +123,8 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
         "logging_level": logging.ERROR,
     }
     if address == LOCAL or (address is None and not runs_here()):
-        start_own_ray(**options)
+        with signals_kept():
+            start_own_ray(**options)
         return True
     address = address or "auto"
     options["runtime_env"] = {"env_vars": settings()}
@@ -130,7 +132,8 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
         options["runtime_env"] = runtime_env()
     for tries_left in reversed(range(CONNECT_TRIES)):
         try:
-            ray.init(address=address, **options)
+            with signals_kept():
+                ray.init(address=address, **options)
             break
         except Exception as error:  # Ray raises almost anything, gRPC's own errors included
             # A head forks a server for each client, and one in ten of those dies at its birth
@@ -144,8 +147,10 @@ def start_ray(address: str | None, namespace: str | None = None) -> bool:
 def connected(address: str | None, namespace: str | None = None) -> Iterator[bool]:
     """With Ray, ended again if it was started here; whether it is this process's own Ray."""
     started = start_ray(address, namespace)
+    own = started and is_own()
     try:
-        yield started and is_own()
+        with lost_without_ray(own_processes() if own else {}):
+            yield own
     finally:
         if started:
             end_ray()
@@ -193,6 +198,14 @@ def is_own() -> bool:
 
     node = worker._global_node
     return node is not None and bool(node.is_head())
+
+
+def own_processes() -> dict[str, Any]:
+    """The processes that this one's own Ray can't do without, by their names."""
+    from ray._private import worker
+
+    every = worker._global_node.all_processes
+    return {name: every[name][0].process for name in ("gcs_server", "raylet") if every.get(name)}
 
 
 def why_not(address: str, error: Exception) -> ConfigError:

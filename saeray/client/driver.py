@@ -25,6 +25,7 @@ from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.client.connect import quieten
 from saeray.client.result import SweepResult
 from saeray.client.session import (
+    ask_for,
     done_already,
     provenance,
     refuse_existing,
@@ -123,20 +124,28 @@ def driver_name(folder: str) -> str:
     return roster_name(name, folder).replace("roster:", "driver:")
 
 
-def sweep(config: LanguageModelSAERunnerConfig, scheduler: Any, live: bool) -> SweepResult:
+def sweep(
+    config: LanguageModelSAERunnerConfig,
+    asked: LanguageModelSAERunnerConfig,
+    scheduler: Any,
+    live: bool,
+) -> SweepResult:
     """`saeray.sweep` on the cluster this process is a client of."""
     assert config.name is not None and config.storage_path is not None
     home, there = home_copy(config.storage_path), over_there(config.storage_path)
-    config = with_absolute_inputs(config).replace(
-        storage_path=there,
-        activation_cache=config.activation_cache and over_there(config.activation_cache),
+    config, asked = (
+        with_absolute_inputs(c).replace(
+            storage_path=there,
+            activation_cache=c.activation_cache and over_there(c.activation_cache),
+        )
+        for c in (config, asked)
     )
     assert config.name is not None
-    folder = seen_from_here((Folder.at(there) / config.name).uri)
-    refuse_existing(folder, config.name)
+    folder, saes = seen_from_here((Folder.at(there) / config.name).uri), expand(config)
     if home is not None:
         refuse_existing(home / config.name, config.name)
-    return drive(expand(config), folder, scheduler, live, home and home / config.name)
+    ask_for(folder, asked, saes)
+    return drive(saes, folder, scheduler, live, home and home / config.name)
 
 
 def resume(folder: str, scheduler: Any, live: bool) -> SweepResult:

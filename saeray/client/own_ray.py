@@ -9,6 +9,8 @@ statistics, which `ray.init()` switches off as well).
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,10 +39,23 @@ def start_own_ray(**options: Any) -> None:
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     os.environ[OWN_RAY] = "1"
     try:
-        with without_what_is_not_needed():
+        with without_what_is_not_needed(), deaf_to_hang_up():
             ray.init(address="local", include_dashboard=False, **options)
     finally:
         del os.environ[OWN_RAY]
+
+
+@contextmanager
+def deaf_to_hang_up() -> Iterator[None]:
+    """With what is started here ignoring the end of its terminal: its sweep's driver sees to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
+from saeray.client.ending import driving
 from saeray.client.result import SweepResult
 from saeray.client.session import (
+    ask_for,
     done_already,
-    refuse_existing,
+    forget_refused,
     run,
     saes_of,
     with_absolute_inputs,
@@ -73,7 +75,7 @@ def sweep(
     refuse_takeover(scheduler)
     if scheduler is not None and config.scheduler is not None:
         raise ConfigError("scheduler is given twice: in the config and as an argument.")
-    config = resolve(config)
+    asked, config = config, resolve(config)
     expand(config)  # what is wrong with it is said before anything is started
     if config.activation_cache is not None:
         Folder.at(config.activation_cache, "activation_cache")
@@ -89,13 +91,19 @@ def sweep(
         with connected(address, namespace):
             from saeray.client import driver
 
-            return driver.sweep(config, scheduler, live)
+            return driver.sweep(config, asked, scheduler, live)
     config = with_absolute_paths(config)
     assert config.name is not None and config.storage_path is not None
-    folder = Folder.at(config.storage_path) / config.name
-    refuse_existing(folder, config.name)
-    with connected(address, namespace) as ends_ray:
-        result = run(expand(config), folder, config.name, scheduler, live, ends_ray, began=began)
+    folder, saes = Folder.at(config.storage_path) / config.name, expand(config)
+    versions = ask_for(folder, with_absolute_paths(asked), saes)
+    try:
+        with driving(folder), connected(address, namespace) as ends_ray:
+            result = run(
+                saes, folder, config.name, scheduler, live, ends_ray, versions=versions, began=began
+            )
+    except ConfigError:
+        forget_refused(folder)
+        raise
     return result.with_all_ended()
 
 
@@ -142,7 +150,7 @@ def resume(
     if done is not None:
         return done
     saes = saes_of(place)
-    with connected(address, namespace) as ends_ray:
+    with driving(place), connected(address, namespace) as ends_ray:
         result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
     return result.with_all_ended()
 

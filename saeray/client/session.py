@@ -12,7 +12,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,8 @@ def run(
     status = view.status
     status.warnings += [w for w in warnings if w not in status.warnings]
     if status.error is not None:
+        if status.bad_input and not resuming:
+            forget_refused(folder)
         raise (ConfigError if status.bad_input else SaerayError)(status.error)
     rows, left_out = add_stability(folder, SweepFolder(folder, name).read_rows(), STABILITY_SECONDS)
     status.warnings += left_out
@@ -98,6 +100,13 @@ def run(
     if note is not None:
         note.write(status, rows, times)
     return SweepResult(name, folder, rows, status, times)
+
+
+def forget_refused(folder: Folder) -> None:
+    """A sweep whose input was refused before anything was spent leaves no folder behind."""
+    spent = ("checkpoints/", "final/", "metrics.jsonl")
+    if not any(part in name for name, size in folder.files().items() for part in spent if size):
+        folder.delete()
 
 
 def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
@@ -168,7 +177,7 @@ def begun(
     )
 
 
-def provenance() -> dict[str, str | None]:
+def provenance() -> dict[str, Any]:
     """What the sweep was run with, for sweep.yaml."""
     from importlib.metadata import version
 
@@ -193,6 +202,38 @@ def refuse_existing(folder: Folder, name: str) -> None:
             name,
             f"{folder.uri} is there already; choose another name, or go on with it by --resume.",
         )
+
+
+def ask_for(folder: Folder, asked: LanguageModelSAERunnerConfig, saes: list[SAE]) -> dict[str, Any]:
+    """Writes down what a new sweep shall be: from now on it can be resumed. Answers `provenance`.
+
+    asked: its config as it was given.
+
+    Raises:
+        ConfigError: something is there already.
+    """
+    refuse_existing(folder, folder.name)
+    versions = provenance()
+    SweepFolder(folder, folder.name).write_sweep_yaml(
+        {s.name: s.config for s in saes}, versions, {}, given_fields(asked)
+    )
+    return versions
+
+
+def given_fields(config: LanguageModelSAERunnerConfig) -> dict[str, Any]:
+    """The fields of a config that differ from their defaults, as a sweep file has them.
+
+    Without its name, so that the sweep file can be run again.
+    """
+    data = config.to_dict()
+    for f in fields(config):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if is_dataclass(default) and not isinstance(default, type):
+            default = asdict(default)
+            data[f.name] = {k: v for k, v in data[f.name].items() if v != default[k]} or default
+        if data[f.name] == default or f.name == "name":
+            del data[f.name]
+    return data
 
 
 def saes_of(place: Folder) -> list[SAE]:

@@ -1,9 +1,10 @@
 """From SAEs to running packs: cut, queued, launched and followed.
 
 Packs wait in a queue until the cluster has room for them. Each is followed to its end, so that none
-of its SAEs is left without one; a pack that fails further on than it began is queued again, and so
-is one for whose SAEs memory turns out to have no room, once the model is there. SAEs whose stream
-has no room beside this sweep's other streams (`streams`) wait until those are through.
+of its SAEs is left without one. A pack that fails further on than it began is queued again, one
+whose processes were killed also before that, `LAUNCHES` times; and so is one for whose SAEs memory
+turns out to have no room, once the model is there. SAEs whose stream has no room beside this
+sweep's other streams (`streams`) wait until those are through.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import RayError
 
+from saeray.actors.groups import end_orphaned_groups
 from saeray.actors.nodes import cluster_now, namespace
-from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.cluster.launcher import AboutPack, found_again, start_launcher
+from saeray.actors.waiting import POLL_SECONDS, NotYet, steadily
+from saeray.cluster.launcher import AboutPack, Ended, found_again, start_launcher
 from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, PackState, SweepState
+from saeray.errors import Late
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
@@ -37,6 +40,18 @@ from saeray.stream.launch import Stream
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0  # for packs to save what they have and end
+LAUNCHES = 4  # of a pack whose processes are killed each time before anything new is saved
+IDLE_SECONDS = 10.0  # that SAEs may wait though nothing runs, before they are launched
+ORPHAN_SECONDS = 20.0  # that what a killed pack has held may take to be without an owner
+
+
+class Queued(NamedTuple):
+    """A pack that waits for room."""
+
+    stream: str
+    saes: list[SAE]
+    fitted: Fitted
+    tries: int = 0  # that came to nothing: see `AboutPack`
 
 
 class Dispatch:
@@ -46,22 +61,26 @@ class Dispatch:
         self.state = state
         self.reports = reports
         self.streams = streams
-        self.queue: deque[tuple[str, list[SAE], Fitted]] = deque()  # packs that wait for room
+        self.queue: deque[Queued] = deque()  # packs that wait for room
         self.put_off: set[str] = set()  # SAEs that wait until other streams are through
         self.launching = asyncio.Lock()
+        self.idle_since: float | None = None  # nothing runs though SAEs wait
+        self.tidying: asyncio.Task[None] | None = None
+        self.tidy_until = 0.0
 
     async def take_over(self) -> None:
         """What a roster that was started again finds running, by its names."""
         found, packs = await found_again(self.state.name)
         self.streams.take_over(found, [about for about, _ in packs])
         for about, launcher in packs:
-            pack = self.state.packs[about.name] = PackState(about, launcher, heard_of=True)
-            if self.streams.runs(about.stream):
-                for name in about.configs:
-                    if not self.state.entries[name].ended:
-                        self.state.entries[name].state = TRAINING
+            pack = PackState(about, launcher, announced=True, heard_of=True)
+            self.state.packs[about.name] = pack
+            for name in about.configs:
+                if not self.state.entries[name].ended:
+                    self.state.entries[name].state = TRAINING
             first = LanguageModelSAERunnerConfig.from_dict(next(iter(about.configs.values())))
             self.begin_following(pack, first)
+        self.tidy()
 
     async def launch(self, entries: Sequence[Entry]) -> None:
         """Cuts packs, launches what has room, and starts the streams they read.
@@ -70,7 +89,7 @@ class Dispatch:
         asks for its plan, which is made when the stream is there.
         """
         async with self.launching:
-            queued = {s.name for _, saes, _ in self.queue for s in saes}
+            queued = {s.name for waits in self.queue for s in waits.saes}
             try:
                 waiting = [e for e in entries if e.state == WAITING and e.name not in queued]
                 streams = by_stream([SAE(e.name, e.config) for e in waiting])
@@ -84,10 +103,35 @@ class Dispatch:
                         continue
                     stream, fitted = placed
                     for members in cut_packs(saes, fitted.saes_per_trainer):
-                        self.queue.append((stream, members, fitted))
+                        self.queue.append(Queued(stream, members, fitted))
                 self.launch_next()
             except Exception as error:
                 self.reports.give_up(error)
+
+    async def start_idlers(self) -> None:
+        """Launches SAEs that wait while nothing is on its way for which they could.
+
+        Of use after a roster was lost between one step of a launch and the next.
+
+        What waits so for its `wait_limit_s` is given up, with the sweep.
+        """
+        waiting = [e for e in self.state.entries.values() if e.state == WAITING and not e.withdrawn]
+        at_work = self.queue or self.running or self.launching.locked()
+        if not waiting or at_work or self.state.over or self.state.error is not None:
+            self.idle_since = None
+            return
+        now, limit = time.monotonic(), waiting[0].config.wait_limit_s
+        self.idle_since = self.idle_since or now
+        if now - self.idle_since > limit:
+            names = ", ".join(e.name for e in waiting[:3])
+            self.reports.give_up(
+                Late(
+                    f"{len(waiting)} SAEs ({names} …) found no room for {limit:g} s (wait_limit_s) "
+                    "though nothing runs; --resume goes on with them."
+                )
+            )
+        elif now - self.idle_since > IDLE_SECONDS:
+            await self.launch(waiting)
 
     async def launch_put_off(self) -> None:
         """Those that waited for other streams, once these are through."""
@@ -102,7 +146,7 @@ class Dispatch:
     def fitted_packs(self) -> list[Fitted]:
         """What each pack takes that trains or waits for its room."""
         packs = [pack.about.fitted for pack in self.running]
-        return packs + [fitted for _, _, fitted in self.queue]
+        return packs + [waits.fitted for waits in self.queue]
 
     def launch_next(self) -> None:
         """Launches waiting packs while the cluster has room for them."""
@@ -112,7 +156,7 @@ class Dispatch:
         for pack in self.running:
             room.place_all(pack.about.fitted.trainer, pack.about.fitted.num_workers)
         while self.queue:
-            stream, saes, fitted = self.queue[0]
+            stream, saes, fitted, tries = self.queue[0]
             # One at least: Ray, and an autoscaler, shall see what is waited for.
             has_room = room.place_all(fitted.trainer, fitted.num_workers) is not None
             if fitted.most_packs and len(self.running) >= fitted.most_packs:
@@ -122,7 +166,7 @@ class Dispatch:
             self.queue.popleft()
             name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"
             configs = {s.name: s.config.to_dict() for s in saes}
-            about = AboutPack(name, stream, configs, fitted)
+            about = AboutPack(name, stream, configs, fitted, tries)
             pack = self.state.packs[name] = PackState(about)
             for s in saes:
                 self.state.entries[s.name].state = TRAINING
@@ -158,6 +202,7 @@ class Dispatch:
 
     async def follow_through(self, pack: PackState, config: LanguageModelSAERunnerConfig) -> None:
         problem: str | None = None
+        fitted = pack.about.fitted
         put_back, most = False, 0  # until there is memory for its SAEs
         try:
             pack.first_tokens = await asyncio.to_thread(self.saved_tokens, pack.members)
@@ -169,13 +214,15 @@ class Dispatch:
                 pack.nothing_to_do = True
             else:
                 pack.admitted = True
-                await self.expected(pack, stream)
+                # One that comes while others train holds their buffer once it is there: `plan`.
+                if not any(other.reader for other in beside):
+                    await self.expected(pack, stream)
                 pack.stream = stream
         except Exception as error:
             problem = str(error)
             pack.nothing_to_do = True
         # In any case: a trainer whose launcher is not waited for leaves its placement group behind.
-        waits = pack.about.fitted.waits_for
+        waits = fitted.waits_for
         limit = max(config.wait_limit_s, config.resources.node_wait_s if waits else 0.0)
         ended = await self.end_of(pack, limit)
         for name in pack.members:
@@ -187,26 +234,33 @@ class Dispatch:
         left = [self.state.entries[n] for n in pack.members if not self.state.entries[n].ended]
         if put_back:
             saes = [SAE(e.name, e.config) for e in left]
-            later = replace(pack.about.fitted, most_packs=most)
-            self.queue.append((pack.about.stream, saes, later))
+            later = replace(fitted, most_packs=most)
+            self.queue.append(Queued(pack.about.stream, saes, later))
             return
-        problem = pack.problem or problem or ended or "its trainer ended early"
+        pack.through = True
+        problem = pack.problem or problem or ended.problem or "its trainer ended early"
         if pack.stream is not None:
             for reader in pack.readers:
-                await steadily(partial(pack.stream.buffer.leave.remote, reader))
+                await steadily(partial(pack.stream.buffer.dismiss.remote, reader))
+        if ended.killed:
+            self.tidy()
         if left and pack.problem is None and self.state.error is None:
             saved = await asyncio.to_thread(self.saved_tokens, [e.name for e in left])
-            # One that got no further than at its last start would not next time either.
-            if saved > pack.first_tokens:
+            # One that failed by itself no further on than it began would do so next time, too.
+            tries = 0 if saved > pack.first_tokens else pack.about.tries + 1
+            if tries == 0 or (ended.killed and tries < LAUNCHES):
                 await self.state.warn(f"{pack.about.name}: {problem}; started again.")
                 saes = [SAE(e.name, e.config) for e in left]
-                self.queue.appendleft((pack.about.stream, saes, pack.about.fitted))
+                self.queue.appendleft(Queued(pack.about.stream, saes, fitted, tries))
                 left = []
+            elif ended.killed:
+                problem = f"{problem}; so it was {tries} times before anything new was saved"
         for entry in left:
             self.reports.end(entry, INTERRUPTED, f"{entry.name}: {problem}")
 
     async def expected(self, pack: PackState, stream: Stream) -> None:
         """Has the stream's buffer keep what the pack will begin with."""
+        pack.announced = True
         window = stream.about.plan.order.window_of(pack.first_tokens)
         for reader in pack.readers:
             await steadily(partial(stream.buffer.expect.remote, reader, window, self.state.name))
@@ -219,21 +273,23 @@ class Dispatch:
             saved.append(max((int(n) for n in folder.names() if n.isdigit()), default=0))
         return min(saved, default=0)
 
-    async def end_of(self, pack: PackState, limit: float) -> str | None:
-        """Waits for the pack's trainer; why it failed, if it did."""
+    async def end_of(self, pack: PackState, limit: float) -> Ended:
+        """Waits for the pack's trainer, and says how it ended."""
         deadline = time.monotonic() + limit
         while True:
             try:
                 outcome = await steadily(pack.launcher.outcome.remote)
             except RayError as error:
-                return f"its launcher died ({type(error).__name__})"
+                return Ended(f"its launcher died ({type(error).__name__})", killed=True)
             if not isinstance(outcome, NotYet):
                 ray.kill(pack.launcher)
-                return None if outcome[0] is None else f"its trainer failed: {outcome[0]}"
+                if outcome.problem is None or outcome.killed:
+                    return outcome
+                return Ended(f"its trainer failed: {outcome.problem}")
             if not pack.heard_of and time.monotonic() > deadline:
                 ray.kill(pack.launcher)
                 fitted = pack.about.fitted
-                return (
+                return Ended(
                     f"its trainer did not start within {limit:g} s (wait_limit_s, or "
                     f"resources.node_wait_s): it needs {fitted.num_workers} x ({fitted.trainer}), "
                     f"and the cluster has {cluster_now()}, of which "
@@ -247,7 +303,7 @@ class Dispatch:
         gives back its placement group, one that fails would be started again first.
         """
         state = self.state.packs.get(pack)
-        if state is None:
+        if state is None or state.through:
             return NOTHING
         state.heard_of = True
         self.state.reached("trainer")
@@ -262,6 +318,8 @@ class Dispatch:
         configs = {n: c for n, c in about.configs.items() if not self.state.entries[n].ended}
         if not configs:
             return NOTHING
+        if not state.announced:
+            await self.expected(state, state.stream)
         return PackPlan(
             pack=pack,
             configs=configs,
@@ -274,6 +332,24 @@ class Dispatch:
             marker=self.state.marker,
             special=stream.special,
         )
+
+    # --- what killed packs leave ------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Gives back, within seconds, what a pack has held whose processes were killed."""
+        self.tidy_until = time.monotonic() + ORPHAN_SECONDS
+        if self.tidying is None or self.tidying.done():
+            self.tidying = self.state.do(self.end_orphans())
+
+    async def end_orphans(self) -> None:
+        """Ends placement groups as their owners' death becomes known."""
+        while time.monotonic() < self.tidy_until:
+            try:
+                await asyncio.to_thread(end_orphaned_groups)
+            except Exception as error:
+                self.state.say(f"placement groups of killed trainers: {error!r}")
+                return
+            await asyncio.sleep(0.5)
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -289,12 +365,3 @@ class Dispatch:
             await asyncio.wait(following, timeout=CLOSE_SECONDS)
         self.reports.interrupt_rest("the sweep was ended before it was trained")
         await self.reports.rows_written()
-
-
-async def steadily(call: Callable[[], Any]) -> Any:
-    """A call that is repeated while its actor is being started again."""
-    while True:
-        try:
-            return await call()
-        except ActorUnavailableError:
-            await asyncio.sleep(0.2)

@@ -10,11 +10,12 @@ import threading
 from typing import Any, NamedTuple
 
 import ray
+from ray.exceptions import RayActorError, RayError
 
 from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train
-from saeray.actors.make import actor
+from saeray.actors.make import actor, end_at_sigterm
 from saeray.actors.nodes import namespace, on_head
-from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.actors.waiting import POLL_SECONDS, NotYet, steadily
 from saeray.spec.fitted import Fitted
 from saeray.stream.launch import Stream, running_stream
 
@@ -28,6 +29,14 @@ class AboutPack(NamedTuple):
     stream: str
     configs: dict[str, dict[str, Any]]  # by SAE
     fitted: Fitted
+    tries: int = 0  # before this one, in which nothing new was saved
+
+
+class Ended(NamedTuple):
+    """How a pack's trainer has ended."""
+
+    problem: str | None  # why it failed, if it did
+    killed: bool = False  # its processes died; it did not fail by itself
 
 
 class Launcher:
@@ -36,7 +45,7 @@ class Launcher:
     def __init__(self, about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float):
         self.about = about
         self.ended = threading.Event()
-        self.problem: str | None = None
+        self.how = Ended(None)
         self.thread = threading.Thread(
             target=self.run, args=(roster, storage_path, wait_limit_s), daemon=True
         )
@@ -45,19 +54,29 @@ class Launcher:
     def describe(self) -> AboutPack:
         return self.about
 
-    def outcome(self) -> tuple[str | None] | NotYet:
-        """(why the trainer failed, if it did,) once it has ended."""
+    def outcome(self) -> Ended | NotYet:
+        """How the trainer ended, once it has."""
         if self.ended.wait(POLL_SECONDS):
-            return (self.problem,)
+            return self.how
         return NotYet(f"the trainer of {self.about.name}")
 
     def run(self, roster: Any, storage_path: str, wait_limit_s: float) -> None:
         try:
             fit_pack(self.about, roster, storage_path, wait_limit_s)
         except Exception as error:
-            self.problem = str(error)
+            self.how = ended_by(error)
         finally:
             self.ended.set()
+
+
+def ended_by(error: BaseException) -> Ended:
+    """How a trainer ended that raised this."""
+    if isinstance(error, RayActorError):
+        return Ended("Ray Train's controller died", killed=True)
+    failures = getattr(error, "worker_failures", {})
+    if failures and all(isinstance(e, RayActorError) for e in failures.values()):
+        return Ended(f"its workers died {RESTARTS + 1} times", killed=True)
+    return Ended(str(error))
 
 
 def start_launcher(
@@ -89,8 +108,20 @@ def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: flo
             name=about.name,
             storage_path=storage_path,
             failure_config=train.FailureConfig(max_failures=RESTARTS),
+            callbacks=[ends_at_sigterm()],
         ),
     ).fit()
+
+
+def ends_at_sigterm() -> Any:
+    """A callback of Ray Train that has its controller end at SIGTERM, as all our actors do."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class EndsAtSigterm(ControllerCallback):
+        def after_controller_start(self, *_: Any, **__: Any) -> None:
+            end_at_sigterm()
+
+    return EndsAtSigterm()
 
 
 def trainer_class(n_ranks: int) -> Any:
@@ -112,15 +143,17 @@ def trainer_class(n_ranks: int) -> Any:
 
 def in_each_worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs. The pack's loop needs torch, which the launcher does without."""
+    end_at_sigterm()
     from saeray.cluster.pack import train_pack
 
     train_pack(settings)
 
 
 async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, Any]]]:
-    """The streams and packs of a roster that was started again; halves of a stream are ended.
+    """The streams and packs of a roster that was started again.
 
-    Streams that it shares with other sweeps are those that its packs read.
+    Halves of a stream are ended, and so are packs whose stream is not there. Streams that it shares
+    with other sweeps are those that its packs read.
     """
     prefix = f"{roster}/"
     listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
@@ -133,11 +166,13 @@ async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, 
             handles[name] = ray.get_actor(name, namespace())
         except ValueError:
             continue  # just gone
-    packs = [
-        (await handle.describe.remote(), handle)
-        for name, handle in handles.items()
-        if name.count("/") == prefix.count("/")
-    ]
+    packs = []
+    for name, handle in handles.items():
+        if name.count("/") == prefix.count("/"):
+            try:
+                packs.append((await steadily(handle.describe.remote), handle))
+            except RayError:
+                continue  # it has died
     wanted = {n.removesuffix("/buffer") for n in handles if n.endswith("/buffer")}
     wanted |= {about.stream for about, _ in packs}
     found = [await running_stream(name) for name in sorted(wanted)]
@@ -146,4 +181,7 @@ async def found_again(roster: str) -> tuple[list[Stream], list[tuple[AboutPack, 
     for name, handle in handles.items():
         if name.count("/") > prefix.count("/") and name.rpartition("/")[0] not in whole:
             ray.kill(handle)
-    return streams, packs
+    for about, handle in packs:
+        if about.stream not in whole:
+            ray.kill(handle)  # its processes go with it, and its SAEs are launched again
+    return streams, [(about, handle) for about, handle in packs if about.stream in whole]

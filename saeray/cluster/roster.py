@@ -29,7 +29,7 @@ from saeray.cluster.overview import Overview
 from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import Entry, SweepState
-from saeray.errors import ConfigError
+from saeray.errors import ConfigError, SaerayError
 from saeray.files.sweep_folder import Known
 from saeray.files.wandb_key import lacking
 from saeray.spec.checks import cautions
@@ -263,6 +263,8 @@ class Roster:
         state = self.state.packs.get(pack)
         if state is None:  # launched by a former incarnation, and given up by it
             return Answer(self.state.incarnation, [r.name for r in reports], {})
+        if state.through:  # its processes were killed, and this one will hear of it
+            raise SaerayError(f"{pack} was given up")
         state.reader = reader or state.reader
         if not self.state.over:
             self.state.trains()
@@ -383,6 +385,8 @@ class Roster:
                 self.write_record()
                 await self.streams.renew()
             await asyncio.sleep(POLL_SECONDS)
+            if self.gathering is None or self.gathering.done():
+                await self.dispatch.start_idlers()
             quiet = time.monotonic() - self.last_seen
             over = all(e.ended and not e.attached for e in self.state.entries.values())
             if quiet > LEASE_SECONDS or (over and not self.driven and quiet > OVER_SECONDS):

@@ -22,7 +22,7 @@ from saeray.actors.waiting import POLL_SECONDS
 from saeray.cluster.launcher import AboutPack
 from saeray.cluster.reports import Reports
 from saeray.cluster.sweep_state import SweepState
-from saeray.errors import ConfigError, Late, SaerayError
+from saeray.errors import ConfigError, Late
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
@@ -70,8 +70,6 @@ class Streams:
         """What a roster that was started again finds running, and packs that read it."""
         self.running = found
         for about in packs:
-            if not self.runs(about.stream):
-                self.starting[about.stream] = self.state.do(nowhere(about.stream))
             if about.fitted.harvesters:
                 self.own[about.stream] = Own(about.fitted, about.fitted.harvester_nodes)
 
@@ -332,7 +330,3 @@ async def settled_holdings() -> dict[str, dict[str, float]]:
         await asyncio.sleep(0.5)
         held = held_by_others()
     return held
-
-
-async def nowhere(stream: str) -> Stream:
-    raise SaerayError(f"{stream} is not there any more")

@@ -112,8 +112,10 @@ class PackState:
     admitted: bool = False  # to its stream: there is memory for its SAEs
     nothing_to_do: bool = False  # its stream did not come about, or has no room for it yet
     reader: ReaderGauges | None = None
+    announced: bool = False  # to its buffer, which keeps what it will begin with
     heard_of: bool = False  # its trainer is up and has asked for the plan
     problem: str | None = None  # why it can't go on, in its own words
+    through: bool = False  # ended, or given up: what may be left of it is not listened to
     first_tokens: int = 0  # the least of its SAEs' newest checkpoints when it was launched
 
     @property

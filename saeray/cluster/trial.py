@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from saeray.actors import waiting
+from saeray.actors.make import end_at_sigterm
 from saeray.actors.nodes import HEAD_SHARE, has_head
 from saeray.actors.waiting import NotYet
 from saeray.cluster.roster import find_or_create
@@ -53,6 +54,7 @@ class SAETrial(tune.Trainable):
         Raises:
             ConfigError: the config is not right.
         """
+        end_at_sigterm()
         known = config.get(INTERNAL)
         if known is not None:
             self.sae = LanguageModelSAERunnerConfig.from_dict(known["sae"]["config"])

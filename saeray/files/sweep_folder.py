@@ -1,6 +1,6 @@
 """A sweep's folder as a whole: what is written where, and how a later session reads it back.
 
-    sweep.yaml                      every SAE's resolved config, versions
+    sweep.yaml                      what was asked for, every SAE's resolved config, versions
     results.csv  results.parquet    a row per SAE, with its state
     trials/<SAE>/metrics.jsonl      a line per report
     .ray/                           while it runs: Ray's own files, and the roster's memory
@@ -86,10 +86,16 @@ class SweepFolder:
         configs: Mapping[str, LanguageModelSAERunnerConfig],
         versions: Mapping[str, Any],
         resources: Mapping[str, Any],
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
-        """The resolved configs and what they were run with."""
+        """The resolved configs and what they were run with.
+
+        asked: the fields of the sweep as they were given. None: those that are there stay.
+        """
+        asked = self.read_asked() if asked is None else asked
         data = {
             "name": self.name,
+            **({"config": dict(asked)} if asked else {}),
             "versions": dict(versions),
             "resources": dict(resources),
             "saes": {name: config.to_dict() for name, config in configs.items()},
@@ -111,6 +117,13 @@ class SweepFolder:
             ) from None
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.folder.uri}/sweep.yaml: damaged ({error}).") from None
+
+    def read_asked(self) -> dict[str, Any]:
+        """The fields that the sweep was asked for with; none where nobody wrote them down."""
+        try:
+            return dict(yaml.load(self.folder.read("sweep.yaml"), YAML_LOADER).get("config") or {})
+        except (OSError, yaml.YAMLError, AttributeError):
+            return {}
 
     def read_configs(self) -> dict[str, LanguageModelSAERunnerConfig]:
         """Every SAE's config, from sweep.yaml.

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import ray
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey, Gauges
 from saeray.spec.order import StreamOrder
 from saeray.stream.harvester_pool import HarvesterPool
@@ -89,6 +90,7 @@ class ActivationBuffer:
         self.tasks: set[asyncio.Task[None]] = set()
         self.will_look_again = False
         self.detached: list[str] = []
+        self.dismissed: set[str] = set()
         self.warnings: list[str] = []
         self.users: dict[str, float] = {}  # sweep -> when it was last heard of
         self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
@@ -146,8 +148,10 @@ class ActivationBuffer:
         Answers `NotYet` after `POLL_SECONDS` when the window is not ready: ask again.
 
         Raises:
-            SaerayError: the stream can't go on; says why.
+            SaerayError: the stream can't go on, or the reader was dismissed; says why.
         """
+        if reader in self.dismissed:
+            raise SaerayError(f"{reader} was given up")
         self.forget(set(lost))
         self.policy.ask(reader, window, time.monotonic())
         blocks = self.order.blocks_of(window)
@@ -162,6 +166,11 @@ class ActivationBuffer:
         """A reader that is done, or gone: nothing is kept for it any more."""
         self.policy.readers.pop(reader, None)
         self.pump()
+
+    async def dismiss(self, reader: str) -> None:
+        """A reader is gone for good: what may be left of its process shall hold nothing either."""
+        self.dismissed.add(reader)
+        await self.leave(reader)
 
     async def statistic(self, hook_point: str, name: str, n_rows: int, seed: int) -> Any | NotYet:
         """`statistic_of` the first half buffer, computed once; or `NotYet`: ask again."""

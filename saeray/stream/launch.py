@@ -16,18 +16,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from saeray.actors.make import actor, as_future, passed_on, placed
 from saeray.actors.nodes import cluster_now, namespace, on_head
-from saeray.actors.waiting import POLL_SECONDS
-from saeray.errors import ConfigError, Late
+from saeray.actors.waiting import POLL_SECONDS, RETRY_SECONDS, steadily
+from saeray.errors import ConfigError, Late, SaerayError
 from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
@@ -45,6 +46,8 @@ Config = LanguageModelSAERunnerConfig
 # A call is repeated when its actor dies under it; not for ever, since calls to an actor that was
 # killed on purpose are repeated as well.
 TASK_RETRIES = 20
+ONCE = {"max_task_retries": 0}
+CHECK_TRIES = 5  # of a check whose actor dies under it
 STRAGGLER_SECONDS = 5.0  # that a stream's start waits for its other harvesters
 SETTLE_SECONDS = 3.0  # for what an earlier sweep held to be given back, before it counts as taken
 
@@ -122,7 +125,8 @@ async def start_stream(
         room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:
-            weights = await first.fingerprints.options(max_task_retries=0).remote()
+            fingerprints = partial(first.fingerprints.options, **ONCE)
+            weights = await surviving(fingerprints, "the harvester (reading the weights)")
             cache = CacheKey(
                 config.activation_cache, *identities_of(config, weights, facts.device, facts.d_in)
             )
@@ -168,22 +172,49 @@ async def checked(
     def plain(configs: Sequence[Config]) -> list[dict[str, Any]]:
         return [c.to_dict() for c in configs]
 
-    calls = [
-        harvester.check.options(max_task_retries=0).remote(plain(configs)),
-        token_server.check.options(max_task_retries=0).remote(),
-    ]
-    if later:  # before: one harvester has room for one model
-        others = harvester.check_others.options(max_task_retries=0)
-        texts = token_server.check_others.options(max_task_retries=0)
-        calls = [
-            others.remote([plain(other) for other in later]),
-            texts.remote(plain([other[0] for other in later])),
-            *calls,
-        ]
-        for facts, other in zip(await calls[0], later, strict=True):
-            plan_stream(other[0], hook_points_of(other), facts.d_in)
-    *_, facts, special = await asyncio.gather(*calls)
-    return facts, special
+    async def model() -> ModelFacts:
+        who = "the harvester"
+        if later:  # before: one harvester has room for one model
+            others = [plain(other) for other in later]
+            found = await surviving(partial(harvester.check_others.options, **ONCE), who, others)
+            for facts, other in zip(found, later, strict=True):
+                plan_stream(other[0], hook_points_of(other), facts.d_in)
+        check = partial(harvester.check.options, **ONCE)
+        return await surviving(check, f"{who} (loading the model)", plain(configs))
+
+    async def text() -> SpecialTokens:
+        who = "the token server (opening the text)"
+        if later:
+            others = plain([other[0] for other in later])
+            await surviving(partial(token_server.check_others.options, **ONCE), who, others)
+        return await surviving(partial(token_server.check.options, **ONCE), who)
+
+    return await asyncio.gather(model(), text())
+
+
+async def surviving(method: Callable[[], Any], who: str, *arguments: Any) -> Any:
+    """What an actor's method answers, asked again when the actor dies under it.
+
+    Not as often as Ray would: what dies every time, of a model too large for the memory, is said.
+
+    Raises:
+        SaerayError: it died at each of `CHECK_TRIES` tries, or is gone for good.
+    """
+    for tries_left in reversed(range(CHECK_TRIES)):
+        try:
+            return await method().remote(*arguments)
+        except ActorUnavailableError as error:
+            last = error
+        except ActorDiedError as error:
+            last, tries_left = error, 0
+        if not tries_left:
+            text = " ".join(str(last).split())[:400]
+            raise SaerayError(
+                f"{who} died {CHECK_TRIES} times while it was being started; out of memory? Ray "
+                f"says: {text}"
+            ) from None
+        await asyncio.sleep(RETRY_SECONDS)
+    raise AssertionError
 
 
 def start_sources(
@@ -286,7 +317,7 @@ async def running_stream(name: str) -> Stream | None:
     """The stream of that name, if it runs."""
     try:
         buffer = ray.get_actor(f"{name}/buffer", namespace())
-        about: AboutStream = await buffer.describe.remote()
+        about: AboutStream = await steadily(buffer.describe.remote)
         token_server = ray.get_actor(f"{name}/token-server", namespace())
         harvesters = [
             ray.get_actor(f"{name}/harvester-{i}", namespace()) for i in range(about.n_harvesters)

@@ -84,7 +84,8 @@ def test_ctrl_c_then_a_killed_driver_then_a_damaged_checkpoint(undisturbed, tmp_
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=100)[0]
     assert process.returncode == 130, said
-    assert "--resume" in said
+    assert "SIGINT: stopping" in said
+    assert f"saeray sweep --resume {folder}" in said
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert [r["status"] for r in rows] == ["interrupted"] * 2
     assert not (folder / ".ray").exists()
