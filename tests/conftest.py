@@ -118,3 +118,13 @@ def alone(ray_instance, s3):
     cached = dict(activation_cache=s3("cache"), resources=dict(harvesters=2))
     fields = tiny_fields() | cached | dict(checkpoint_every_s=0.1)
     return saeray.sweep(fields, name="alone", storage_path=s3("results"), live=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window; skips where there is none, and says so."""
+    from support.browser import Browser, chromium
+
+    driver = chromium()
+    yield Browser(driver)
+    driver.quit()

@@ -11,7 +11,8 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 from saeray.client.connect import chosen, connected, is_jobs, is_outside
 from saeray.client.result import load_sweep
@@ -72,20 +73,43 @@ def chosen_saes(sweep: Folder, given: str | None) -> list[str]:
     return trained
 
 
-def make(sweep: Folder, wanted: Wanted, say: Callable[[str], None]) -> None:
-    """Gathers what is not there yet, and writes pages and exports. Ray is connected.
+class ToGather(NamedTuple):
+    """The SAEs whose features are not there yet, or are of other weights or tokens."""
+
+    saes: list[SAE]
+    digests: dict[str, str]  # by SAE, of what its features depend on
+
+
+def to_gather(sweep: Folder, wanted: Wanted) -> ToGather:
+    """Reads the weights of all that are wanted.
+
+    Raises:
+        ConfigError: SAEs that have no text.
+    """
+    configs = SweepFolder(sweep, sweep.name).read_configs()
+    saes = [SAE(name, configs[name]) for name in wanted.saes]
+    refuse_textless(saes)
+    digests = {s.name: digest_of(sweep, s, wanted) for s in saes}
+    return ToGather([s for s in saes if already(sweep, s.name) != digests[s.name]], digests)
+
+
+def make(
+    sweep: Folder,
+    wanted: Wanted,
+    say: Callable[[str], None],
+    missing: ToGather | None = None,
+) -> None:
+    """Gathers what is not there yet, and writes pages and exports.
+
+    Ray is connected, where anything is missing. missing: as `to_gather` has found it.
 
     Raises:
         ConfigError: SAEs that have no text, or too many for the memory there is.
         SaerayError: harvesters die again and again, or nothing comes.
     """
-    configs = SweepFolder(sweep, sweep.name).read_configs()
-    saes = [SAE(name, configs[name]) for name in wanted.saes]
-    refuse_textless(saes)
-    there = {s.name: digest_of(sweep, s, wanted) for s in saes}
-    missing = [s for s in saes if already(sweep, s.name) != there[s.name]]
-    for members in by_stream(missing).values():
-        gather(sweep, members, wanted, there, say)
+    missing = missing or to_gather(sweep, wanted)
+    for members in by_stream(missing.saes).values():
+        gather(sweep, members, wanted, missing.digests, say)
     for name in wanted.saes:
         write(sweep, name, wanted.formats, say)
     features.write_list(sweep)
@@ -234,22 +258,13 @@ def features_command(arguments: argparse.Namespace) -> int:
         raise bad_value("--feature", one, "of which SAE? Name it: SWEEP/SAE.")
     if one is not None and one < 0:
         raise bad_value("--feature", one, "at least 0.")
-    if needs_a_pass(sweep, wanted):
-        with connected(address, arguments.namespace):
-            make(sweep, wanted, say)
-    else:
-        make(sweep, wanted, say)
+    missing = to_gather(sweep, wanted)
+    with connected(address, arguments.namespace) if missing.saes else nullcontext():
+        make(sweep, wanted, say, missing)
     if one is not None:
         (name,) = wanted.saes
         print(printable("\n".join(described(sweep, name, one))))
     return 0
-
-
-def needs_a_pass(sweep: Folder, wanted: Wanted) -> bool:
-    configs = SweepFolder(sweep, sweep.name).read_configs()
-    saes = [SAE(name, configs[name]) for name in wanted.saes]
-    refuse_textless(saes)
-    return any(already(sweep, s.name) != digest_of(sweep, s, wanted) for s in saes)
 
 
 def outside(arguments: argparse.Namespace, wanted: Wanted, say: Callable[[str], None]) -> int:

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import yaml
-from support.bundled import ROOT
 from support.finished import finished, sae
 from support.model_hub import ModelHub
+from support.peers_python import python_with
 from support.published import config_of, trained
 
 import saeray
@@ -283,13 +283,7 @@ print("RESULT", sae.W_dec.tolist(), sae.cfg.metadata.hook_name)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_sae_lens_finds_it_on_the_hub(hub, sweep, here):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from peers import environment
-
-    try:
-        python = environment("sae_lens")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no environment for sae_lens could be made: {error}")
+    python = python_with("sae_lens")
     saeray.push(sweep.path, "me/saes")
     done = subprocess.run(
         [python, "-c", IN_SAE_LENS, NAMES[1]],

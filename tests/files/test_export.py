@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load
 from support.bundled import ROOT
+from support.peers_python import python_with
 from support.published import trained
 
 import saeray
@@ -144,13 +145,9 @@ for folder in sys.argv[2:]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_dictionary_learning_computes_the_same(tmp_path):
-    from peers import environment
     from safetensors.torch import load_file, save_file
 
-    try:
-        python = environment("dictionary_learning")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no environment for dictionary_learning could be made: {error}")
+    python = python_with("dictionary_learning")
     saes, folders = {}, []
     for name in ARCHITECTURES:
         saes[name] = loaded(tmp_path / name, name, d_in=32, d_sae=128)

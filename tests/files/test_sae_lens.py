@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.bundled import ROOT
 from support.configs import short_run
+from support.peers_python import python_with
 
 import saeray
 from saeray.cluster.options import options_of
@@ -41,12 +42,7 @@ print("RESULT", json.dumps(told))
 @pytest.fixture(scope="module")
 def python():
     """Of an environment that has sae_lens."""
-    from peers import environment
-
-    try:
-        return environment("sae_lens")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no environment for sae_lens could be made: {error}")
+    return python_with("sae_lens")
 
 
 def in_sae_lens(python, sae, x, tmp_path):

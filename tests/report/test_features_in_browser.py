@@ -4,19 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.browser import Browser, chromium
 from support.feature_files import DEAD, DENSE, L, by_hand
 
 from saeray.files import feature_data
 from saeray.files.storage import Folder
 from saeray.report import features
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = chromium()
-    yield Browser(driver)
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from support.browser import Browser, chromium
 from support.pictured import pictured
 
 from saeray.report.report import write_report
@@ -11,13 +10,6 @@ from saeray.spec.messages import FAILED, WAITING
 
 NASTY = '<script>window.struck = true</script> & "loss" is nan'
 MARKERS = "#frontier-plot .scatterlayer .points path"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver = chromium()
-    yield Browser(driver)
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

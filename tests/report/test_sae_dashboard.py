@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from support import features as of
 from support.bundled import MODEL, ROOT
+from support.peers_python import python_with
 
 from saeray.files import feature_data
 from saeray.files.storage import Folder
@@ -78,12 +79,7 @@ Path(out).write_text(NeuronpediaConverter.convert_to_np_json(model, vis, config,
 
 @pytest.fixture(scope="module")
 def python():
-    from peers import environment
-
-    try:
-        return environment("sae_dashboard")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no environment for sae-dashboard could be made: {error}")
+    return python_with("sae_dashboard")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from support.formulas import (
     reference_loss,
     stepped,
     target,
+    trained_latents,
     trainer,
 )
 from support.training import gone_on_from
@@ -90,12 +91,7 @@ def test_what_is_published_computes_what_was_trained(variant, decoder_norm, skip
     again = published_sae(cfg, {n: p.clone() for n, p in sae.sae_lens_tensors().items()})
     assert torch.equal(again(x / 2), sae(x / 2))
     w = dict(t.sae.tensors)
-    if t.options.architecture in ("batchtopk", "matryoshka"):
-        norms = w["W_dec"].norm(dim=1)
-        h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-        f = h * (h * norms > max(t.rule.threshold, 0))
-    else:
-        _, f = reference_loss(x, w, t, t.options, t.dead, y)
+    f = trained_latents(x, w, t, y)
     assert int((f > 0).sum()) > 100
     wanted = f @ w["W_dec"] + w["b_dec_out"] + (x @ w["W_skip"] if skip else 0.0)
     torch.testing.assert_close(sae(x / 2) / 2, wanted, rtol=1e-9, atol=1e-9)

@@ -183,6 +183,15 @@ def reference_loss(x, w, t, o, dead, y=None):
     return squared(f) + c * sparsity + inner + aux, f
 
 
+def trained_latents(x, w, t, y=None):
+    """f of what was trained, as it is used: of the batch's k by the threshold kept for it."""
+    if t.options.architecture in ("batchtopk", "matryoshka"):
+        norms = w["W_dec"].norm(dim=1)
+        h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        return h * (h * norms > max(t.rule.threshold, 0))
+    return reference_loss(x, w, t, t.options, t.dead, y)[1]
+
+
 def stepped(t, x, sparse, y=None):
     """The gradient of one step, by parameter, and its metrics; the step is not made."""
     found = {}
