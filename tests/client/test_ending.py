@@ -94,8 +94,13 @@ def test_the_last_words_name_what_is_saved_and_the_command_that_goes_on(asked, t
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_the_end_is_said_at_once(asked, tmp_path, capsys, number):
-    kept = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, ending.end)
+    # As in a terminal's foreground, however these tests were started.
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGTERM: ending.end,
+    }
+    kept = {n: signal.signal(n, handler) for n, handler in handlers.items()}
     try:
         with pytest.raises(ending.Ended), ending.driving(Folder.at(tmp_path / "mine")):
             try:
@@ -103,11 +108,12 @@ def test_the_end_is_said_at_once(asked, tmp_path, capsys, number):
                 time.sleep(10)
             finally:  # what takes long
                 said = capsys.readouterr().err
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGTERM, kept)
+        for n, handler in kept.items():
+            signal.signal(n, handler)
     assert f"{number.name}: stopping" in said
     assert str(tmp_path / "mine") in said
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 def test_sigterm_ends_an_actors_process_whatever_its_handler_was():
