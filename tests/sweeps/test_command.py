@@ -85,7 +85,9 @@ def test_no_key_and_no_pickle_is_in_any_file(command):
     logs = list(session.rglob("logs"))
     assert logs
     assert [f for log in logs for f in files_with(log, SECRETS.values())] == []
-    known = {".safetensors", ".json", ".jsonl", ".yaml", ".csv", ".parquet", ".png", ".arrow"}
+    known = {
+        ".safetensors", ".json", ".jsonl", ".yaml", ".csv", ".parquet", ".png", ".html", ".arrow",
+    }  # fmt: skip
     of_wandb = {".wandb", ".log", ".txt", ""}
     for path in folder.rglob("*"):
         if path.is_file():
