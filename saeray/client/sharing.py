@@ -6,7 +6,6 @@ sweep has (sweep.yaml, results, the picture) lies at its top, so `pull` gives th
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 import uuid
@@ -14,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import yaml
 
 from saeray.client.result import SweepResult, load_sweep
 from saeray.errors import ConfigError, bad_value, nearest
 from saeray.files import hub_repo, model_card, strict_json
 from saeray.files.picture import write_pareto
-from saeray.files.results import write_results
+from saeray.files.results import results_table, write_results
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig
@@ -171,7 +169,7 @@ def with_those_there(
                 "is wanted."
             )
     kept = {name: config for name, config in before.items() if name not in mine["saes"]}
-    old = pyarrow.parquet.read_table(io.BytesIO(there["results.parquet"])).to_pylist()
+    old = results_table(there["results.parquet"]).to_pylist()
     rows = [row for row in old if row["trial"] in kept] + rows
     read = {n: LanguageModelSAERunnerConfig.from_dict(c, source=repo) for n, c in kept.items()}
     return mine | {"saes": kept | mine["saes"]}, rows, configs | read
@@ -261,7 +259,7 @@ def at_home(folder: Folder, target: Path, saes: list[str]) -> None:
     folder.write(
         "sweep.yaml", yaml.safe_dump(data | {"name": target.name}, sort_keys=False).encode()
     )
-    table = pyarrow.parquet.read_table(io.BytesIO(folder.read("results.parquet")))
+    table = results_table(folder.read("results.parquet"))
     rows = [row for row in table.to_pylist() if row["trial"] in saes]
     write_results(
         folder,

@@ -105,12 +105,21 @@ def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
 
 def add_column(folder: Folder, name: str, values: Mapping[str, float | None]) -> None:
     """Results that are there with one column more (or anew), before the last; values by trial."""
-    read = io.BytesIO(folder.read("results.parquet"))
-    table = pyarrow.parquet.read_table(read)
+    table = results_table(folder.read("results.parquet"))
     if name in table.column_names:
         table = table.drop_columns(name)
     column = pa.array([values.get(t) for t in table["trial"].to_pylist()], pa.float64())
     write_table(folder, table.add_column(table.num_columns - 1, name, column))
+
+
+def results_table(data: bytes) -> pa.Table:
+    """What results.parquet holds.
+
+    Read in this thread alone: one of Arrow's that lets go of its last buffer while Python ends
+    wants an interpreter that is no longer there, and aborts the process.
+    """
+    file = pyarrow.parquet.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    return file.read(use_threads=False)
 
 
 def write_table(folder: Folder, table: pa.Table) -> None:

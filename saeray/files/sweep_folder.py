@@ -11,18 +11,16 @@ else is needed to go on with a sweep. No Ray.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pyarrow.parquet
 import yaml
 
 from saeray.errors import ConfigError, nearest
 from saeray.files import strict_json
 from saeray.files.metrics_log import read_lines, with_names_of_now
 from saeray.files.picture import write_pareto
-from saeray.files.results import COLUMNS, result_row, varying_fields, write_results
+from saeray.files.results import COLUMNS, result_row, results_table, varying_fields, write_results
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
@@ -158,7 +156,7 @@ class SweepFolder:
         """results.parquet, row by row; none when nothing has ended yet."""
         if "results.parquet" not in self.folder.names():
             return []
-        table = pyarrow.parquet.read_table(io.BytesIO(self.folder.read("results.parquet")))
+        table = results_table(self.folder.read("results.parquet"))
         rows = [with_names_of_now(row) for row in table.to_pylist()]
         # An earlier version may not have all columns.
         return [row | {c: None for c in COLUMNS if c not in row} for row in rows]
