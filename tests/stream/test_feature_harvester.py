@@ -129,3 +129,20 @@ def test_a_harvester_that_was_started_again_says_so(parts):
     made = of.FeatureHarvester(of.fields(), ["blocks.2.hook_resid_pre"])
     with pytest.raises(SaerayError, match="not begun"):
         made.collect(*parts[0])
+
+
+def test_rows_that_no_sae_sees_are_in_no_context(tmp_path, parts, tokens):
+    """Of each window of 64 tokens those from the fourth to the last but one: 60."""
+    folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0))
+    one, _ = of.harvester(of.job_of(folder, "a"), context_slice=(3, -2))
+    for part in parts:
+        one.collect(*part)
+    one.finish("a", tokens, FIRSTS, ABOUT | {"sae": "a"})
+    data = feature_data.read(folder / "features" / "a")
+    assert data.n_tokens == len(tokens) * 60
+    with torch.inference_mode():
+        x = one.model.activations(torch.from_numpy(tokens))["blocks.2.hook_resid_pre"]
+        f = of.sparse_sae(0).encode(x).view(*tokens.shape, -1)[:, 3:63]
+    assert data.fired.tolist() == (f > 0).sum(dim=(0, 1)).tolist()
+    positions = [c.position for j in range(of.L) for c in data.top(j)]
+    assert positions and min(positions) >= 3 and max(positions) <= 62

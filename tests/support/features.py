@@ -72,8 +72,8 @@ def parts():
     return [(i, windows[8 * i : 8 * i + 8]) for i in range(5)]
 
 
-def harvester(job, name="harvester-0", saved=()):
-    made = FeatureHarvester(fields(), ["blocks.2.hook_resid_pre"])
+def harvester(job, name="harvester-0", saved=(), **changes):
+    made = FeatureHarvester(fields(**changes), ["blocks.2.hook_resid_pre"])
     made.config = resolve(made.config)
     has = made.begin(job, name, list(saved))
     return made, has
