@@ -202,16 +202,23 @@ class SAETrainer:
         )
 
     @property
-    def resamples_next(self) -> bool:
-        """Whether the coming step is followed by resampling."""
-        return resampling.is_due(self.options, self.step + 1)
+    def silent(self) -> Tensor:
+        """int64 [n]: the features that have not fired in this sampling window."""
+        return (self.fired_in_window == 0).nonzero().squeeze(1)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether, after the step just made, dead features are to be given rows (`resample`)."""
+        return resampling.is_due(self.options, self.step) and len(self.silent) > 0
 
     def resample(self, rows: Tensor, weights: Tensor) -> None:
         """Gives features that have not fired in this window a new start.
 
-        rows [n, D] of activations as the SAE sees them, weights [n]: what they are chosen by.
+        rows [n, D]: activations as they are in the stream; weights [n]: what they are drawn by.
         """
-        dead = (self.fired_in_window == 0).nonzero().squeeze(1)
+        rows = rows.to(self.sae.W_enc) * self.activation_scale
+        weights = torch.where(rows.any(dim=1).cpu(), weights.cpu(), 0.0)  # 0 has no direction
+        dead = self.silent
         chosen = resampling.choose_rows(weights, len(dead), self.options.seed, self.step)
         if len(chosen) == 0:
             return

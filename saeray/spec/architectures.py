@@ -57,7 +57,7 @@ SPARSITY = ("l1_coefficient", "l0_coefficient", "target_l0", "k")
 # Of an L1 where none is given: the guide's own, and what is about as much for the other losses.
 L1_COEFFICIENT = {"centred_norm": 1e-3, "none": 1e-2, "sum": 1.0}
 L0_COEFFICIENT = 1.0  # of quadratic jumprelu
-RESAMPLING = ("l2",)
+RESAMPLING = ("anthropic", "l2")
 # Of gated, by decoder_norm: unit rows are best left alone, free ones shrink unless they learn.
 GATED_AUX_DECODER = {"unit": "constant", "free": "live"}
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
@@ -165,13 +165,6 @@ def check_own_values(config: Any) -> None:
     for name in not_below_0.split():
         if name in own and own[name] < 0:
             raise bad_value(name, own[name], "not below 0.")
-    if own.get("feature_sampling_method") == "anthropic":
-        raise bad_value(
-            "feature_sampling_method",
-            "anthropic",
-            "weighs rows by the loss they cost the language model, which is not there yet; l2 "
-            "weighs them by their squared error.",
-        )
     choices = {
         "feature_sampling_method": RESAMPLING,
         "jumprelu_sparsity_loss_mode": SPARSITY_LOSS_MODES,

@@ -135,7 +135,7 @@ class LanguageModelSAERunnerConfig:
 
     # Dead features
     use_ghost_grads: bool | None = None  # standard, p_anneal; false
-    feature_sampling_method: str | None = None  # standard, p_anneal, gated: l2; none
+    feature_sampling_method: str | None = None  # standard, p_anneal, gated: anthropic, l2; none
     feature_sampling_window: int = 2000  # optimizer steps between resets of firing statistics
     dead_feature_window: int | None = None  # steps without firing: dead; None: the recipe's
     dead_feature_threshold: float = 1e-8  # firing frequency below which reports call it dead

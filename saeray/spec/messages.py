@@ -114,6 +114,25 @@ class CacheKey(NamedTuple):
     earlier: dict[str, Any] | None = None  # the identity that versions up to 0.1 had for it
 
 
+class RowsFor(NamedTuple):
+    """An SAE some of whose features are dead, after a step, and how rows are picked for them."""
+
+    name: str
+    hook_point: str
+    method: str  # see saeray.sae.resampling
+    seed: int
+    step: int
+
+
+class RowsWanted(NamedTuple):
+    """A pack's request for the rows that dead features may take the place of."""
+
+    pack: str
+    blocks: range  # the LM batches they are of
+    saes: tuple[RowsFor, ...]
+    attempt: int = 0  # counts up where what was answered was lost
+
+
 class Gauges(NamedTuple):
     """The activation buffer, as it stands."""
 

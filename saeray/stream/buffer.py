@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import ray
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.spec.messages import CacheKey, Gauges
+from saeray.spec.messages import CacheKey, Gauges, RowsWanted
 from saeray.spec.order import StreamOrder
 from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
+from saeray.stream.row_requests import RowRequests
 
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 SLOWER_READERS = "slower readers"
@@ -103,6 +104,7 @@ class ActivationBuffer:
             warn=self.warn,
             up_again=self.pump,
         )
+        self.row_requests = RowRequests(self.pool)
         if shared:
             self.do(self.watch_users())
 
@@ -158,9 +160,14 @@ class ActivationBuffer:
         state.asks_since = None
         return WindowBlocks(blocks, [self.blocks[b] for b in blocks[have:]])
 
+    async def rows_for_dead(self, wanted: RowsWanted, snapshots: list[Any]) -> list[Any] | NotYet:
+        """See `RowRequests.of`."""
+        return await self.row_requests.of(wanted, snapshots)
+
     async def leave(self, reader: str) -> None:
         """A reader that is done, or gone: nothing is kept for it any more."""
         self.policy.readers.pop(reader, None)
+        self.row_requests.forget(reader)
         self.pump()
 
     async def statistic(self, hook_point: str, name: str, n_rows: int, seed: int) -> Any | NotYet:
