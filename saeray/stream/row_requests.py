@@ -71,10 +71,11 @@ class Request:
                 .rows_for_dead.options(num_returns=2, max_task_retries=0)
                 .remote(block, tokens, self.wanted.saes, *self.snapshots)
             )
-            self.pool.resampling_tokens += await n_tokens
+            n = await n_tokens
         finally:
             self.pool.in_flight[at] -= 1
             self.pool.up_again()
+        self.pool.resampling_tokens += n
         self.done += 1
         return rows
 
