@@ -14,7 +14,8 @@ from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import SweepState
 from saeray.errors import ConfigError
-from saeray.spec.messages import Gauges, SweepStatus
+from saeray.spec.messages import KNOWN_ROWS, LM_TOKENS, Gauges, SweepStatus
+from saeray.spec.synthetic import is_synthetic
 
 
 class Overview:
@@ -44,6 +45,10 @@ class Overview:
         passes: dict[str, int] = {}
         for e in self.state.entries.values():
             passes[e.stream_key] = max(passes.get(e.stream_key, 0), e.n_training_tokens)
+        kinds = {
+            KNOWN_ROWS if is_synthetic(e.config.model_name) else LM_TOKENS
+            for e in self.state.entries.values()
+        }
         return SweepStatus(
             rows=[e.row for e in self.state.entries.values()],
             phase=self.state.phase,
@@ -59,8 +64,10 @@ class Overview:
             epochs=counts.epochs if counts else 1,
             skipped_rows=counts.skipped_rows if counts else 0,
             evaluation_tokens=self.reports.evaluation_tokens,
+            resampling_tokens=sum(self.state.resampling_tokens.values()),
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
+            rows_are=" and ".join(sorted(kinds)) or LM_TOKENS,
             training_since=self.state.training_since,
             training_until=self.state.training_until,
             milestones=self.state.milestones,

@@ -48,7 +48,7 @@ class SAETrainer:
         self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
         self.steering: Steering | None = None
         if options.target_l0 and self.rule.is_steered:
-            self.steering = Steering(options)
+            self.steering = Steering(options, to_the_end=not self.rule.steers_coefficient)
         self.unit = options.decoder_norm == "unit"
         self.activation_scale = activation_scale
         if self.unit:
@@ -104,7 +104,9 @@ class SAETrainer:
     @property
     def coefficient(self) -> float:
         """Of the sparsity term, in the coming step."""
-        steered = 1.0 if self.steering is None else self.steering.multiplier
+        steered = 1.0
+        if self.steering is not None and self.rule.steers_coefficient:
+            steered = self.steering.multiplier
         warm_up = l1_multiplier(self.step, self.options.l1_warm_up_steps)
         return self.rule.coefficient * steered * warm_up
 
@@ -161,7 +163,7 @@ class SAETrainer:
             self.adam_in_torch(grad)
         self.rule.after_step()
         if self.steering is not None:
-            self.steering.see(self.step, float(grad.fired.sum()) / n_rows)
+            self.rule.steer(self.steering.see(self.step, float(grad.fired.sum()) / n_rows))
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
@@ -296,7 +298,7 @@ class SAETrainer:
         self.n_resampled = numbers.get("n_resampled", 0)
         self.rule.restore(numbers.get("rule", {}))
         if self.steering is not None:
-            self.steering.restore(numbers["steering"])
+            self.steering.restore(numbers.get("steering", {}))
         for name, parameter in sae.tensors.items():
             if f"adam.{name}.exp_avg" not in tensors:
                 continue

@@ -89,9 +89,9 @@ class LanguageModelSAERunnerConfig:
     normalize_activations: str | None = None  # none, or expected_average: mean norm sqrt(d_in)
 
     # Training
-    lr: float = 3e-4
+    lr: float | str = 3e-4  # topk family: or auto, 2e-4 / sqrt(d_sae / 2^14); needs d_in
     l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3 for the guide's loss
-    # saeray: active features per row. The coefficient is steered there; k of the topk family.
+    # saeray: active features per row. What the coefficient (jumprelu: θ) is steered to; topk's k.
     target_l0: float | None = None
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's

@@ -56,7 +56,7 @@ class Memory(NamedTuple):
     def __str__(self) -> str:
         parts = [f"{size(self.object_store)} of the object store"]
         if self.harvesters:
-            parts.append(f"{self.harvesters} x {size(self.language_model)} for the language model")
+            parts.append(f"{self.harvesters} x {size(self.language_model)} for harvesters")
         if min(self.each_pack) == self.pack:
             parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
         else:

@@ -146,6 +146,7 @@ class Gauges(NamedTuple):
     readers: dict[str, int]  # reader -> window it is at
     detached: list[str]
     cached_tokens: int = 0  # read from the activation cache instead of computed
+    resampling_tokens: int = 0  # run to pick rows for dead features, beside those harvested
     warnings: Sequence[str] = ()
     incarnation: str = ""  # of the buffer; counts start anew with it
 
@@ -171,6 +172,9 @@ class SAERow:
     error: str | None = None
 
 
+LM_TOKENS, KNOWN_ROWS = "LM tokens", "rows of known features"  # what is harvested
+
+
 @dataclass
 class SweepStatus:
     """A whole sweep at one moment: what the live view draws."""
@@ -188,7 +192,9 @@ class SweepStatus:
     epochs: int = 1
     skipped_rows: int = 0
     evaluation_tokens: int = 0
+    resampling_tokens: int = 0  # run to pick rows for dead features
     packs: list[list[str]] = field(default_factory=list)
+    rows_are: str = LM_TOKENS  # or KNOWN_ROWS, or both
     # What one pass for each stream comes to: the tokens of its SAE that is furthest.
     pass_tokens: list[int] = field(default_factory=list)
     placement: str = ""  # what was chosen of the cluster, and why

@@ -228,6 +228,7 @@ class ActivationBuffer:
             incarnation=self.incarnation,
             harvested_tokens=self.pool.harvested_tokens,
             cached_tokens=self.pool.cached_tokens,
+            resampling_tokens=self.pool.resampling_tokens,
             slots=self.policy.slots,
             used=len(self.policy.held),
             ready=len(self.policy.ready),

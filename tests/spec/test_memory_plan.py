@@ -55,7 +55,7 @@ def test_what_a_sweep_takes_is_said():
     said = str(memory)
     # 0.65 + 12 x 0.448 + 0.192 + 1.2 of Ray Train's processes; 12 x 0.12
     assert said == (
-        "memory: 3 GB of the object store, 1 x 2.65 GB for the language model, 1 x 7.42 GB for "
+        "memory: 3 GB of the object store, 1 x 2.65 GB for harvesters, 1 x 7.42 GB for "
         "packs, 1.44 GB for trials, 1.1 GB for the rest"
     )
 

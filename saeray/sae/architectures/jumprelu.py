@@ -17,6 +17,7 @@ are (float32 or wider): a parameter that Adam moves by lr a step must not be rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,7 @@ class JumpReLU(Rule):
 
     SUMS = ("threshold", "norm")
     sparsity_loss = "l0_loss"
-    is_steered = False
+    steers_coefficient = False
 
     @classmethod
     def starts(cls, name: str, options: TrainingOptions) -> float:
@@ -109,3 +110,6 @@ class JumpReLU(Rule):
 
     def after_step(self) -> None:
         self.threshold.clamp_min_(0)
+
+    def steer(self, by: float) -> None:
+        self.threshold.mul_(math.exp(by))
