@@ -48,7 +48,7 @@ class SAETrainer:
         self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
         self.steering: Steering | None = None
         if options.target_l0 and self.rule.is_steered:
-            self.steering = Steering(options, to_the_end=not self.rule.steers_coefficient)
+            self.steering = Steering(options, thresholds=self.rule.has_thresholds)
         self.unit = options.decoder_norm == "unit"
         self.activation_scale = activation_scale
         if self.unit:
@@ -105,7 +105,7 @@ class SAETrainer:
     def coefficient(self) -> float:
         """Of the sparsity term, in the coming step."""
         steered = 1.0
-        if self.steering is not None and self.rule.steers_coefficient:
+        if self.steering is not None and not self.rule.has_thresholds:
             steered = self.steering.multiplier
         warm_up = l1_multiplier(self.step, self.options.l1_warm_up_steps)
         return self.rule.coefficient * steered * warm_up
@@ -132,6 +132,8 @@ class SAETrainer:
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self, n_rows: int) -> None:
+        if self.steering is not None:
+            self.rule.aim(self.steering.multiplier)
         norms = None if self.unit else torch.linalg.vector_norm(self.sae.W_dec, dim=1)
         self.rule.begin_step(StepContext(self.coefficient, self.coefficient / n_rows, norms))
         if self.step % STEPS_PER_DECISION == 0:

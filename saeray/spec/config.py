@@ -91,7 +91,7 @@ class LanguageModelSAERunnerConfig:
     # Training
     lr: float | str = 3e-4  # topk family: or auto, 2e-4 / sqrt(d_sae / 2^14); needs d_in
     l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3 for the guide's loss
-    # saeray: active features per row. What the coefficient (jumprelu: θ) is steered to; topk's k.
+    # saeray: active features per row. The coefficient (jumprelu: θ) is steered there; topk's k.
     target_l0: float | None = None
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's

@@ -1,5 +1,6 @@
 """SAEs of every architecture in one pack, off one stream: each as if it were alone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from saeray.files.checkpoint import load_sae
 
 FIELDS = dict(
     recipe="sae_lens", lr=3e-3, dead_feature_window=3, feature_sampling_window=5,
-    l1_coefficient=2.0, k=8, target_l0=8, auxk_scaling="dead_share",
+    feature_sampling_method="anthropic", l1_coefficient=2.0, k=8, target_l0=8,
+    auxk_scaling="dead_share",
 )  # fmt: skip
 ARCHITECTURES = ["standard", "p_anneal", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
 
@@ -28,6 +30,9 @@ def test_all_architectures_in_one_pack_are_what_each_is_alone(ray_instance, tiny
     )  # fmt: skip
     assert [r["status"] for r in together.rows] == ["done"] * 7
     assert {r["architecture"] for r in together.rows} == set(ARCHITECTURES)
+    log = (tmp_path / "together" / "trials" / "architecture=standard" / "metrics.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["sparsity/resampled"] > 0
+    assert together.status.resampling_tokens > 0
     each = dict(architecture=["standard", "matryoshka"], resources={"saes_per_trainer": 1})
     alone = saeray.sweep(tiny | FIELDS | each, name="alone", storage_path=tmp_path, live=False)
     both = weights(together)

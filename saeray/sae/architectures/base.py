@@ -178,8 +178,8 @@ class Rule:
     always_sparse: ClassVar[bool] = False  # few are active from the first step on
     keeps_h: ClassVar[bool] = True  # whether the way back needs h
     sparsity_loss: ClassVar[str | None] = "l1_loss"  # what reports call the sparsity term
-    is_steered: ClassVar[bool] = True  # whether it is steered to target_l0,
-    steers_coefficient: ClassVar[bool] = True  # by the coefficient; otherwise by `steer`
+    is_steered: ClassVar[bool] = True  # whether target_l0 moves its coefficient
+    has_thresholds: ClassVar[bool] = False  # or these (`steer`) and its penalty's target (`aim`)
     has_gate: ClassVar[bool] = False  # whether there are `gate_latents`
     gate_teaches_decoder = False  # whether W_dec and b_dec learn from what those reconstruct
 
@@ -295,8 +295,11 @@ class Rule:
     def after_step(self) -> None:
         """After Adam."""
 
+    def aim(self, multiplier: float) -> None:
+        """Before a step, where there are thresholds: divides the target of their penalty."""
+
     def steer(self, by: float) -> None:
-        """After that: how much sparser it shall be, as a change of a logarithm."""
+        """After that, where there are thresholds: adds to their logarithms."""
 
     # --- what is reported, kept and published ---------------------------------------------
 
