@@ -14,8 +14,7 @@ from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import SweepState
 from saeray.errors import ConfigError
-from saeray.spec.messages import KNOWN_ROWS, LM_TOKENS, Gauges, SweepStatus
-from saeray.spec.synthetic import is_synthetic
+from saeray.spec.messages import Gauges, SweepStatus, rows_are
 
 
 class Overview:
@@ -45,10 +44,6 @@ class Overview:
         passes: dict[str, int] = {}
         for e in self.state.entries.values():
             passes[e.stream_key] = max(passes.get(e.stream_key, 0), e.n_training_tokens)
-        kinds = {
-            KNOWN_ROWS if is_synthetic(e.config.model_name) else LM_TOKENS
-            for e in self.state.entries.values()
-        }
         return SweepStatus(
             rows=[e.row for e in self.state.entries.values()],
             phase=self.state.phase,
@@ -67,7 +62,7 @@ class Overview:
             resampling_tokens=sum(self.state.resampling_tokens.values()),
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
-            rows_are=" and ".join(sorted(kinds)) or LM_TOKENS,
+            rows_are=rows_are(e.config.model_name for e in self.state.entries.values()),
             training_since=self.state.training_since,
             training_until=self.state.training_until,
             milestones=self.state.milestones,

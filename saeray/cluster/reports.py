@@ -19,6 +19,7 @@ from saeray.errors import SaerayError
 from saeray.files.features import FILE as FEATURES
 from saeray.files.tracking import Tracker
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.memory import SAES_AT_HARVESTER
 from saeray.spec.messages import (
     DONE,
     ENDS,
@@ -37,7 +38,6 @@ from saeray.stream.launch import Stream
 
 EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
 TARGET_WITHIN = 0.05  # of target_l0: nothing is said
-EVALUATED_BYTES = 1 << 28  # of their weights, which lie in its memory together
 
 
 class Wanted(NamedTuple):
@@ -297,7 +297,7 @@ def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) ->
         return 2 * d_in * c.d_sae(d_in) * DTYPE_BYTES[c.dtype]
 
     share = -(-len(configs) // len(stream.ready))
-    return max(1, min(share, EVALUATED_TOGETHER, EVALUATED_BYTES // max(map(n_bytes, configs))))
+    return max(1, min(share, EVALUATED_TOGETHER, SAES_AT_HARVESTER // max(map(n_bytes, configs))))
 
 
 def wants_evaluation(entry: Entry) -> bool:

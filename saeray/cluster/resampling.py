@@ -21,9 +21,8 @@ from saeray.sae.ranks import Ranks
 from saeray.sae.resampling import batches_of
 from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.memory import SAES_AT_HARVESTER
 from saeray.spec.messages import PackPlan, RowsFor, RowsWanted
-
-ASKED_BYTES = 1 << 28  # of weights that lie in a harvester's memory together
 
 
 class Member(Protocol):
@@ -53,12 +52,12 @@ def resample(
 
 
 def together(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
-    """Members whose weights are ASKED_BYTES at most, or one."""
+    """Members whose weights a harvester can have together, or one."""
     some: list[Member] = []
     taken = 0
     for m in members:
         n_bytes = sum(t.numel() * t.element_size() for t in m.trainer.sae.tensors.values())
-        if some and taken + n_bytes > ASKED_BYTES:
+        if some and taken + n_bytes > SAES_AT_HARVESTER:
             yield some
             some, taken = [], 0
         some.append(m)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from saeray.spec.order import StreamOrder
+from saeray.spec.synthetic import is_synthetic
 
 NAMESPACE = "saeray"  # Ray's, where actors have their names, unless the user names another
 
@@ -172,7 +173,13 @@ class SAERow:
     error: str | None = None
 
 
-LM_TOKENS, KNOWN_ROWS = "LM tokens", "rows of known features"  # what is harvested
+LM_TOKENS, KNOWN_ROWS = "LM tokens", "rows of known features"
+
+
+def rows_are(model_names: Iterable[str]) -> str:
+    """What is harvested of these models, in words."""
+    kinds = {KNOWN_ROWS if is_synthetic(name) else LM_TOKENS for name in model_names}
+    return " and ".join(sorted(kinds)) or LM_TOKENS
 
 
 @dataclass
