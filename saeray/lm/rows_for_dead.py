@@ -47,21 +47,26 @@ def rows_for_dead(
     tokens: Tensor,
     block: int,
     saes: Sequence[tuple[RowsFor, SAE]],
+    served: Tensor | None = None,
 ) -> list[Picked]:
-    """For each SAE a row of every context of tokens [n, context], the LM batch of that index."""
+    """For each SAE a row of every context of tokens [n, context], the LM batch of that index.
+
+    served: bool [n, context], the tokens that may be picked; None: all of them.
+    """
+    may = torch.ones(tokens.shape, dtype=torch.bool) if served is None else served
     found: list[list[Picked]] = [[] for _ in saes]
     of_loss = [i for i, (wanted, _) in enumerate(saes) if wanted.method == "anthropic"]
     rest = [i for i in range(len(saes)) if i not in of_loss]
     if of_loss:
         assert isinstance(model, LanguageModel) or not isinstance(model, SyntheticModel)
         n = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * model.facts.d_vocab))
-        for at, part in enumerate(tokens.split(n)):
+        for at, (part, of_part) in enumerate(zip(tokens.split(n), may.split(n), strict=True)):
             clean = token_losses(model.logits(part), part)
             for i in of_loss:
                 wanted, sae = saes[i]
                 spliced = Spliced(sae)
                 logits = model.logits(part, {wanted.hook_point: spliced})
-                more = token_losses(logits, part) - clean
+                more = (token_losses(logits, part) - clean) * of_part
                 found[i].append(picked(spliced.x, more, wanted, block, at))
     if rest:
         x = model.activations(tokens)
@@ -69,8 +74,8 @@ def rows_for_dead(
             wanted, sae = saes[i]
             spliced = Spliced(sae)
             spliced(x[wanted.hook_point])
-            errors = (spliced.x_hat - spliced.x).square().sum(dim=1)
-            found[i].append(picked(spliced.x, errors.reshape(tokens.shape), wanted, block, 0))
+            errors = (spliced.x_hat - spliced.x).square().sum(dim=1).reshape(tokens.shape)
+            found[i].append(picked(spliced.x, errors.cpu() * may, wanted, block, 0))
     return [Picked(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
 
 

@@ -123,3 +123,15 @@ def test_tokens_are_picked_in_proportion():
     assert float((first == 2).double().mean()) == pytest.approx(0.75, abs=0.045)  # 4.6 deviations
     assert all(w[1] == 0 and w[2] == 2 and at[2] == 4 for at, w in picks)
     assert all(w[0] == weights[0, at[0]] for at, w in picks)
+
+
+@pytest.mark.parametrize("method", ["anthropic", "l2"])
+def test_tokens_that_no_sae_sees_are_not_picked(method, sae):
+    model, tokens = Model(), windows()
+    served = tokens % 3 != 0
+    served[5] = False  # a context with none of them
+    (found,) = rows_for_dead(model, tokens, 0, [(wanted(method), sae)], served)
+    at = torch.cdist(found.rows, model.embed).argmin(dim=1)
+    picked = found.weights > 0
+    assert bool((at[picked] % 3 != 0).all())
+    assert not picked[5] and int(picked.sum()) > N // 2
