@@ -45,7 +45,7 @@ class Rates:
             self.jumps = recent if len(recent) >= 3 else self.jumps[-3:]
 
     def per_second(self) -> tuple[float, float]:
-        """LM tokens and SAE-tokens per second."""
+        """Harvested tokens and SAE-tokens per second."""
         return slope(self.looks), slope(self.jumps)
 
     def time_left(self, status: SweepStatus, now: float) -> float | None:

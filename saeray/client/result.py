@@ -19,7 +19,7 @@ from saeray.files import frontier, seeds
 from saeray.files.results import COLUMNS
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
-from saeray.spec.messages import DONE, INTERRUPTED, STOPPED, SweepStatus
+from saeray.spec.messages import DONE, INTERRUPTED, KNOWN_ROWS, STOPPED, SweepStatus
 
 if TYPE_CHECKING:
     import pandas
@@ -93,11 +93,16 @@ class SweepResult:
             n_streams = len(status.pass_tokens)
             each = f" of each of {n_streams} streams" if n_streams > 1 else ""
             cached = f", {status.cached_tokens:,} read from cache" if status.cached_tokens else ""
+            kind = status.rows_are
+            unit = "rows" if kind == KNOWN_ROWS else "tokens"
+            resampling = ""
+            if status.resampling_tokens:
+                resampling = f" Resampling: {human(status.resampling_tokens)} {unit}."
             lines.append(
-                f"LM tokens harvested: {status.harvested_tokens:,}{cached}; one SAE{each} trained "
-                f"on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); all SAEs together "
-                f"on {status.trained_tokens:,}. Evaluation: {human(status.evaluation_tokens)} "
-                "tokens, held out."
+                f"{kind[:1].upper()}{kind[1:]} harvested: {status.harvested_tokens:,}{cached}; one "
+                f"SAE{each} trained on {one_pass:,} ({status.harvested_tokens / one_pass:.3f}x); "
+                f"all SAEs together on {status.trained_tokens:,}. Evaluation: "
+                f"{human(status.evaluation_tokens)} {unit}, held out.{resampling}"
             )
         lines += stopped_early(self.rows)
         if self.times is not None:

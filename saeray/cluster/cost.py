@@ -10,7 +10,7 @@ from typing import NamedTuple
 from saeray.errors import SaerayError
 from saeray.files.account import Session, add_session
 from saeray.files.storage import Folder
-from saeray.spec.messages import Gauges, SweepStatus
+from saeray.spec.messages import KNOWN_ROWS, Gauges, SweepStatus
 
 WAITS = 0.1  # of the trainers' time: with more waiting for activations, these are the limit
 AROUND = 0.2  # the same, for what they do around the step
@@ -38,7 +38,8 @@ def limit_of(status: SweepStatus, after: float = EARLY) -> str | None:
     if waits > max(WAITS, around):
         of_trainers = f"trainers wait for activations {waits:.0%} of the time"
         if harvesting >= BUSY:
-            return f"the language model ({of_trainers})"
+            made = status.rows_are == KNOWN_ROWS
+            return f"{'what makes the rows' if made else 'the language model'} ({of_trainers})"
         who = "the text, or a pack that is slower than others"
         return f"{who} ({of_trainers}, harvesters are idle {1 - harvesting:.0%})"
     if around > AROUND:

@@ -23,7 +23,7 @@ def options_of(
     if config.architecture == "matryoshka":
         own["matryoshka_widths"] = widths_of(config.matryoshka_widths, config.d_sae(d_in))
     return TrainingOptions(
-        lr=config.lr,
+        lr=float(config.lr),  # a number by now
         total_steps=config.steps,
         lr_scheduler_name=config.lr_scheduler_name,
         lr_warm_up_steps=filled(config.lr_warm_up_steps),

@@ -14,7 +14,7 @@ from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import SweepState
 from saeray.errors import ConfigError
-from saeray.spec.messages import Gauges, SweepStatus
+from saeray.spec.messages import Gauges, SweepStatus, rows_are
 
 
 class Overview:
@@ -59,8 +59,10 @@ class Overview:
             epochs=counts.epochs if counts else 1,
             skipped_rows=counts.skipped_rows if counts else 0,
             evaluation_tokens=self.reports.evaluation_tokens,
+            resampling_tokens=sum(self.state.resampling_tokens.values()),
             packs=[p.members for p in self.state.packs.values()],
             pass_tokens=list(passes.values()),
+            rows_are=rows_are(e.config.model_name for e in self.state.entries.values()),
             training_since=self.state.training_since,
             training_until=self.state.training_until,
             milestones=self.state.milestones,

@@ -21,6 +21,7 @@ from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
 from saeray.cluster.options import options_of
+from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
 from saeray.cluster.start import started
 from saeray.cluster.warm_up import warm_up
@@ -168,6 +169,7 @@ class Pack:
                 xs = [tuple(x[h] for h in m.hooks) for m in due]
                 metrics = self.step_all.step([m.trainer for m in due], xs, want_metrics=wants)
                 self.stepped += time.perf_counter() - began
+                resample(due, self.plan, self.ranks, self.limit, self.snapshot)
 
                 if step == first + 1:
                     if self.device.type == "cpu":

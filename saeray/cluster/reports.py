@@ -19,6 +19,7 @@ from saeray.errors import SaerayError
 from saeray.files.features import FILE as FEATURES
 from saeray.files.tracking import Tracker
 from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.memory import SAES_AT_HARVESTER
 from saeray.spec.messages import (
     DONE,
     ENDS,
@@ -37,7 +38,7 @@ from saeray.spec.plan import DTYPE_BYTES
 from saeray.stream.launch import Stream
 
 EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
-EVALUATED_BYTES = 1 << 28  # of their weights, which lie in its memory together
+TARGET_WITHIN = 0.05  # of target_l0: nothing is said
 
 
 class Wanted(NamedTuple):
@@ -171,6 +172,8 @@ class Reports:
             else:
                 written = self.track(self.tracker.log, entry.name, report.step, line, state in ENDS)
             if state in ENDS:
+                if state == DONE and (text := missed_target(entry, metrics)):
+                    await self.state.warn(text)
                 await asyncio.wrap_future(written)
                 self.end(entry, state, report.error)
                 await self.rows_written()
@@ -295,7 +298,7 @@ def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) ->
         return (read + written) * c.d_sae(read) * DTYPE_BYTES[c.dtype]
 
     share = -(-len(configs) // len(stream.ready))
-    return max(1, min(share, EVALUATED_TOGETHER, EVALUATED_BYTES // max(map(n_bytes, configs))))
+    return max(1, min(share, EVALUATED_TOGETHER, SAES_AT_HARVESTER // max(map(n_bytes, configs))))
 
 
 def wants_evaluation(entry: Entry) -> bool:
@@ -303,6 +306,20 @@ def wants_evaluation(entry: Entry) -> bool:
     if not entry.decided_upon or entry.evaluated or entry.ended:
         return False
     return not any(evaluation is not None for _, evaluation in entry.pending)
+
+
+def missed_target(entry: Entry, metrics: Mapping[str, Any]) -> str | None:
+    """What to say of an SAE that was steered to an L0 and has another one on held-out text."""
+    target, l0 = entry.config.target_l0, metrics.get("metrics/l0")
+    if not target or entry.config.k is not None or not l0 or "eval/n_tokens" not in metrics:
+        return None
+    off = l0 / target - 1
+    if abs(off) <= TARGET_WITHIN:
+        return None
+    return (
+        f"{entry.name}: held-out L0 is {l0:.4g}, {abs(off):.0%} {'above' if off > 0 else 'below'} "
+        f"target_l0 = {target:g}; more training steps come nearer."
+    )
 
 
 def publish(entry: Entry) -> None:

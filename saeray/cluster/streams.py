@@ -32,6 +32,7 @@ from saeray.spec.placement import wants_gpu
 from saeray.spec.plan import hook_points_of
 from saeray.spec.room import Cluster, Room
 from saeray.spec.stream import rows_said
+from saeray.spec.synthetic import is_synthetic
 from saeray.stream.launch import (
     SETTLE_SECONDS,
     NameTaken,
@@ -190,6 +191,8 @@ class Streams:
         self, name: str, key: str, configs: list[LanguageModelSAERunnerConfig], fitted: Fitted
     ) -> Stream:
         self.state.phase = "loading the language model and the text"
+        if is_synthetic(configs[0].model_name):
+            self.state.phase = "making the dictionary of known features"
         if fitted.waits_for:
             self.state.phase = f"waiting for {fitted.waits_for} (harvester: {fitted.harvester})"
         try:
@@ -282,6 +285,7 @@ class Streams:
             return None
         new = gauges.incarnation not in self.state.tokens
         self.state.tokens[gauges.incarnation] = (gauges.harvested_tokens, gauges.cached_tokens)
+        self.state.resampling_tokens[gauges.incarnation] = gauges.resampling_tokens
         for text in gauges.warnings:
             await self.state.warn(text)
         if new and len(self.state.tokens) > 1:

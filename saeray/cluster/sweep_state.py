@@ -148,6 +148,7 @@ class SweepState:
         self.provenance: dict[str, Any] = {"saeray": __version__, "ray": ray.__version__}
         # LM tokens harvested and read from cache by each incarnation of a buffer.
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.resampling_tokens: dict[str, int] = {}  # by the same, of the roster's own life
         self.training_since: float | None = None
         self.training_until: float | None = None
         self.milestones: dict[str, float] = {"roster": time.time()}

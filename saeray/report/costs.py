@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from saeray.files.account import Session
 from saeray.report.gather import SweepData
+from saeray.spec.messages import rows_are
 
 
 class Part(NamedTuple):
@@ -21,6 +22,7 @@ class Part(NamedTuple):
 class Costs(NamedTuple):
     """Of one sweep, all its sessions together. None: nothing has told it."""
 
+    rows_are: str  # what is harvested
     harvested_tokens: int | None
     cached_tokens: int | None
     one_pass_tokens: int  # of one SAE
@@ -39,7 +41,7 @@ class Costs(NamedTuple):
 
     @property
     def passes(self) -> float | None:
-        """LM tokens per token of one SAE."""
+        """Harvested tokens per token of one SAE."""
         if not self.one_pass_tokens or self.harvested_tokens is None:
             return None
         return self.harvested_tokens / self.one_pass_tokens
@@ -54,6 +56,7 @@ def costs_of(sweep: SweepData) -> Costs:
     trained = sum(s.trained_tokens for s in sessions)
     wall = sum(s.ended - s.began for s in sessions)
     return Costs(
+        rows_are=rows_are(c.model_name for c in sweep.configs.values()),
         harvested_tokens=sum(s.harvested_tokens for s in sessions) if sessions else None,
         cached_tokens=sum(s.cached_tokens for s in sessions) if sessions else None,
         one_pass_tokens=sum(s.one_pass_tokens for s in sessions) or max(tokens, default=0),

@@ -176,8 +176,7 @@ class PackStep:
             total = self.sum_over_lanes(t, batch, run_lanes, grads, errors, want_metrics)
         has_dead = dead is not None and len(dead) > 0
         self.ranks.sum_(total.tensors())
-        resamples = t.resamples_next
-        if has_dead or want_metrics or resamples:
+        if has_dead or want_metrics:
             self.ranks.sum_((errors,))  # the others' rows are zeros here
         ghost = batch.x.new_zeros(())
         if dead is not None and has_dead:
@@ -205,8 +204,6 @@ class PackStep:
         elif t.unit:
             remove_parallel_component(total.W_dec, t.sae.W_dec)
         t.finish_step(total, len(batch.x))
-        if resamples:
-            t.resample(batch.x, errors.square().sum(dim=1))
         grads.put(total)
         residuals.put(errors)
         return metrics

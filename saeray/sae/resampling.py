@@ -1,8 +1,9 @@
 """Resampling: a dead feature is made to read and write what the SAE reconstructs badly.
 
 Every dead_feature_window steps, features that have not fired in the sampling window so far take the
-place of rows x, chosen without replacement with probability in proportion to a weight; one row for
-each, and no more features than rows:
+place of activations x. Of each context of BATCHES LM batches one token is picked, with probability
+in proportion to a weight; of these, one for each feature, contexts are drawn in proportion to the
+same weight and without replacement:
 
     W_dec[j] = x / ‖x‖      W_enc[:, j] = 0.2 · mean norm of the living's columns · x / ‖x‖
     b_enc[j] = 0            Adam's moments of exactly these slices: 0
@@ -11,17 +12,25 @@ each, and no more features than rows:
 1/10,000 and climbs back over RAMP_STEPS, or a tenth of a short training; towards the end, where
 there would be no time for that, nothing is resampled. Bricken et al. 2023, and the guide's code.
 
-feature_sampling_method "l2": the rows of the batch at hand, by their squared error.
+The weight, by feature_sampling_method:
+
+    anthropic   relu(Δ), Δ the token's cross-entropy with the SAE spliced in, less that without it
+    l2          its squared error
+
+It takes the language model to know them, so whoever trains has them made and calls
+`SAETrainer.resample`; which LM batches they are of is `batches_of`.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
 
 from saeray.sae.options import TrainingOptions
 
-METHODS = ("l2",)
+BATCHES = 32  # LM batches, as in the guide's code
 ENCODER_SHARE = 0.2  # of the living's mean norm
 RAMP_STEPS = 10_000
 RAMP_FROM = 1e-4
@@ -40,6 +49,16 @@ def is_due(options: TrainingOptions, done: int) -> bool:
     return left >= max(options.dead_feature_window, 2 * ramp_steps(options.total_steps))
 
 
+def batches_of(n_rows: int, block_rows: int, n_blocks: int) -> range:
+    """The LM batches that rows are taken from after n_rows of a stream of n_blocks of them.
+
+    The last BATCHES of which something was trained on, or the first where there were fewer: a
+    function of the step alone, and of text that has been made already.
+    """
+    last = min(n_blocks, max(BATCHES, -(-n_rows // block_rows)))
+    return range(max(0, last - BATCHES), last)
+
+
 def lr_factor(options: TrainingOptions, step: int, resampled: int | None) -> float:
     """What the learning rate of a step is multiplied by; resampled: before which step, last."""
     if resampled is None:
@@ -48,14 +67,39 @@ def lr_factor(options: TrainingOptions, step: int, resampled: int | None) -> flo
     return min(1.0, RAMP_FROM + (1 - RAMP_FROM) * climbed)
 
 
-def choose_rows(weights: Tensor, n: int, seed: int, step: int) -> Tensor:
-    """Up to n different rows, by their weights [rows], not below 0; the same on every device."""
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator on the CPU for these numbers; torch itself seeds it by 32 bits alone."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def usable(weights: Tensor) -> Tensor:
+    """Weights on the CPU in float64; what is below 0, or not finite, is never drawn."""
     weights = weights.detach().cpu().double()
-    weights = torch.where(torch.isfinite(weights), weights, torch.zeros_like(weights))
+    return torch.where(torch.isfinite(weights), weights, torch.zeros_like(weights)).clamp_min(0)
+
+
+def pick_tokens(weights: Tensor, *seeded_by: int) -> tuple[Tensor, Tensor]:
+    """Of each context one token, by weights [n, context]: its place [n] int64, its weight [n].
+
+    The weight is 0 where a context has no token to pick.
+    """
+    weights = usable(weights)
+    upto = weights.cumsum(dim=1)
+    at = torch.rand(len(weights), 1, generator=generator_of(*seeded_by), dtype=torch.float64)
+    # The first place whose sum is above the draw, so one of a weight above 0.
+    picked = torch.searchsorted(upto, at * upto[:, -1:], right=True)
+    picked = picked.clamp_max(weights.shape[1] - 1)
+    return picked.squeeze(1), weights.gather(1, picked).squeeze(1)
+
+
+def choose_rows(weights: Tensor, n: int, seed: int, step: int) -> Tensor:
+    """Up to n different rows, by their weights [rows]; the same on every device."""
+    weights = usable(weights)
     n = min(n, int((weights > 0).sum()))
     if n == 0:
         return torch.zeros(0, dtype=torch.int64)
-    generator = torch.Generator().manual_seed((seed << 32) ^ step)
+    generator = generator_of(seed, step)
     return torch.multinomial(weights, n, replacement=False, generator=generator)
 
 

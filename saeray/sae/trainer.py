@@ -58,7 +58,7 @@ class SAETrainer:
         self.rule = ARCHITECTURES[options.architecture].rule(sae, options)
         self.steering: Steering | None = None
         if options.target_l0 and self.rule.is_steered:
-            self.steering = Steering(options)
+            self.steering = Steering(options, thresholds=self.rule.has_thresholds)
         self.unit = options.decoder_norm == "unit"
         self.activation_scale, self.output_scale = activation_scale, output_scale
         if self.unit:
@@ -115,7 +115,9 @@ class SAETrainer:
     @property
     def coefficient(self) -> float:
         """Of the sparsity term, in the coming step."""
-        steered = 1.0 if self.steering is None else self.steering.multiplier
+        steered = 1.0
+        if self.steering is not None and not self.rule.has_thresholds:
+            steered = self.steering.multiplier
         warm_up = l1_multiplier(self.step, self.options.l1_warm_up_steps)
         return self.rule.coefficient * steered * warm_up
 
@@ -141,6 +143,8 @@ class SAETrainer:
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self, n_rows: int) -> None:
+        if self.steering is not None:
+            self.rule.aim(self.steering.multiplier)
         norms = None if self.unit else torch.linalg.vector_norm(self.sae.W_dec, dim=1)
         self.rule.begin_step(StepContext(self.coefficient, self.coefficient / n_rows, norms))
         if self.step % STEPS_PER_DECISION == 0:
@@ -172,7 +176,7 @@ class SAETrainer:
             self.adam_in_torch(grad)
         self.rule.after_step()
         if self.steering is not None:
-            self.steering.see(self.step, float(grad.fired.sum()) / n_rows)
+            self.rule.steer(self.steering.see(self.step, float(grad.fired.sum()) / n_rows))
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
@@ -213,16 +217,23 @@ class SAETrainer:
         )
 
     @property
-    def resamples_next(self) -> bool:
-        """Whether the coming step is followed by resampling."""
-        return resampling.is_due(self.options, self.step + 1)
+    def silent(self) -> Tensor:
+        """int64 [n]: the features that have not fired in this sampling window."""
+        return (self.fired_in_window == 0).nonzero().squeeze(1)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether, after the step just made, dead features are to be given rows (`resample`)."""
+        return resampling.is_due(self.options, self.step) and len(self.silent) > 0
 
     def resample(self, rows: Tensor, weights: Tensor) -> None:
         """Gives features that have not fired in this window a new start.
 
-        rows [n, D] of activations as the SAE sees them, weights [n]: what they are chosen by.
+        rows [n, D]: activations as they are in the stream; weights [n]: what they are drawn by.
         """
-        dead = (self.fired_in_window == 0).nonzero().squeeze(1)
+        rows = rows.to(self.sae.W_enc) * self.activation_scale
+        weights = torch.where(rows.any(dim=1).cpu(), weights.cpu(), 0.0)  # 0 has no direction
+        dead = self.silent
         chosen = resampling.choose_rows(weights, len(dead), self.options.seed, self.step)
         if len(chosen) == 0:
             return
@@ -302,7 +313,7 @@ class SAETrainer:
         self.n_resampled = numbers.get("n_resampled", 0)
         self.rule.restore(numbers.get("rule", {}))
         if self.steering is not None:
-            self.steering.restore(numbers["steering"])
+            self.steering.restore(numbers.get("steering", {}))
         for name, parameter in sae.tensors.items():
             if f"adam.{name}.exp_avg" not in tensors:
                 continue

@@ -6,6 +6,7 @@ What they compute stands in `saeray.sae.architectures`, a file each. Plain data,
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 from saeray.errors import bad_value, nearest
@@ -57,11 +58,13 @@ SPARSITY = ("l1_coefficient", "l0_coefficient", "target_l0", "k")
 # Of an L1 where none is given: the guide's own, and what is about as much for the other losses.
 L1_COEFFICIENT = {"centred_norm": 1e-3, "none": 1e-2, "sum": 1.0}
 L0_COEFFICIENT = 1.0  # of quadratic jumprelu
-RESAMPLING = ("l2",)
+RESAMPLING = ("anthropic", "l2")
 # Of gated, by decoder_norm: unit rows are best left alone, free ones shrink unless they learn.
 GATED_AUX_DECODER = {"unit": "constant", "free": "live"}
 SPARSITY_LOSS_MODES = ("step", "tanh", "quadratic")
 AUXK_SCALINGS = {"residual_variance": 1 / 32, "dead_share": 1.0}  # and their coefficients
+# lr: auto of the topk family, as in OpenAI's code, dictionary_learning and sparsify.
+AUTO_LR, AUTO_LR_WIDTH = 2e-4, 2**14
 P_UPDATES = 10  # or as many as there are steps
 P_ANNEAL_START = 0.25  # of all steps, where p_anneal_start_step is not given
 # Widths below d_sae, as shares of it, where matryoshka_widths is not given: groups of 1/32, 1/16,
@@ -106,7 +109,32 @@ def filled(config: Any) -> dict[str, Any]:
         for name, default in own.items()
         if getattr(config, name) is None and default is not None
     }
+    if isinstance(config.lr, str):
+        values["lr"] = lr_of(config)
     return values | {n: v for n, v in derived(config).items() if getattr(config, n) is None}
+
+
+def lr_of(config: Any) -> float:
+    """What lr: auto is, of the architectures for which a rule is known.
+
+    Raises:
+        ConfigError: another word, another architecture, or no d_in, by which the rule goes.
+    """
+    if config.lr != "auto":
+        raise bad_value("lr", config.lr, "a number is wanted here, or auto.")
+    if "k" not in OWN_FIELDS[config.architecture]:
+        raise bad_value(
+            "lr",
+            "auto",
+            f"the rule, {AUTO_LR:g} / sqrt(d_sae / {AUTO_LR_WIDTH}), is known to hold for "
+            f"{', '.join(owners('k'))}; give architecture: {config.architecture} a number.",
+        )
+    if config.d_in is None:
+        raise bad_value("lr", "auto", "goes by d_sae = d_in * expansion_factor; give d_in, too.")
+    d_sae = config.d_sae(config.d_in)
+    if d_sae < 1:
+        raise bad_value("lr", "auto", f"d_in = {config.d_in}: d_sae would be {d_sae}.")
+    return float(AUTO_LR / math.sqrt(d_sae / AUTO_LR_WIDTH))
 
 
 def derived(config: Any) -> dict[str, Any]:
@@ -165,13 +193,6 @@ def check_own_values(config: Any) -> None:
     for name in not_below_0.split():
         if name in own and own[name] < 0:
             raise bad_value(name, own[name], "not below 0.")
-    if own.get("feature_sampling_method") == "anthropic":
-        raise bad_value(
-            "feature_sampling_method",
-            "anthropic",
-            "weighs rows by the loss they cost the language model, which is not there yet; l2 "
-            "weighs them by their squared error.",
-        )
     choices = {
         "feature_sampling_method": RESAMPLING,
         "jumprelu_sparsity_loss_mode": SPARSITY_LOSS_MODES,

@@ -69,6 +69,11 @@ def allowed_types(hint: Any) -> tuple[type, ...]:
 
 
 def of_type(name: str, value: Any, allowed: tuple[type, ...]) -> Any:
+    if isinstance(value, str) and str in allowed and (int in allowed or float in allowed):
+        try:
+            value = float(value)
+        except ValueError:
+            return value  # a word, like auto
     if type(value) in allowed:
         if isinstance(value, float) and not math.isfinite(value):
             raise bad_value(name, value, "a finite number.")

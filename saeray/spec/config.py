@@ -97,9 +97,9 @@ class LanguageModelSAERunnerConfig:
     normalize_activations: str | None = None  # none, or expected_average: mean norm sqrt(d_in)
 
     # Training
-    lr: float = 3e-4
+    lr: float | str = 3e-4  # topk family: or auto, 2e-4 / sqrt(d_sae / 2^14); needs d_in
     l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3 for the guide's loss
-    # saeray: active features per row. The coefficient is steered there; k of the topk family.
+    # saeray: active features per row. The coefficient (jumprelu: θ) is steered there; topk's k.
     target_l0: float | None = None
     lr_scheduler_name: str = "constantwithwarmup"
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's
@@ -143,7 +143,7 @@ class LanguageModelSAERunnerConfig:
 
     # Dead features
     use_ghost_grads: bool | None = None  # standard, p_anneal; false
-    feature_sampling_method: str | None = None  # standard, p_anneal, gated: l2; none
+    feature_sampling_method: str | None = None  # standard, p_anneal, gated: anthropic, l2; none
     feature_sampling_window: int = 2000  # optimizer steps between resets of firing statistics
     dead_feature_window: int | None = None  # steps without firing: dead; None: the recipe's
     dead_feature_threshold: float = 1e-8  # firing frequency below which reports call it dead

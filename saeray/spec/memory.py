@@ -19,6 +19,9 @@ from saeray.spec.plan import DTYPE_BYTES, cut_packs, kinds_of
 from saeray.spec.room import Cluster, Room
 
 HARVESTER = 0.65e9  # torch and TransformerLens, beside the weights
+# Weights of SAEs that a harvester has at a time, to evaluate them or to pick rows for their dead
+# features; of one that is larger, its own.
+SAES_AT_HARVESTER = 1 << 28
 WORKER = 0.65e9  # of a rank of a pack, beside its SAEs
 PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
 TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
@@ -56,7 +59,7 @@ class Memory(NamedTuple):
     def __str__(self) -> str:
         parts = [f"{size(self.object_store)} of the object store"]
         if self.harvesters:
-            parts.append(f"{self.harvesters} x {size(self.language_model)} for the language model")
+            parts.append(f"{self.harvesters} x {size(self.language_model)} for harvesters")
         if min(self.each_pack) == self.pack:
             parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
         else:
@@ -87,10 +90,12 @@ def memory_of(
         one = int(WORKER) + sum(of(sae, on_gpu) for sae in members)
         return fitted.num_workers * one + max(of(sae, on_gpu=True) for sae in members)
 
+    weights = [of(SAE("", c), on_gpu=True) // COPIED for c in configs]
+    at_harvester = max(max(weights), min(sum(weights), SAES_AT_HARVESTER))
     packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
     return Memory(
         buffer_bytes,
-        int(HARVESTER) + parameter_bytes,
+        int(HARVESTER) + parameter_bytes + at_harvester,
         fitted.harvesters,
         tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
         int(TRIAL) * len(configs),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from saeray.spec.order import StreamOrder
+from saeray.spec.synthetic import is_synthetic
 
 NAMESPACE = "saeray"  # Ray's, where actors have their names, unless the user names another
 
@@ -116,6 +117,25 @@ class CacheKey(NamedTuple):
     earlier: dict[str, Any] | None = None  # the identity that versions up to 0.1 had for it
 
 
+class RowsFor(NamedTuple):
+    """An SAE some of whose features are dead, after a step, and how rows are picked for them."""
+
+    name: str
+    hook_point: str
+    method: str  # see saeray.sae.resampling
+    seed: int
+    step: int
+
+
+class RowsWanted(NamedTuple):
+    """A pack's request for the rows that dead features may take the place of."""
+
+    pack: str
+    blocks: range  # the LM batches they are of
+    saes: tuple[RowsFor, ...]
+    attempt: int = 0  # counts up where what was answered was lost
+
+
 class Gauges(NamedTuple):
     """The activation buffer, as it stands."""
 
@@ -129,6 +149,7 @@ class Gauges(NamedTuple):
     readers: dict[str, int]  # reader -> window it is at
     detached: list[str]
     cached_tokens: int = 0  # read from the activation cache instead of computed
+    resampling_tokens: int = 0  # run to pick rows for dead features, beside those harvested
     warnings: Sequence[str] = ()
     incarnation: str = ""  # of the buffer; counts start anew with it
 
@@ -154,6 +175,15 @@ class SAERow:
     error: str | None = None
 
 
+LM_TOKENS, KNOWN_ROWS = "LM tokens", "rows of known features"
+
+
+def rows_are(model_names: Iterable[str]) -> str:
+    """What is harvested of these models, in words."""
+    kinds = {KNOWN_ROWS if is_synthetic(name) else LM_TOKENS for name in model_names}
+    return " and ".join(sorted(kinds)) or LM_TOKENS
+
+
 @dataclass
 class SweepStatus:
     """A whole sweep at one moment: what the live view draws."""
@@ -171,7 +201,9 @@ class SweepStatus:
     epochs: int = 1
     skipped_rows: int = 0
     evaluation_tokens: int = 0
+    resampling_tokens: int = 0  # run to pick rows for dead features
     packs: list[list[str]] = field(default_factory=list)
+    rows_are: str = LM_TOKENS  # or KNOWN_ROWS, or both
     # What one pass for each stream comes to: the tokens of its SAE that is furthest.
     pass_tokens: list[int] = field(default_factory=list)
     placement: str = ""  # what was chosen of the cluster, and why

@@ -5,6 +5,7 @@ Plain data: nothing here knows of Ray. Which node does what is `saeray.spec.plac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from saeray.spec.grid import SAE
 from saeray.spec.order import StreamOrder
 from saeray.spec.placement import Store
 from saeray.spec.stream import rows_said
+from saeray.spec.synthetic import is_synthetic
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -124,6 +126,12 @@ def by_stream(saes: Sequence[SAE]) -> dict[str, list[SAE]]:
     return streams
 
 
+def lr_said(sae: SAE) -> str:
+    """The lr, where the name does not say it, as of lr: auto."""
+    of_lr = re.search(r"(?:^|,)lr=([^,]+)", sae.name)
+    return "" if of_lr and of_lr[1] != "auto" else f", lr {sae.config.lr:.4g}"
+
+
 def describe(saes: Sequence[SAE]) -> str:
     """The plan of a sweep in words, for --dry-run."""
     streams = by_stream(saes)
@@ -131,18 +139,19 @@ def describe(saes: Sequence[SAE]) -> str:
     for members in streams.values():
         c = members[0].config
         hooks = hook_points_of(m.config for m in members)
+        what = "rows" if is_synthetic(c.model_name) else "LM tokens"
         assert c.stream_tokens is not None and c.data_seed is not None
         order = StreamOrder.of(c.stream_tokens, c.block_rows, c.n_batches_in_buffer, c.data_seed)
         said = rows_said(c)
         lines.append(
             f"  {c.model_name} at {', '.join(hooks)}: {order.n_rows:,} "
-            f"{'LM tokens' if said is None else 'rows'} in "
+            f"{'rows' if said is not None else what} in "
             f"{order.n_blocks} blocks of {order.block_rows:,}; buffer of {c.n_batches_in_buffer} "
             f"blocks ({c.n_batches_in_buffer * c.block_rows:,} activations)"
         )
         if said is not None:
             lines.append(f"    {said}")
-        lines += [f"    {m.name}: {m.config.steps:,} steps" for m in members]
+        lines += [f"    {m.name}: {m.config.steps:,} steps{lr_said(m)}" for m in members]
     scheduler = saes[0].config.scheduler
     if scheduler is not None:
         lines.append(f"  scheduler: {scheduler.described(saes[0].config)}")

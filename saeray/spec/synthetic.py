@@ -182,6 +182,13 @@ def check_synthetic(config: Any) -> None:
                 getattr(config, name),
                 f"means nothing for model_name: {PREFIX}…, which reads no text; leave it out.",
             )
+    if config.feature_sampling_method == "anthropic":
+        raise bad_value(
+            "feature_sampling_method",
+            "anthropic",
+            f"draws by the loss that rows cost a language model, and model_name: {PREFIX}… is "
+            "none; l2 draws by their squared error.",
+        )
     block = config.store_batch_size * config.context_size
     rows = max(config.stream_tokens or 0, config.training_tokens)
     rows += block + config.eval_windows * config.context_size

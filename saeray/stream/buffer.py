@@ -27,10 +27,11 @@ import ray
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
-from saeray.spec.messages import CacheKey, Gauges
+from saeray.spec.messages import CacheKey, Gauges, RowsWanted
 from saeray.spec.order import StreamOrder
 from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
+from saeray.stream.row_requests import RowRequests
 
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 SLOWER_READERS = "slower readers"
@@ -105,6 +106,7 @@ class ActivationBuffer:
             warn=self.warn,
             up_again=self.pump,
         )
+        self.row_requests = RowRequests(self.pool)
         if shared:
             self.do(self.watch_users())
 
@@ -162,9 +164,14 @@ class ActivationBuffer:
         state.asks_since = None
         return WindowBlocks(blocks, [self.blocks[b] for b in blocks[have:]])
 
+    async def rows_for_dead(self, wanted: RowsWanted, snapshots: list[Any]) -> list[Any] | NotYet:
+        """See `RowRequests.of`."""
+        return await self.row_requests.of(wanted, snapshots)
+
     async def leave(self, reader: str) -> None:
         """A reader that is done, or gone: nothing is kept for it any more."""
         self.policy.readers.pop(reader, None)
+        self.row_requests.forget(reader)
         self.pump()
 
     async def dismiss(self, reader: str) -> None:
@@ -230,6 +237,7 @@ class ActivationBuffer:
             incarnation=self.incarnation,
             harvested_tokens=self.pool.harvested_tokens,
             cached_tokens=self.pool.cached_tokens,
+            resampling_tokens=self.pool.resampling_tokens,
             slots=self.policy.slots,
             used=len(self.policy.held),
             ready=len(self.policy.ready),

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.messages import CacheKey, ModelFacts, Snapshot
+from saeray.spec.messages import CacheKey, ModelFacts, RowsFor, Snapshot
 from saeray.spec.order import permutation
 from saeray.spec.stream import row_values
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from saeray.lm.evaluate_synthetic import GroundTruthEvaluator
     from saeray.lm.model import LanguageModel
     from saeray.lm.synthetic import SyntheticModel
+    from saeray.sae.architectures.base import SAE
     from saeray.text.served import ServedRows
 
 
@@ -200,6 +201,43 @@ class Harvester:
         sample = torch.stack([rows[i // per_block][i % per_block] for i in chosen.tolist()])
         return statistic_of(sample, name).numpy()
 
+    def rows_for_dead(
+        self, block: int, tokens: np.ndarray, saes: Sequence[RowsFor], *snapshots: Snapshot
+    ) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
+        """(tokens that were run, for each SAE rows [n, d_in] float32 and weights [n] float64).
+
+        A row of each context of LM batch `block`: see `saeray.lm.rows_for_dead`. tokens: int32
+        [store_batch_size, context_size].
+        """
+        import torch
+
+        from saeray.lm.rows_for_dead import rows_for_dead
+
+        model = self.open()
+        found = [
+            (picked.rows.numpy(), picked.weights.numpy())
+            for picked in rows_for_dead(
+                model,
+                torch.from_numpy(tokens.copy()),
+                block,
+                list(zip(saes, self.published(snapshots), strict=True)),
+                None if self.served is None else torch.from_numpy(self.served.mask(tokens)),
+            )
+        ]
+        return tokens.size, found
+
+    def published(self, snapshots: Sequence[Snapshot]) -> list[SAE]:
+        """The SAEs, where the model is."""
+        import torch
+
+        from saeray.sae.architectures import published_sae
+
+        saes = []
+        for snapshot in snapshots:
+            tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
+            saes.append(published_sae(snapshot.cfg, tensors).to(self.open().device))
+        return saes
+
     def evaluate(
         self, hooks: Sequence[str], held_out: np.ndarray, final: bool, *snapshots: Snapshot
     ) -> list[dict[str, Any]]:
@@ -211,17 +249,12 @@ class Harvester:
         import torch
 
         from saeray.files.features import as_parquet
-        from saeray.sae.architectures import published_sae
 
         model = self.open()
         if self.evaluator is None:
             served = None if self.served is None else torch.from_numpy(self.served.mask(held_out))
             self.evaluator = evaluator_of(model, torch.from_numpy(held_out.copy()), served)
-        saes = []
-        for snapshot in snapshots:
-            tensors = {k: torch.from_numpy(v.copy()) for k, v in snapshot.tensors.items()}
-            saes.append(published_sae(snapshot.cfg, tensors).to(model.device))
-        found = self.evaluator.evaluate_all(saes, hooks, final)
+        found = self.evaluator.evaluate_all(self.published(snapshots), hooks, final)
         for of in found:
             if "features" in of:
                 of["features"] = as_parquet({k: v.numpy() for k, v in of["features"].items()})

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -60,6 +61,7 @@ class HarvesterPool:
         self.error: SaerayError | None = None  # why the stream can't go on
         self.harvested_tokens = 0
         self.cached_tokens = 0
+        self.resampling_tokens = 0  # run to pick rows for dead features
         self.seconds = 0.0  # summed over harvesters
         self.started: float | None = None
         for at in absent:
@@ -74,10 +76,14 @@ class HarvesterPool:
     def all_down(self) -> bool:
         return len(self.down) == len(self.harvesters)
 
+    def least_busy(self) -> int | None:
+        """The harvester with the least to do, of those that are up."""
+        up = [i for i in range(len(self.harvesters)) if i not in self.down]
+        return min(up, key=self.in_flight.__getitem__, default=None)
+
     def free(self) -> int | None:
         """The harvester with the least to do, if it may be given a block."""
-        up = [i for i in range(len(self.harvesters)) if i not in self.down]
-        at = min(up, key=self.in_flight.__getitem__, default=None)
+        at = self.least_busy()
         if self.error is not None or at is None or self.in_flight[at] >= IN_FLIGHT:
             return None
         return at
@@ -93,7 +99,7 @@ class HarvesterPool:
         done, refs = None, []
         try:
             self.under_way[block] = ("the token server", time.monotonic())
-            tokens = await self.tokens(block)
+            tokens = await self.tokens(block, partial(self.waits, block, time.monotonic()))
             self.under_way[block] = (f"harvester {at}", time.monotonic())
             meta, *refs = (
                 self.harvesters[at]
@@ -119,14 +125,19 @@ class HarvesterPool:
         self.failures.pop(block, None)
         return refs
 
-    async def tokens(self, block: int) -> Any:
-        """The token windows of a block. Ray repeats the call when the server is started again."""
-        since = time.monotonic()
+    def waits(self, block: int, since: float, answer: NotYet) -> None:
+        self.under_way[block] = (answer.late, since)
+        self.text_progress = answer.progress
+
+    async def tokens(self, block: int, not_yet: Callable[[NotYet], None]) -> Any:
+        """The token windows of a block. Ray repeats the call when the server is started again.
+
+        not_yet: is told while there is none.
+        """
         near = [self.places[b] for b in self.places if b <= block][-1:]
         try:
             while isinstance(answer := await self.token_server.block.remote(block, *near), NotYet):
-                self.under_way[block] = (answer.late, since)
-                self.text_progress = answer.progress
+                not_yet(answer)
         except RayActorError as error:
             raise SaerayError(f"the token server is gone ({error})") from None
         if not isinstance(answer, TokenBlock):
@@ -172,8 +183,11 @@ class HarvesterPool:
         if self.failures[block] >= FAILURES:
             self.broken(f"block {block} failed {FAILURES} times: {cause}")
             return
+        self.start_again(at, cause)
+
+    def start_again(self, at: int, cause: BaseException) -> None:
+        """A harvester that has failed: after a GPU error the process is of no use any more."""
         self.warn(f"harvester {at}: {type(cause).__name__}: {cause}; started again.")
-        # After a GPU error the process is of no use any more.
         ray.kill(self.harvesters[at], no_restart=False)
 
     def broken(self, why: str) -> None:

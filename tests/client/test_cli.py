@@ -99,7 +99,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     # 1,048,576 tokens in LM batches of 32 x 128; three half buffers of 8 blocks of 2 MiB.
     assert "1,048,576 LM tokens in 256 blocks of 4,096" in out
     assert "24 blocks, 50,331,648 bytes" in out
-    assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 655 MB for the" in out
+    assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 662 MB for" in out
     assert "720 MB for trials" in out  # 120 each
     assert "d_in 128, d_sae 1,024" in out
     assert "on this machine alone: 1 pack, 1 at a time; 1 pass of the language model" in out

@@ -9,7 +9,7 @@ from support.configs import short_run
 
 from saeray.actors.waiting import NotYet
 from saeray.cluster import sweep_state
-from saeray.cluster.reports import Reports
+from saeray.cluster.reports import Reports, missed_target
 from saeray.cluster.sweep_state import Entry, SweepState
 from saeray.files import strict_json
 from saeray.files.metrics_log import read_lines
@@ -94,7 +94,7 @@ def test_saes_that_report_at_once_are_evaluated_together(reports, monkeypatch):
     # Three and two of them, so that both harvesters have some.
     assert [h.calls for h in harvesters] == [[(0.0, 1.0, 2.0)], [(3.0, 4.0)]]
     assert [e.metrics["eval/l0"] for e in reports.state.entries.values()] == [0, 1, 2, 3, 4]
-    monkeypatch.setattr("saeray.cluster.reports.EVALUATED_BYTES", 2 * (2 * 16 * 64 * 4))
+    monkeypatch.setattr("saeray.cluster.reports.SAES_AT_HARVESTER", 2 * (2 * 16 * 64 * 4))
     asyncio.run(taken(reports, pack, *(r._replace(step=10) for r in told)))
     assert [len(weights) for h in harvesters for weights in h.calls[1:]] == [2, 1, 2]
 
@@ -155,3 +155,18 @@ def test_a_pack_may_ask_for_its_reports_up_to_a_step(reports, monkeypatch):
     assert early is None
     assert settled == {"a": 8}
     assert isinstance(late, NotYet)
+
+
+def test_an_l0_that_is_not_the_one_asked_for_is_said():
+    def said(l0, **of):
+        fields = dict(architecture="gated", target_l0=10) | of
+        return missed_target(Entry("sae", short_run(**fields)), {"metrics/l0": l0} | held_out)
+
+    held_out = {"eval/n_tokens": 64}
+    assert said(10.4) is None
+    assert said(12.0).startswith("sae: held-out L0 is 12, 20% above target_l0 = 10;")
+    assert "30% below" in said(7.0)
+    assert said(12.0, architecture="topk") is None  # its k is what it is
+    assert said(12.0, target_l0=None) is None
+    held_out.clear()  # it was not evaluated
+    assert said(12.0) is None

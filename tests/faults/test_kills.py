@@ -46,6 +46,7 @@ def test_every_kind_of_process_is_killed_in_one_sweep(undisturbed, tmp_path, cap
             kind: [round(s, 1) for s in seconds] for kind, seconds in pauses.items()
         })  # fmt: skip
     assert_same(running, undisturbed)
+    assert any(log[-1]["sparsity/resampled"] for log in running.logs().values())
     warnings = " ".join(result.status.warnings)
     assert "harvester 0 died" in warnings
     assert "roster died" in warnings

@@ -8,7 +8,7 @@ from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.initial import initial_sae
 from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
-from saeray.sae.resampling import choose_rows, is_due, lr_factor, ramp_steps
+from saeray.sae.resampling import batches_of, choose_rows, is_due, lr_factor, ramp_steps
 from saeray.sae.trainer import SAETrainer
 
 D, L = 8, 24
@@ -34,6 +34,13 @@ def batch(i, rows=256):
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(i))
 
 
+def stepped(pack, t, x):
+    """A step, and what a pack does after it: rows of this batch stand in for the harvesters'."""
+    pack.step([t], x)
+    if t.wants_rows:
+        t.resample(x, (t.sae(x) - x).square().sum(dim=1))
+
+
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])
 @pytest.mark.parametrize("architecture", ["standard", "gated", "p_anneal"])
 def test_dead_features_take_the_place_of_rows(architecture, decoder_norm):
@@ -42,7 +49,7 @@ def test_dead_features_take_the_place_of_rows(architecture, decoder_norm):
         t.sae.W_dec.mul_(0.5)
     for i in range(4):
         assert t.resampled is None
-        pack.step([t], batch(i))
+        stepped(pack, t, batch(i))
     assert (t.resampled, t.n_resampled) == (4, 6)
     W_enc, W_dec, living = t.sae.W_enc.t(), t.sae.W_dec, torch.ones(L, dtype=torch.bool)
     living[DEAD] = False
@@ -70,9 +77,9 @@ def test_they_live_and_without_it_they_do_not():
     for method in ("l2", None):
         t, pack = trainer(feature_sampling_method=method, lr=0.0), PackStep()
         for i in range(4):
-            pack.step([t], batch(i))
+            stepped(pack, t, batch(i))
         t.fired_in_window.zero_()
-        pack.step([t], batch(4))
+        stepped(pack, t, batch(4))
         fired[method] = int((t.fired_in_window[DEAD] > 0).sum())
     assert fired == {"l2": 6, None: 0}
 
@@ -84,7 +91,41 @@ def test_rows_are_chosen_by_their_weight():
     assert picked.count(3) / 2000 == pytest.approx(0.9, abs=0.03)  # 4.5 standard deviations
     assert sorted(choose_rows(weights, 6, 0, 0).tolist()) == [1, 3]
     assert torch.equal(choose_rows(weights, 2, 7, 9), choose_rows(weights, 2, 7, 9))
+    many = torch.ones(1000)
+    assert not torch.equal(choose_rows(many, 9, 7, 9), choose_rows(many, 9, 8, 9))
     assert len(choose_rows(torch.zeros(4), 3, 0, 0)) == 0
+
+
+def test_a_row_of_zeros_gives_no_direction():
+    t = trainer(lr=0.0)
+    for i in range(4):
+        PackStep().step([t], batch(i))
+    assert t.wants_rows
+    t.resample(torch.stack([torch.zeros(D), torch.ones(D)]), torch.tensor([9.0, 1.0]))
+    assert t.n_resampled == 1
+    assert all(bool(torch.isfinite(p).all()) for p in t.sae.tensors.values())
+
+
+def test_rows_are_scaled_as_the_sae_sees_them():
+    weights = []
+    for scale in (1.0, 4.0):
+        t = SAETrainer(
+            trainer(decoder_norm="free").sae, trainer(decoder_norm="free").options, scale
+        )
+        for i in range(4):
+            PackStep().step([t], batch(i) / scale)
+        t.resample(batch(9) / scale, torch.ones(256))
+        weights.append(t.sae.W_dec[DEAD])
+    torch.testing.assert_close(*weights)
+
+
+def test_the_lm_batches_that_rows_come_from():
+    # 32 of them; the last of which something was trained on, of what there is.
+    assert batches_of(n_rows=1, block_rows=10, n_blocks=100) == range(32)
+    assert batches_of(n_rows=330, block_rows=10, n_blocks=100) == range(1, 33)
+    assert batches_of(n_rows=335, block_rows=10, n_blocks=100) == range(2, 34)
+    assert batches_of(n_rows=1000, block_rows=10, n_blocks=100) == range(68, 100)
+    assert batches_of(n_rows=30, block_rows=10, n_blocks=5) == range(5)
 
 
 def test_the_learning_rate_begins_again():
@@ -92,11 +133,11 @@ def test_the_learning_rate_begins_again():
     assert ramp_steps(100) == 10 and ramp_steps(10**6) == 10_000
     for i in range(4):
         assert t.lr == 1e-3
-        pack.step([t], batch(i))
+        stepped(pack, t, batch(i))
     climb = [1e-4 + 0.9999 * k / 10 for k in range(4)]
     for k in range(4):
         assert t.lr == pytest.approx(1e-3 * climb[k])
-        pack.step([t], batch(4 + k))
+        stepped(pack, t, batch(4 + k))
     o = t.options
     assert lr_factor(o, 14, 4) == 1.0 and lr_factor(o, 3, None) == 1.0
 
@@ -112,7 +153,7 @@ def test_not_towards_the_end():
 def test_a_resumed_run_is_the_uninterrupted_one(threads):
     def advanced(t, first, last):
         for i in range(first, last):
-            pack.step([t], batch(i))
+            stepped(pack, t, batch(i))
         return t
 
     pack = PackStep(threads)

@@ -64,12 +64,15 @@ def sparse_rows(n, generator):
         ("gated", 12.0, 0.5, 0.05),
         ("p_anneal", 3.0, 0.5, 0.1),  # its penalty is still changing when steering must settle
         ("p_anneal", 12.0, 0.002, 0.1),
+        ("jumprelu", 3.0, 1.0, 0.05),
+        ("jumprelu", 12.0, 1.0, 0.05),
     ],
 )
 def test_held_out_l0_is_the_target(architecture, target, coefficient, within):
     o = options(
         architecture=architecture, lr=3e-3, total_steps=700, target_l0=target, gradient_clip=1.0,
-        l1_coefficient=coefficient, mse_normalization="sum", lr_warm_up_steps=0,
+        l1_coefficient=coefficient, l0_coefficient=coefficient,
+        jumprelu_sparsity_loss_mode="quadratic", mse_normalization="sum", lr_warm_up_steps=0,
         p_end=0.5, p_anneal_start_step=100, p_updates=5,
     )  # fmt: skip
     sae = initial_sae(

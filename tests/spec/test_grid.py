@@ -9,6 +9,7 @@ from support.configs import config
 from saeray.errors import ConfigError
 from saeray.spec.config import resolve, stream_key
 from saeray.spec.grid import derived_name, expand
+from saeray.spec.plan import describe
 
 
 def test_a_bad_value_inside_a_grid_is_found_when_it_is_expanded():
@@ -77,3 +78,23 @@ def test_names_are_never_longer_than_a_folders_may_be():
     many = names(**axes)
     assert len(set(many)) == 64
     assert max(map(len, many)) <= 120
+
+
+def test_lr_auto_is_a_number_in_every_sae_and_stands_beside_others():
+    of_topk = dict(architecture="topk", k=8, d_in=128)
+    saes = expand(config(lr=["auto", 1e-3], expansion_factor=[8, 32], **of_topk))
+    assert {s.name: s.config.lr for s in saes} == {
+        # 2e-4 / sqrt(128 * 8 / 2^14) and a quarter of that width's root less
+        "expansion_factor=8,lr=auto": 8e-4,
+        "expansion_factor=8,lr=0.001": 1e-3,
+        "expansion_factor=32,lr=auto": 4e-4,
+        "expansion_factor=32,lr=0.001": 1e-3,
+    }
+    assert "expansion_factor=8,lr=auto: 488 steps, lr 0.0008" in describe(saes)
+    assert "lr=0.001: 488 steps\n" in describe(saes)
+    # Read again, as by --resume or by a trial, it is that number.
+    (once,) = expand(config(lr="auto", expansion_factor=8, **of_topk))
+    assert type(once.config).from_dict(once.config.to_dict()) == once.config
+    points = [{"lr": "auto", "k": 4}, {"lr": "4e-4", "k": 4}]  # YAML 1.1 reads 4e-4 as text
+    both = expand(config(grid=points, expansion_factor=8, **of_topk))
+    assert [s.config.lr for s in both] == [8e-4, 4e-4]

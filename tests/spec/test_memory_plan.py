@@ -8,6 +8,7 @@ from saeray.errors import ConfigError
 from saeray.spec.memory import (
     HARVESTER,
     PACK,
+    SAES_AT_HARVESTER,
     SWEEP,
     WORKER,
     check_memory,
@@ -53,23 +54,24 @@ def test_what_a_sweep_takes_is_said():
     memory, fitted = planned(12, nodes(100))
     assert (memory.packs, memory.harvesters, fitted.packs) == (1, 1, 1)
     assert memory.pack == WORKER + 12 * 16_009_000 * 28 + AS_BYTES
-    assert memory.language_model == HARVESTER + 2 * GB
+    # 12 x 64 MB of weights are more than a harvester has of SAEs at a time.
+    assert memory.language_model == HARVESTER + 2 * GB + SAES_AT_HARVESTER
     said = str(memory)
     # 0.65 + 12 x 0.448 + 0.192 + 1.2 of Ray Train's processes; 12 x 0.12
     assert said == (
-        "memory: 3 GB of the object store, 1 x 2.65 GB for the language model, 1 x 7.42 GB for "
+        "memory: 3 GB of the object store, 1 x 2.92 GB for harvesters, 1 x 7.42 GB for "
         "packs, 1.44 GB for trials, 1.1 GB for the rest"
     )
 
 
 def test_what_fits_each_node_is_taken_and_what_does_not_is_refused_with_the_numbers():
-    # The head: 2.65 + (0.65 + 12 x 0.448 + 0.192) + 1.2 + 1.44 + 1.1 = 12.6 GB.
-    for head_gb, fits in ((12.7, True), (12.5, False)):
+    # The head: 2.92 + (0.65 + 12 x 0.448 + 0.192) + 1.2 + 1.44 + 1.1 = 12.9 GB.
+    for head_gb, fits in ((12.9, True), (12.8, False)):
         memory, fitted = planned(12, nodes(head_gb))
         if fits:
             check_memory(memory, fitted, nodes(head_gb), ["head"])
             continue
-        with pytest.raises(ConfigError, match=r"12\.6 GB are needed on head \(6\.22 GB for packs"):
+        with pytest.raises(ConfigError, match=r"12\.9 GB are needed on head \(6\.22 GB for packs"):
             check_memory(memory, fitted, nodes(head_gb), ["head"])
     # Three nodes of 8 cores, a pack of 4 SAEs on each: 0.65 + 1.79 + 0.19 GB.
     for gb, fits in ((2.7, True), (2.6, False)):
@@ -119,3 +121,14 @@ def test_packs_of_different_sizes_are_counted_as_they_are():
     one = 16_009_000 * 28
     assert memory.each_pack == (WORKER + 3 * one + AS_BYTES, WORKER + one + AS_BYTES)
     assert "5.88 GB for 2 packs" in str(memory)  # 2 x (0.65 + 0.19 + 1.2) + 4 x 0.448
+
+
+def test_a_harvester_has_the_saes_it_evaluates():
+    one = 16_009_000 * 4
+    for n, together in ((1, one), (2, 2 * one), (100, SAES_AT_HARVESTER)):
+        saes = [config(expansion_factor=8)] * n
+        fitted = fit_saes(saes, nodes(500), use_gpu=False)
+        assert memory_of(saes, fitted, {HOOK: 1000}, 0, 0).language_model == HARVESTER + together
+    wide = [config(expansion_factor=80)]  # more than that by itself
+    memory = memory_of(wide, fit_saes(wide, nodes(500), use_gpu=False), {HOOK: 1000}, 0, 0)
+    assert memory.language_model == HARVESTER + (2 * 1000 * 80_000 + 1000 + 80_000) * 4

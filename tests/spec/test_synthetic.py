@@ -67,6 +67,7 @@ def test_a_bad_name_says_what_is_right(name, remedy):
         dict(dataset_split="validation"),
         dict(prepend_bos=False),
         dict(trust_remote_code=True),
+        dict(feature_sampling_method="anthropic"),
         dict(training_tokens=2**31, l1_coefficient=1e-3),
     ],
 )

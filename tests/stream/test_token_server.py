@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,19 +41,23 @@ def pool_of(server):
     )  # fmt: skip
 
 
+def tokens_of(pool, block):
+    return asyncio.run(pool.tokens(block, partial(pool.waits, block, 0.0)))
+
+
 def test_a_restarted_server_is_told_where_the_text_is(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", text=[str(i % 9 + 1) * (i % 7) for i in range(900)])
     one = server(path)
     pool = pool_of(one)
-    got = [asyncio.run(pool.tokens(b)) for b in range(300)]
+    got = [tokens_of(pool, b) for b in range(300)]
     assert list(pool.places) == [64, 128, 192, 256]
     assert pool.places[256].window == 512
     again = server(path)
     pool.token_server = pool_of(again).token_server
-    assert np.array_equal(asyncio.run(pool.tokens(299)), got[299])
+    assert np.array_equal(tokens_of(pool, 299), got[299])
     # Only what lies behind the last place was made: block 256 and the following.
     assert again.windows.n_made == (300 - 256) * 2
-    assert np.array_equal(asyncio.run(pool.tokens(70)), got[70])
+    assert np.array_equal(tokens_of(pool, 70), got[70])
     assert again.windows.n_made == (300 - 256) * 2 + (71 - 64) * 2
 
 
@@ -70,7 +75,7 @@ def test_a_server_that_is_at_it_says_so(tmp_path, monkeypatch):
     # And a pool asks until it has them.
     pool = pool_of(server(path))
     pool.under_way[5] = ("the token server", 0.0)
-    assert asyncio.run(pool.tokens(5)).tolist() == [[0, 1, 2, 3]] * 2
+    assert tokens_of(pool, 5).tolist() == [[0, 1, 2, 3]] * 2
     assert pool.text_progress >= progress[-1]
     assert "rows have come from" in pool.under_way[5][0]
 

@@ -25,7 +25,7 @@ def config():
     return fields(
         expansion_factor=8,
         lr=[1e-3, 3e-3],
-        l1_coefficient=1e-3,
+        l1_coefficient=4e-3,  # so that features die, and are resampled
         lr_warm_up_steps=20,
         training_tokens=STEPS * 1024,
         train_batch_size=1024,
@@ -34,6 +34,7 @@ def config():
         eval_every=60,
         wandb_log_frequency=5,
         use_ghost_grads=True,
+        feature_sampling_method="anthropic",
         dead_feature_window=30,
         feature_sampling_window=64,  # kills and resumes come in the middle of one
     )

@@ -1,5 +1,6 @@
 """SAEs of every architecture in one pack, off one stream: each as if it were alone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from saeray.files.checkpoint import load_sae
 
 FIELDS = dict(
     recipe="sae_lens", lr=3e-3, dead_feature_window=3, feature_sampling_window=5,
-    l1_coefficient=2.0, k=8, target_l0=8, auxk_scaling="dead_share",
+    feature_sampling_method="anthropic", l1_coefficient=2.0, k=8, target_l0=8,
+    auxk_scaling="dead_share",
 )  # fmt: skip
 ARCHITECTURES = ["standard", "p_anneal", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"]
 
@@ -40,6 +42,10 @@ def test_all_architectures_in_one_pack_are_what_each_is_alone(ray_instance, tiny
     assert [r["status"] for r in together.rows] == ["done"] * 10
     assert [r["architecture"] for r in together.rows][:7] == ARCHITECTURES
     assert [len(pack) for pack in together.status.packs] == [10]
+    folder = next(Path(r["path"]).parent for r in together.rows if r["architecture"] == "standard")
+    log = (folder / "metrics.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["sparsity/resampled"] > 0
+    assert together.status.resampling_tokens > 0
     points = [dict(architecture=a) for a in ("standard", "matryoshka")] + TRANSCODERS
     each = dict(grid=points, resources={"saes_per_trainer": 1})
     alone = saeray.sweep(tiny | FIELDS | each, name="alone", storage_path=tmp_path, live=False)

@@ -17,6 +17,7 @@ are (float32 or wider): a parameter that Adam moves by lr a step must not be rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,7 +47,11 @@ class JumpReLU(Rule):
 
     SUMS = ("threshold", "norm")
     sparsity_loss = "l0_loss"
-    is_steered = False
+    has_thresholds = True
+
+    def __init__(self, sae: SAE, options: TrainingOptions) -> None:
+        super().__init__(sae, options)
+        self.target = options.target_l0  # of the penalty
 
     @classmethod
     def starts(cls, name: str, options: TrainingOptions) -> float:
@@ -88,7 +93,7 @@ class JumpReLU(Rule):
         elif o.jumprelu_sparsity_loss_mode == "step":
             by_gate = self.step.per_row
         else:
-            off = active.of_row(active.row_l0() - o.target_l0)
+            off = active.of_row(active.row_l0() - self.target)
             by_gate = off * (4 * self.step.per_row / o.target_l0)
         to_threshold = band * (theta * df + by_gate)
         dh = gate * df
@@ -106,7 +111,13 @@ class JumpReLU(Rule):
             return self.tanh(active).sum()
         if mode == "step":
             return (active.f != 0).sum().to(active.f.dtype)
-        return (2 / target) * (active.row_l0() - target).square().sum()
+        return (2 / target) * (active.row_l0() - self.target).square().sum()
 
     def after_step(self) -> None:
         self.threshold.clamp_min_(0)
+
+    def aim(self, multiplier: float) -> None:
+        self.target = self.options.target_l0 / multiplier
+
+    def steer(self, by: float) -> None:
+        self.threshold.mul_(math.exp(by))

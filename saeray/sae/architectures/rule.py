@@ -61,6 +61,7 @@ class Rule:
     keeps_h: ClassVar[bool] = True  # whether the way back needs h
     sparsity_loss: ClassVar[str | None] = "l1_loss"  # what reports call the sparsity term
     is_steered: ClassVar[bool] = True  # whether target_l0 moves its coefficient
+    has_thresholds: ClassVar[bool] = False  # or these (`steer`) and its penalty's target (`aim`)
     has_gate: ClassVar[bool] = False  # whether there are `gate_latents`
     gate_teaches_decoder = False  # whether W_dec and b_dec learn from what those reconstruct
 
@@ -175,6 +176,12 @@ class Rule:
 
     def after_step(self) -> None:
         """After Adam."""
+
+    def aim(self, multiplier: float) -> None:
+        """Before a step, where there are thresholds: divides the target of their penalty."""
+
+    def steer(self, by: float) -> None:
+        """After that, where there are thresholds: adds to their logarithms."""
 
     # --- what is reported, kept and published ---------------------------------------------
 
