@@ -17,12 +17,19 @@ ARCHITECTURES = ["standard", "p_anneal", "gated", "topk", "batchtopk", "matryosh
 
 
 # A transcoder of the layer's MLP, beside the SAEs at HOOK, and one to a wider place.
-MLP = dict(hook_point="blocks.2.mlp.hook_in", hook_point_out="blocks.2.hook_mlp_out")
+MLP = dict(
+    hook_point="blocks.2.mlp.hook_in",
+    hook_point_out="blocks.2.hook_mlp_out",
+    feature_sampling_method=None,  # is an SAE's
+)
 TRANSCODERS = [
     MLP,
     MLP | dict(architecture="topk", skip_connection=True),
-    dict(architecture="jumprelu", hook_point_out="blocks.2.mlp.hook_post", skip_connection=True),
-]
+    dict(
+        architecture="jumprelu", hook_point_out="blocks.2.mlp.hook_post", skip_connection=True,
+        feature_sampling_method=None,
+    ),
+]  # fmt: skip
 
 
 def weights(result):
