@@ -119,8 +119,8 @@ def save_final(
     trainer: SAETrainer,
     special: SpecialTokens | None = None,
 ) -> None:
-    """Publishes a trained SAE."""
-    folder.publish(sae_files(config, trainer.published, trainer.firing_frequency, special))
+    """Publishes a trained SAE (`SAETrainer.final`)."""
+    folder.publish(sae_files(config, trainer.final, trainer.firing_frequency, special))
 
 
 class Taken(NamedTuple):

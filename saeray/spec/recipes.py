@@ -62,13 +62,18 @@ FREE = Recipe(
     gradient_clip=1.0,
 )
 RECIPES = {
-    # The guide's loss to the letter, so that its coefficients keep their meaning, from a start
-    # where every feature reads what it writes. Of a norm that the loss's gradient always has, the
-    # clip makes every step's gradient the same length: else the first ones, ten times as long as
-    # the later, stay in Adam's second moments for a thousand steps and slow them down.
-    # The L1's slow rise lets features find something to read before it silences them.
+    # The guide's loss, so that its coefficients keep their meaning: with the L1 weighted by free
+    # rows' norms it is the loss of the same SAE with rows of norm 1, which it is published as. From
+    # a start where every feature reads what it writes; from short rows, which grow as they are of
+    # use, features stay alive that unit ones lose. Of a norm that the loss's gradient always has,
+    # the clip makes every step's gradient the same length: else the first ones, ten times as long
+    # as the later, stay in Adam's second moments for a thousand steps and slow them down. The L1's
+    # slow rise lets features find something to read before it silences them.
     "guide": Recipe(
-        encoder_init_scale=0.1,
+        decoder_init_norm=0.1,
+        decoder_norm="free",
+        b_dec_init_method="zeros",
+        lr_warm_up_steps=0,
         l1_warm_up_steps=Share(0.2, at_most=5000),
         gradient_clip=GUIDES_CLIP,
     ),

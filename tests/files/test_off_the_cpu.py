@@ -88,7 +88,7 @@ def test_a_trained_sae_is_published_and_shown_to_harvesters(config, tmp_path):
         trainer = new_trainer(config, DEVICE)
         steps(trainer, 0, 5, DEVICE)
         save_final(Folder.at(tmp_path), config, trainer)
-        snapshot = to_array(trainer.sae.W_enc.detach())
+        snapshot = to_array(trainer.final.W_enc.detach())
         frequency = trainer.firing_frequency
     assert (load_sae(str(tmp_path)).W_enc.numpy() == snapshot).all()
     sparsity = load((tmp_path / "sparsity.safetensors").read_bytes())["sparsity"]

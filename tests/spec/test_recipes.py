@@ -19,21 +19,19 @@ def values(**changes):
 
 def test_each_recipe_as_its_source_has_it():
     guide = dict(
-        encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=1.0,
-        decoder_norm="unit", mse_normalization="centred_norm", gradient_clip=1e-3,
-        b_dec_init_method="geometric_median", lr_warm_up_steps=100, lr_decay_steps=0,
+        encoder_init="decoder_transpose", encoder_init_scale=1.0, decoder_init_norm=0.1,
+        decoder_norm="free", mse_normalization="centred_norm", gradient_clip=1e-3,
+        b_dec_init_method="zeros", lr_warm_up_steps=0, lr_decay_steps=0,
         l1_warm_up_steps=200, normalize_activations="none", dead_feature_window=100,
     )  # fmt: skip
     assert values() == values(recipe="guide") == guide
     then = guide | dict(
-        encoder_init="independent", encoder_init_scale=1.0, lr_warm_up_steps=500,
+        encoder_init="independent", decoder_init_norm=1.0, decoder_norm="unit",
+        b_dec_init_method="geometric_median", lr_warm_up_steps=500,
         l1_warm_up_steps=0, gradient_clip=0.0, dead_feature_window=1000,
     )  # fmt: skip
     assert values(recipe="guide-2024") == then
-    sae_lens = guide | dict(
-        encoder_init_scale=1.0, decoder_init_norm=0.1, decoder_norm="free", mse_normalization="sum",
-        gradient_clip=1.0, b_dec_init_method="zeros", lr_warm_up_steps=0, l1_warm_up_steps=0,
-    )  # fmt: skip
+    sae_lens = guide | dict(mse_normalization="sum", gradient_clip=1.0, l1_warm_up_steps=0)
     assert values(recipe="sae_lens") == sae_lens
     # l1 over the first 5 % of 1,000 steps, lr over the last 20 %
     april = dict(l1_warm_up_steps=50, lr_decay_steps=200, normalize_activations="expected_average")
@@ -42,8 +40,8 @@ def test_each_recipe_as_its_source_has_it():
 
 def test_the_guides_warm_ups_end_in_a_run_that_is_long_enough():
     assert values(training_tokens=100_000 * 1024)["l1_warm_up_steps"] == 5000
-    assert values(training_tokens=10_000 * 1024)["lr_warm_up_steps"] == 500
-    assert values(training_tokens=40 * 1024)["lr_warm_up_steps"] == 4
+    assert values(training_tokens=10_000 * 1024)["l1_warm_up_steps"] == 2000
+    assert values(training_tokens=40 * 1024)["l1_warm_up_steps"] == 8
     assert values(lr_warm_up_steps=500)["lr_warm_up_steps"] == 500
 
 
@@ -59,20 +57,21 @@ def test_what_is_given_stays(recipe):
 
 
 def test_a_decoder_of_the_other_kind_starts_as_its_kind_does():
-    unit = values(recipe="sae_lens", decoder_norm="unit")
-    assert (unit["decoder_init_norm"], unit["encoder_init_scale"]) == (1.0, 0.1)
-    free = values(decoder_norm="free")
+    for recipe in ("guide", "sae_lens"):
+        unit = values(recipe=recipe, decoder_norm="unit")
+        assert (unit["decoder_init_norm"], unit["encoder_init_scale"]) == (1.0, 0.1)
+    free = values(recipe="guide-2024", decoder_norm="free")
     assert (free["decoder_init_norm"], free["encoder_init_scale"]) == (0.1, 1.0)
     with pytest.raises(ConfigError, match=r"decoder_init_norm = 0\.1"):
         config(decoder_norm="unit", decoder_init_norm=0.1)
 
 
 def test_a_recipe_is_an_axis_and_is_filled_at_each_point():
-    points = expand(config(**RUN, recipe=["guide", "sae_lens"]))
-    assert [p.name for p in points] == ["recipe=guide", "recipe=sae_lens"]
+    points = expand(config(**RUN, recipe=["guide-2024", "sae_lens"]))
+    assert [p.name for p in points] == ["recipe=guide-2024", "recipe=sae_lens"]
     assert [p.config.decoder_norm for p in points] == ["unit", "free"]
     lengths = expand(config(training_tokens=[102_400, 1_024_000], train_batch_size=1024))
-    assert [p.config.lr_warm_up_steps for p in lengths] == [10, 100]
+    assert [p.config.l1_warm_up_steps for p in lengths] == [20, 200]
     with pytest.raises(ConfigError, match=r"recipe = 'guid'.*did you mean guide"):
         config(recipe="guid")
 

@@ -34,4 +34,4 @@ def trained(folder, architecture, d_in=4, d_sae=16, seed=0, **changes):
     for i in range(5):
         PackStep().step([t], torch.randn(64, d_in, generator=torch.Generator().manual_seed(i)))
     save_final(Folder.at(folder), c, t)
-    return t.published
+    return t.final
