@@ -118,7 +118,6 @@ def test_ctrl_c_then_a_killed_driver_then_a_damaged_checkpoint(undisturbed, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_the_step_it_is_stopped_at_is_logged_as_if_it_had_gone_on(ray_instance, tmp_path):
     """It is an evaluation, or lies between two lines of the SAE with the longer pace."""
     from saeray.client.status import stop
