@@ -48,6 +48,7 @@ from saeray.files.metrics_log import read_lines
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import expand
+from saeray.spec.memory import TRIALS_AT_ONCE
 from saeray.spec.messages import DONE, ENDS, NOTHING, ReaderGauges, Report, reader_name
 from saeray.stream import launch
 from saeray.stream.harvester import Harvested
@@ -230,10 +231,16 @@ def made_up(tokens: int) -> dict[str, Any]:
 
 
 class FakeTrials:
-    """Tasks that make the calls of as many `SAETrial`s."""
+    """Tasks that make the calls of as many `SAETrial`s, in turns as those come."""
 
     async def run(self, handle: Any, configs: dict[str, dict[str, Any]]) -> None:
-        await asyncio.gather(*(self.one(handle, name, c) for name, c in configs.items()))
+        places = asyncio.Semaphore(TRIALS_AT_ONCE)
+
+        async def in_turn(name: str, config: dict[str, Any]) -> None:
+            async with places:
+                await self.one(handle, name, config)
+
+        await asyncio.gather(*(in_turn(name, c) for name, c in configs.items()))
 
     async def one(self, handle: Any, name: str, config: dict[str, Any]) -> None:
         await handle.enlist.remote(name, config)

@@ -28,6 +28,7 @@ from saeray.files.wandb_runs import CLOSE_SECONDS
 from saeray.lm.hub import portable
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
+from saeray.spec.memory import TRIALS_AT_ONCE
 from saeray.spec.messages import ENDS, SAERow, SweepStatus
 from saeray.spec.points import with_paths
 
@@ -138,6 +139,11 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
         scheduler=scheduler,
         verbose=0,
         max_failures=TRIAL_RESTARTS,
+        # SAEs are trained whether their trial is there or not. Where nothing is decided on what
+        # trials report, they come in turns and in the processes of those before them: one takes
+        # 120 MB, and more than two seconds of a core to start.
+        max_concurrent_trials=TRIALS_AT_ONCE if scheduler is None else None,
+        reuse_actors=scheduler is None,
         raise_on_failed_trial=False,
         trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
         trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",

@@ -310,7 +310,7 @@ def wants_evaluation(entry: Entry) -> bool:
 
 def missed_target(entry: Entry, metrics: Mapping[str, Any]) -> str | None:
     """What to say of an SAE that was steered to an L0 and has another one on held-out text."""
-    target, l0 = entry.config.target_l0, metrics.get("metrics/l0")
+    target, l0 = entry.config.target_l0, metrics.get("eval/l0")
     if not target or entry.config.k is not None or not l0 or "eval/n_tokens" not in metrics:
         return None
     off = l0 / target - 1

@@ -71,6 +71,11 @@ class SAETrial(tune.Trainable):
         self.folder = self.path = None  # of its newest checkpoint, and where it is when trained
         self.enlist(sweep, folder)
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Its process goes on as another trial's, where Tune reuses them (`reuse_actors`)."""
+        self.setup(new_config)
+        return True
+
     def own_folder(self) -> tuple[str, str]:
         """A bare tune.run: the sweep is the Tune experiment, unless the config names another."""
         storage = self._storage

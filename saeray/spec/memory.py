@@ -25,6 +25,7 @@ SAES_AT_HARVESTER = 1 << 28
 WORKER = 0.65e9  # of a rank of a pack, beside its SAEs
 PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
 TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
+TRIALS_AT_ONCE = 16  # where no scheduler decides on what they report
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
 # Of an SAE in training, in numbers per parameter: weights, two moments of Adam and the gradient;
 # and a copy of the first three, which a checkpoint is written from. Of one SAE at a time this copy
@@ -93,12 +94,14 @@ def memory_of(
     weights = [of(SAE("", c), on_gpu=True) // COPIED for c in configs]
     at_harvester = max(max(weights), min(sum(weights), SAES_AT_HARVESTER))
     packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
+    scheduled = any(c.scheduler is not None for c in configs)
+    trials = len(configs) if scheduled else min(len(configs), TRIALS_AT_ONCE)
     return Memory(
         buffer_bytes,
         int(HARVESTER) + parameter_bytes + at_harvester,
         fitted.harvesters,
         tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
-        int(TRIAL) * len(configs),
+        int(TRIAL) * trials,
     )
 
 

@@ -160,7 +160,7 @@ def test_a_pack_may_ask_for_its_reports_up_to_a_step(reports, monkeypatch):
 def test_an_l0_that_is_not_the_one_asked_for_is_said():
     def said(l0, **of):
         fields = dict(architecture="gated", target_l0=10) | of
-        return missed_target(Entry("sae", short_run(**fields)), {"metrics/l0": l0} | held_out)
+        return missed_target(Entry("sae", short_run(**fields)), {"eval/l0": l0} | held_out)
 
     held_out = {"eval/n_tokens": 64}
     assert said(10.4) is None

@@ -86,9 +86,9 @@ def test_what_fits_each_node_is_taken_and_what_does_not_is_refused_with_the_numb
 
 
 def test_trials_and_ray_trains_processes_count_on_the_head():
-    # 100 x 0.12 + 1.2 + 1.1: whatever the other nodes have.
+    # 100 x 0.12 + 1.2 + 1.1: whatever the other nodes have. A scheduler decides on all of them.
     cluster = nodes(14, 500)
-    memory, fitted = planned(100, cluster)
+    memory, fitted = planned(100, cluster, scheduler={"metric": "fvu"})
     with pytest.raises(ConfigError, match=r"14\.3 GB are needed on head \(12 GB for trials"):
         check_memory(memory, fitted, cluster, ["n0"])
     assert memory.trials + PACK + SWEEP == pytest.approx(14.3 * GB)
