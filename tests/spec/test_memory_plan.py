@@ -21,6 +21,7 @@ from saeray.spec.resources import Resources
 from saeray.spec.room import HEAD, Cluster, Node
 
 GB = 10**9
+ASHA = {"name": "asha", "metric": "CE_loss_score"}
 
 AS_BYTES = 16_009_000 * 3 * 4  # one SAE's checkpoint, as it is written
 
@@ -88,7 +89,7 @@ def test_what_fits_each_node_is_taken_and_what_does_not_is_refused_with_the_numb
 def test_trials_and_ray_trains_processes_count_on_the_head():
     # 100 x 0.12 + 1.2 + 1.1: whatever the other nodes have. A scheduler decides on all of them.
     cluster = nodes(14, 500)
-    memory, fitted = planned(100, cluster, scheduler={"metric": "fvu"})
+    memory, fitted = planned(100, cluster, scheduler=ASHA)
     with pytest.raises(ConfigError, match=r"14\.3 GB are needed on head \(12 GB for trials"):
         check_memory(memory, fitted, cluster, ["n0"])
     assert memory.trials + PACK + SWEEP == pytest.approx(14.3 * GB)
