@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -95,15 +97,21 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         storage_path=arguments.storage_path,
         address=arguments.address,
         namespace=arguments.namespace,
+        given=as_given(arguments.file, arguments.set),
     )
-    print(printable(result.summary()))
+    print(printable(result.summary(terminal_width())))
     return 0 if result.ok else 1
+
+
+def as_given(file: str, overrides: list[str]) -> str:
+    """The text of a sweep file, under what the command line has changed of it."""
+    lines = [f"# saeray sweep {file}"] + [f"#   --set {shlex.quote(text)}" for text in overrides]
+    return "\n".join([*lines, Path(file).read_text(encoding="utf-8")])
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
     given = {
         "FILE.yaml": arguments.file,
-        "--set": arguments.set,
         "--name": arguments.name,
         "--storage-path": arguments.storage_path,
         "--dry-run": arguments.dry_run,
@@ -114,11 +122,22 @@ def resume_command(arguments: argparse.Namespace) -> int:
                 f"--resume goes on with the sweep in {arguments.resume} as it is; {option} can't "
                 "be given beside it."
             )
+    from saeray.client.changes import changes_from
     from saeray.client.runner import resume
 
-    result = resume(arguments.resume, address=arguments.address, namespace=arguments.namespace)
-    print(printable(result.summary()))
+    result = resume(
+        arguments.resume,
+        address=arguments.address,
+        namespace=arguments.namespace,
+        changes=changes_from(arguments.set),
+    )
+    print(printable(result.summary(terminal_width())))
     return 0 if result.ok else 1
+
+
+def terminal_width() -> int | None:
+    """None: nobody reads along, and what stands in a file or goes to a program has whole names."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def status_command(arguments: argparse.Namespace) -> int:
@@ -225,7 +244,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'",
+        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'; with --resume of "
+        "resources.…, training_tokens (upward)",
     )
     run.add_argument("--name", help="of the sweep; default: the file's name and the time")
     run.add_argument("--storage-path", help="where its folder goes: a path or s3://…, gs://…")

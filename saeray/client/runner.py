@@ -8,13 +8,16 @@ process is outside of, in an actor (`driver`) or as a job (`jobs`).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeray.client.changes import checked, refuse_running
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
 from saeray.client.ending import driving
+from saeray.client.features_at_end import left_at_end, make_at_end
 from saeray.client.result import SweepResult
 from saeray.client.session import (
     ask_for,
@@ -44,6 +47,7 @@ def sweep(
     namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
+    given: str | None = None,
 ) -> SweepResult:
     """Trains the grid that `config` spans (a list in a field is an axis), one LM pass for all.
 
@@ -61,6 +65,7 @@ def sweep(
         scheduler: a Ray Tune scheduler; default: the config's, or FIFO. Use `n_training_tokens` as
             time_attr.
         live: draw a table while it runs (plain lines when not a terminal).
+        given: the text of a sweep file, to be kept as given.yaml in the sweep's folder.
 
     Raises:
         ConfigError: bad input, before anything is spent.
@@ -91,11 +96,11 @@ def sweep(
         with connected(address, namespace):
             from saeray.client import driver
 
-            return driver.sweep(config, asked, scheduler, live)
+            return driver.sweep(config, asked, scheduler, live, given)
     config = with_absolute_paths(config)
     assert config.name is not None and config.storage_path is not None
     folder, saes = Folder.at(config.storage_path) / config.name, expand(config)
-    versions = ask_for(folder, with_absolute_paths(asked), saes)
+    versions = ask_for(folder, with_absolute_paths(asked), saes, given)
     try:
         with driving(folder), connected(address, namespace) as ends_ray:
             result = run(
@@ -114,6 +119,7 @@ def resume(
     namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> SweepResult:
     """Goes on with a sweep that was interrupted, to the files an uninterrupted one gives.
 
@@ -124,9 +130,11 @@ def resume(
     Args:
         folder: of the sweep: its path or URI (from outside a cluster: its path there), or the
             name of a sweep that the cluster knows (`saeray status`).
+        changes: `{"resources": {"harvesters": 2}}`: where it runs, which changes no byte; and
+            `training_tokens`, which may become more (docs/faults.md says of which SAEs).
 
     Raises:
-        ConfigError: no sweep is there, or its sweep.yaml is damaged.
+        ConfigError: no sweep is there, its sweep.yaml is damaged, or a change that can't be made.
     """
     refuse_takeover(scheduler)
     began, address = time.time(), chosen(address)
@@ -134,25 +142,50 @@ def resume(
         from saeray.client.jobs import resume_as_job
 
         assert address is not None
-        return resume_as_job(str(folder), address, namespace, live)
+        return resume_as_job(str(folder), address, namespace, live, changes or {})
     if is_outside(address):
         with connected(address, namespace):
             from saeray.client import driver
 
-            return driver.resume(str(folder), scheduler, live)
+            return driver.resume(str(folder), scheduler, live, changes or {})
     place = Folder.at(folder)
     if address not in (None, LOCAL) and "/" not in str(folder) and not place.names():
         with connected(address, namespace):
             from saeray.cluster import registry
 
             place = Folder.at(registry.folder_called(str(folder)) or folder)
-    done = done_already(place)
+    write = checked(place, changes or {})
+    done = done_already(place) if not changes else None
     if done is not None:
-        return done
-    saes = saes_of(place)
+        return with_pages(done, address, namespace, live)
     with driving(place), connected(address, namespace) as ends_ray:
+        if changes:
+            refuse_running(place)
+            write()
+            done = done_already(place)
+            if done is not None:
+                return done  # only where it runs has changed
+        saes = saes_of(place)
         result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
     return result.with_all_ended()
+
+
+def with_pages(
+    result: SweepResult, address: str | None, namespace: str | None, live: bool
+) -> SweepResult:
+    """A sweep that has ended, with those of its pages of features that were left to be made."""
+    config = saes_of(result.folder)[0].config
+    if left_at_end(result.folder, config, result.rows) is None:
+        return result
+
+    def say(text: str) -> None:
+        if live:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    with driving(result.folder), connected(address, namespace):
+        prevented = make_at_end(result.folder, config, result.rows, say)
+    result.status.warnings = [] if prevented is None else [prevented]
+    return result
 
 
 def language_model_sae_runner(

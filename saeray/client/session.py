@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from saeray.client.features_at_end import left_at_end, make_at_end
 from saeray.client.result import SweepResult
 from saeray.client.speed import Times
 from saeray.client.status_file import StatusFile
 from saeray.cluster.cost import write_down
-from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.seeds import add_stability
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
@@ -33,6 +35,7 @@ from saeray.spec.messages import ENDS, SAERow, SweepStatus
 from saeray.spec.points import with_paths
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
+GIVEN = "given.yaml"  # in the sweep's folder: the sweep file, with its comments
 STABILITY_SECONDS = 60.0  # of a core, at a sweep's end; more is for `saeray compare --stability`
 
 
@@ -97,6 +100,17 @@ def run(
     status.warnings += left_out
     times = Times(began, time.time(), trained_before)
     prevented = write_down(folder, status, times)
+    status.warnings += [prevented] if prevented else []
+
+    def tell(text: str) -> None:
+        status.phase = f"pages of features: {text}"
+        if live:
+            print(printable(text), file=sys.stderr, flush=True)
+        for look in (watched, note.write if note is not None else None):
+            if look is not None:
+                look(status)
+
+    prevented = make_at_end(folder, saes[0].config, rows, tell)
     status.warnings += [prevented] if prevented else []
     if note is not None:
         note.write(status, rows, times)
@@ -210,10 +224,15 @@ def refuse_existing(folder: Folder, name: str) -> None:
         )
 
 
-def ask_for(folder: Folder, asked: LanguageModelSAERunnerConfig, saes: list[SAE]) -> dict[str, Any]:
+def ask_for(
+    folder: Folder,
+    asked: LanguageModelSAERunnerConfig,
+    saes: list[SAE],
+    given: str | None = None,
+) -> dict[str, Any]:
     """Writes down what a new sweep shall be: from now on it can be resumed. Answers `provenance`.
 
-    asked: its config as it was given.
+    asked: its config as it was given. given: the text of its sweep file, where there is one.
 
     Raises:
         ConfigError: something is there already.
@@ -223,6 +242,8 @@ def ask_for(folder: Folder, asked: LanguageModelSAERunnerConfig, saes: list[SAE]
     SweepFolder(folder, folder.name).write_sweep_yaml(
         {s.name: s.config for s in saes}, versions, {}, given_fields(asked)
     )
+    if given is not None:
+        folder.write(GIVEN, given.encode())
     return versions
 
 
@@ -261,6 +282,8 @@ def done_already(place: Folder) -> SweepResult | None:
     ]
     status = SweepStatus(rows, "done already")
     found, status.warnings = add_stability(place, files.read_rows(), STABILITY_SECONDS)
+    if left_at_end(place, saes[0].config, found) is not None:
+        status.warnings.append(f"pages of features are not made yet: saeray features {place.uri}")
     return SweepResult(place.name, place, found, status)
 
 

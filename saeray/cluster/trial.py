@@ -116,7 +116,9 @@ class SAETrial(tune.Trainable):
         result = NotYet("")
         while isinstance(result, NotYet):  # however long its training takes
             result = waiting.ask(
-                lambda: self.roster.next_result.remote(self.name, self.number, self.decides),
+                lambda: self.roster.next_result.remote(
+                    self.name, self.number, self.decides, self.raises
+                ),
                 self.sae.wait_limit_s,
                 "roster",
             )
@@ -202,5 +204,11 @@ def one_sae(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfi
             getattr(config, name),
             "a trial is one SAE; give Tune the grid (tune.grid_search([…]), tune.choice([…])) and "
             "the scheduler, or take saeray.sweep.",
+        )
+    if config.features:
+        raise bad_value(
+            "features",
+            config.features,
+            "are of a sweep's frontier; `saeray features` makes pages once tune.run has ended.",
         )
     return config

@@ -10,7 +10,6 @@ was cut off or damaged is noticed and an older one is used.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from saeray.files.sae_cfg import (
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES, published_sae
 from saeray.sae.architectures.base import SAE, kind_of
+from saeray.sae.architectures.standard import with_unit_rows
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
 from saeray.sae.trainer import SAETrainer
@@ -116,11 +116,14 @@ def sae_files(
 def save_final(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
-    trainer: SAETrainer,
+    trainer: SAETrainer | Taken,
     special: SpecialTokens | None = None,
 ) -> None:
-    """Publishes a trained SAE (`SAETrainer.final`)."""
-    folder.publish(sae_files(config, trainer.final, trainer.firing_frequency, special))
+    """Publishes a trained SAE; free decoder rows of the standard one get norm 1."""
+    sae = trainer.published
+    if config.decoder_norm == "free":
+        sae = with_unit_rows(sae)
+    folder.publish(sae_files(config, sae, trainer.firing_frequency, special))
 
 
 class Taken(NamedTuple):
@@ -128,16 +131,16 @@ class Taken(NamedTuple):
 
     step: int
     published: SAE
-    frequency: Tensor  # [L], of firing
+    firing_frequency: Tensor  # [L]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
 
-def taken(trainer: SAETrainer) -> Taken:
-    """All that a checkpoint of it is written from, in main memory."""
+def taken(trainer: SAETrainer, in_place: bool = False) -> Taken:
+    """All that a checkpoint of it is written from, in main memory, or (in_place) where it is."""
 
     def copy(t: Tensor) -> Tensor:
-        return t.detach().to("cpu", copy=True)
+        return t.detach().clone() if in_place else t.detach().to("cpu", copy=True)
 
     tensors, numbers = trainer.state()
     published = trainer.published
@@ -155,21 +158,12 @@ def taken(trainer: SAETrainer) -> Taken:
 def save_checkpoint(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
-    trainer: SAETrainer,
+    trainer: SAETrainer | Taken,
     special: SpecialTokens | None = None,
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
-    save_taken(folder, config, taken(trainer), special)
-
-
-def save_taken(
-    folder: Folder,
-    config: LanguageModelSAERunnerConfig,
-    state: Taken,
-    special: SpecialTokens | None = None,
-) -> None:
-    """`save_checkpoint` of what was taken earlier."""
-    files = sae_files(config, state.published, state.frequency, special)
+    state = trainer if isinstance(trainer, Taken) else taken(trainer)
+    files = sae_files(config, state.published, state.firing_frequency, special)
     files["train_state.safetensors"] = save({n: t.contiguous() for n, t in state.tensors.items()})
     files[STATE_MARKER] = json_bytes(
         {
@@ -228,8 +222,7 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
 def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint below `folder`, and why newer ones were passed over."""
     passed_over: list[str] = []
-    by_tokens = sorted((int(n) for n in folder.names() if re.fullmatch(r"\d+", n)), reverse=True)
-    for tokens in by_tokens:
+    for tokens in folder.numbers():
         try:
             return load_checkpoint(folder / str(tokens)), passed_over
         except Damaged as damage:
@@ -239,9 +232,8 @@ def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
 
 def delete_others(folder: Folder, keep: set[int]) -> None:
     """Deletes the checkpoints below `folder` but those at `keep` tokens."""
-    for name in folder.names():
-        if re.fullmatch(r"\d+", name) and int(name) not in keep:
-            (folder / name).delete()
+    for tokens in {*folder.numbers()} - keep:
+        (folder / str(tokens)).delete()
     if folder.exists() and not folder.names():
         folder.delete()
 

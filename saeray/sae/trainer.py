@@ -21,9 +21,8 @@ from torch import Tensor
 
 from saeray.sae import cuda_step, resampling
 from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.architectures.base import PARAMETERS, SAE, folded
+from saeray.sae.architectures.base import PARAMETERS, SAE
 from saeray.sae.architectures.rule import StepContext
-from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
 from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
@@ -94,13 +93,6 @@ class SAETrainer:
         """The SAE of activations as they are, whatever scale it is trained at."""
         published = self.rule.published()
         return published.for_unscaled(self.activation_scale, self.output_scale).without_centre()
-
-    @property
-    def final(self) -> SAE:
-        """`published`, with decoder rows of norm 1 if free ones make the same function so."""
-        sae = self.published
-        foldable = isinstance(sae, StandardSAE) and not self.unit
-        return sae.with_tensors(folded(sae)) if foldable else sae
 
     @property
     def lr(self) -> float:

@@ -13,9 +13,11 @@ from saeray.files.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     save_final,
+    taken,
 )
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.architectures.standard import with_unit_rows
 from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
@@ -36,6 +38,20 @@ def trained(c, steps=3, scale=1.0):
     return trainer
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copy_of_an_earlier_step_is_written_as_it_was_then(tmp_path, in_place):
+    """As of an SAE that Tune has stopped while it trained on."""
+    c, place = short_run(), Folder.at(tmp_path)
+    t = trained(c)
+    then = taken(t, in_place)
+    PackStep().step([t], torch.randn(8, 4))
+    for name, of in (("then", then), ("again", trained(c))):
+        save_checkpoint(place / name / "checkpoint", c, of)
+        save_final(place / name / "final", c, of)
+    for file in (place / "then").files():
+        assert (place / "then").read(file) == (place / "again").read(file), file
+
+
 def test_the_files_sae_lens_reads(tmp_path):
     c = short_run(seed=3)
     t = trained(c)
@@ -53,8 +69,8 @@ def test_the_files_sae_lens_reads(tmp_path):
     sparsity = load((tmp_path / "final" / "sparsity.safetensors").read_bytes())["sparsity"]
     torch.testing.assert_close(sparsity, torch.log10(t.firing_frequency + 1e-10).float())
     x = torch.randn(5, 4)
-    assert torch.equal(load_sae(str(tmp_path / "final"))(x), t.final(x))
-    torch.testing.assert_close(t.final(x), t.sae(x))
+    assert torch.equal(load_sae(str(tmp_path / "final"))(x), with_unit_rows(t.sae)(x))
+    torch.testing.assert_close(with_unit_rows(t.sae)(x), t.sae(x))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,9 @@ def test_every_architecture_goes_on_from_its_files_and_is_loaded(tmp_path, archi
     save_final(Folder.at(tmp_path) / "final", c, whole)
     x = torch.randn(50, 4)
     loaded = load_sae(Folder.at(tmp_path) / "final")
-    assert torch.equal(loaded(x), whole.final(x)) and (loaded.encode(x) > 0).any()
+    assert (
+        torch.equal(loaded(x), with_unit_rows(whole.published)(x)) and (loaded.encode(x) > 0).any()
+    )
     torch.testing.assert_close(loaded(x), whole.published(x))
     cfg = json.loads((tmp_path / "final" / "cfg.json").read_text())
     kinds = {"p_anneal": "standard", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}

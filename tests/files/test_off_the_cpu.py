@@ -11,6 +11,7 @@ from saeray.files.checkpoint import load_sae, newest_checkpoint, save_checkpoint
 from saeray.files.storage import Folder
 from saeray.lm.evaluate import Evaluator
 from saeray.lm.model import LanguageModel
+from saeray.sae.architectures.standard import with_unit_rows
 from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
@@ -88,7 +89,7 @@ def test_a_trained_sae_is_published_and_shown_to_harvesters(config, tmp_path):
         trainer = new_trainer(config, DEVICE)
         steps(trainer, 0, 5, DEVICE)
         save_final(Folder.at(tmp_path), config, trainer)
-        snapshot = to_array(trainer.final.W_enc.detach())
+        snapshot = to_array(with_unit_rows(trainer.sae).W_enc.detach())
         frequency = trainer.firing_frequency
     assert (load_sae(str(tmp_path)).W_enc.numpy() == snapshot).all()
     sparsity = load((tmp_path / "sparsity.safetensors").read_bytes())["sparsity"]

@@ -7,6 +7,7 @@ from saeray.cluster.options import options_of
 from saeray.files.checkpoint import save_final
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.architectures.standard import with_unit_rows
 from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
 from saeray.sae.trainer import SAETrainer
@@ -34,4 +35,5 @@ def trained(folder, architecture, d_in=4, d_sae=16, seed=0, **changes):
     for i in range(5):
         PackStep().step([t], torch.randn(64, d_in, generator=torch.Generator().manual_seed(i)))
     save_final(Folder.at(folder), c, t)
-    return t.final
+    free = c.decoder_norm == "free"
+    return with_unit_rows(t.published) if free else t.published

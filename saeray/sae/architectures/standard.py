@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae.architectures.base import SAE
+from saeray.sae.architectures.base import SAE, folded
 from saeray.sae.architectures.rule import Active, Rule, StepContext
 
 
@@ -24,6 +24,11 @@ class StandardSAE(SAE):
 
     def latents(self, h: Tensor) -> Tensor:
         return torch.relu(h)
+
+
+def with_unit_rows(sae: SAE) -> SAE:
+    """Decoder rows of norm 1, where that makes the same function: latents that are relu(h)."""
+    return sae.with_tensors(folded(sae)) if isinstance(sae, StandardSAE) else sae
 
 
 class Standard(Rule):
