@@ -2,10 +2,18 @@
 
 from collections import defaultdict
 
+from ray._private import state
+from ray.core.generated import gcs_pb2
 from support.scraped import scraping
 
 import saeray
 from saeray.actors.gauges import COUNTER, METRICS
+
+
+def called(ray):
+    """What Ray's dashboard calls the actors that there have been."""
+    table = state.state._connect_and_get_accessor().get_actor_table(None, None)
+    return {gcs_pb2.ActorTableData.FromString(of).repr_name for of in table}
 
 
 def test_prometheus_sees_a_sweep_while_it_runs(ray_instance, tiny, tmp_path):
@@ -46,3 +54,9 @@ def test_prometheus_sees_a_sweep_while_it_runs(ray_instance, tiny, tmp_path):
     assert 0 < max(values["saeray_pack_trained_tokens"]) <= 2 * 96 * 1024
     step, busy = values["saeray_pack_step_seconds"], values["saeray_pack_busy_seconds"]
     assert 0 < max(step) <= max(busy)
+
+    roles = ("roster", "token-server", "harvester-0", "harvester-1", "buffer")
+    there = called(ray_instance)
+    assert {f"scraped: {role}" for role in roles} <= there
+    assert {"trial of lr=0.001", "trial of lr=0.002"} <= there
+    assert any(name.startswith("scraped: pack-001-") for name in there)
