@@ -1,5 +1,6 @@
 """examples/slurm.sbatch: what it asks of Slurm and Ray, and the same on two hosts without Slurm."""
 
+import csv
 import os
 import shlex
 import subprocess
@@ -16,7 +17,6 @@ from support.hosts import wait_for
 from support.running import config
 
 from saeray.client.cli import parser
-from saeray.files.results import COLUMNS
 
 SCRIPT = ROOT / "examples" / "slurm.sbatch"
 OF_SLURM = {
@@ -130,9 +130,7 @@ def test_a_sweep_on_two_nodes():
         assert code == 0, said.read_text()
         # Its Ray gives the head up after a minute.
         assert other.wait(timeout=180) == 0, second.path("~/said").read_text()
-        rows = first.path("~/results/mine/results.csv").read_text().splitlines()
-        status = rows[0].split(",").index("status")
-        assert "status" in COLUMNS
-        assert [row.split(",")[status] for row in rows[1:]] == ["done", "done"]
+        with first.path("~/results/mine/results.csv").open() as file:
+            assert [row["status"] for row in csv.DictReader(file)] == ["done", "done"]
         for host in made.values():  # Ray is stopped on both
             wait_for(lambda host=host: not host.ray_processes(), "the end of Ray")
