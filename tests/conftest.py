@@ -50,7 +50,10 @@ def ray_instance():
     """Ray on this machine, shared. What a test leaves behind there, the next one would see."""
     from saeray.client.connect import end_ray, start_ray
 
-    assert start_ray(None)
+    # A sweep of a test takes less than the 10 s between two reports of an actor's metrics.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        assert start_ray(None)
     import ray
 
     yield ray

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from saeray.actors.gauges import in_words
 from saeray.actors.nodes import namespace
 from saeray.spec.room import Need
 
@@ -36,16 +37,22 @@ def actor(cls: type, name: str, **options: Any) -> Any:
         "max_restarts": -1,
         "scheduling_strategy": "DEFAULT",
     }
-    return ray.remote(mortal(cls)).options(**(standard | options))
+    return ray.remote(mortal(cls, in_words(name))).options(**(standard | options))
 
 
-def mortal(cls: type) -> type:
-    """A class whose actor ends at once when it is sent SIGTERM."""
+def mortal(cls: type, words: str) -> type:
+    """A class whose actor ends at once when it is sent SIGTERM.
+
+    words: what it is called in Ray's dashboard, and before its lines in Ray's logs.
+    """
 
     class Mortal(cls):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             end_at_sigterm()
             super().__init__(*arguments, **named)
+
+        def __repr__(self) -> str:
+            return words
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Mortal, name, getattr(cls, name))

@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
+from saeray.client.completion import complete
+from saeray.client.demo import add_demo
 from saeray.client.ending import Ended, end_signals
+from saeray.client.examples import teach
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
 from saeray.client.sharing_commands import add_commands
@@ -231,6 +234,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"saeray {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_demo(commands)
     run = commands.add_parser("sweep", help="train the grid of SAEs that a YAML file describes")
     run.add_argument("file", metavar="FILE.yaml", nargs="?")
     run.add_argument(
@@ -317,11 +321,14 @@ def parser() -> argparse.ArgumentParser:
     fields.add_argument("word", metavar="WORD", nargs="?", default="", help="in a name or text")
     fields.add_argument("--markdown", action="store_true", help="all of them, as docs/config.md")
     fields.set_defaults(command=fields_command)
+    teach(top, commands)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parser().parse_args(arguments)
+    top = parser()
+    complete(top)
+    parsed = top.parse_args(arguments)
     end_signals()
     try:
         return parsed.command(parsed)

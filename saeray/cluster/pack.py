@@ -22,6 +22,7 @@ from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
 from saeray.cluster.held import Decisions, Held, held_state
 from saeray.cluster.options import options_of
+from saeray.cluster.pack_gauges import PackMeter
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
 from saeray.cluster.start import started
@@ -130,6 +131,7 @@ class Pack:
         self.stepped = 0.0  # seconds in the SAEs' step
         self.saved = time.monotonic()  # when the last checkpoint was due
         self.silenced = Silenced(self.warn)
+        self.meter = PackMeter(self.folder.name, plan.pack, self.members)
 
     def enrol(self, name: str, config: LanguageModelSAERunnerConfig) -> Member:
         """A new SAE, or one that goes on from its newest valid checkpoint."""
@@ -270,6 +272,7 @@ class Pack:
         self.reports += reports
         gauges = reader.gauges()._replace(step_seconds=self.stepped)
         self.call = self.roster.report.remote(self.plan.pack, reports, gauges)
+        self.meter.tell(gauges, {r.name for r in reports if r.state in (DONE, STOPPED, FAILED)})
 
     def take_answer(self) -> set[str]:
         """SAEs that their trials have withdrawn, as of the last report.

@@ -48,6 +48,10 @@ class SAETrial(tune.Trainable):
     `done` once the SAE is trained and evaluated.
     """
 
+    def __repr__(self) -> str:
+        """What it is called in Ray's dashboard."""
+        return f"trial of {getattr(self, 'name', 'an SAE')}"
+
     def setup(self, config: dict[str, Any]) -> None:
         """Enlists at the experiment's roster.
 

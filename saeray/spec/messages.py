@@ -155,6 +155,7 @@ class Gauges(NamedTuple):
     resampling_tokens: int = 0  # run to pick rows for dead features, beside those harvested
     warnings: Sequence[str] = ()
     incarnation: str = ""  # of the buffer; counts start anew with it
+    n_down: int = 0  # harvesters that are being started (again)
 
 
 class ReaderGauges(NamedTuple):

@@ -29,6 +29,7 @@ from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey, Gauges, RowsWanted
 from saeray.spec.order import StreamOrder
+from saeray.stream.buffer_gauges import keep_telling
 from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
 from saeray.stream.row_requests import RowRequests
@@ -109,6 +110,8 @@ class ActivationBuffer:
         self.row_requests = RowRequests(self.pool)
         if shared:
             self.do(self.watch_users())
+        if about is not None:
+            self.do(keep_telling(self.gauges, about.name))
 
     # --- what readers and the roster call ---------------------------------------------------
 
@@ -244,6 +247,7 @@ class ActivationBuffer:
             harvest_seconds=self.pool.seconds,
             elapsed_seconds=self.pool.elapsed_seconds,
             n_harvesters=len(self.harvesters),
+            n_down=len(self.pool.down),
             readers={name: r.window for name, r in self.policy.readers.items()},
             detached=list(self.detached),
             warnings=list(self.warnings),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray
 
+from saeray.actors.gauges import Meter, own_name, tags_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import CacheKey, ModelFacts, RowsFor, Snapshot
 from saeray.spec.order import permutation
@@ -66,6 +67,7 @@ class Harvester:
         self.caches: dict[str, ActivationCache] = {}
         self.writer = ThreadPoolExecutor(1, "cache")
         self.writes: list[Future[None]] = []
+        self.meter = Meter(**tags_of(own_name()))
 
     def open(self) -> LanguageModel | SyntheticModel:
         if self.model is None:
@@ -134,6 +136,11 @@ class Harvester:
             time.perf_counter() - started,
             n_cached,
             () if cache is None else tuple(cache.warnings),
+        )
+        self.meter.add(
+            saeray_harvester_tokens=done.n_tokens,
+            saeray_harvester_blocks=1,
+            saeray_harvester_busy_seconds=done.seconds,
         )
         return (done, *arrays)
 
