@@ -137,6 +137,9 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
         config={INTERNAL: known},
         scheduler=scheduler,
         verbose=0,
+        # Says nothing either; but the one that Tune takes in a notebook clears the cell's output,
+        # and with it the live view.
+        progress_reporter=tune.CLIReporter(),
         max_failures=TRIAL_RESTARTS,
         raise_on_failed_trial=False,
         trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
