@@ -18,6 +18,7 @@ import yaml
 from saeray.client.ending import Ended, end_signals
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
+from saeray.client.plan import add_plan
 from saeray.client.sharing_commands import add_commands
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
@@ -233,6 +234,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--namespace", help="Ray's; default: saeray")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
     run.set_defaults(command=sweep_command)
+
+    add_plan(commands, ADDRESSES)
 
     status = commands.add_parser("status", help="the sweeps of a cluster, running and finished")
     status.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")

@@ -1,0 +1,200 @@
+"""`saeray plan FILE.yaml` and `saeray.plan(config)`: what a sweep would take, before it takes it.
+
+What runs where, memory, tokens of the language model and the time by part; the time from a
+calibration on the machine at hand (`calibrate`), or from figures that are given. What can't fit is
+refused, with the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from saeray.errors import bad_value, printable
+from saeray.spec.advice import Advice
+from saeray.spec.config import LanguageModelSAERunnerConfig
+from saeray.spec.forecast import Forecast, Work
+
+CALIBRATION_SECONDS = 20.0
+
+
+class Figures(NamedTuple):
+    """Where the time is told from."""
+
+    calibrate: bool = True
+    tokens_per_s: float | None = None  # of the language model, of one harvester
+    sae_tokens_per_s: float | None = None  # of a pack's SAEs together
+    seconds: float = CALIBRATION_SECONDS
+
+    def checked(self) -> Figures:
+        """Raises: ConfigError: a speed of nothing."""
+        for name in ("tokens_per_s", "sae_tokens_per_s", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise bad_value(f"--{name.replace('_', '-')}", value, "above 0.")
+        return self
+
+
+@dataclass
+class Plan:
+    """What a sweep would take. `str()` is what `saeray plan` prints.
+
+    seconds is None where nothing says how fast the parts are.
+    """
+
+    n_saes: int
+    head: str  # the SAEs and their steps
+    lines: list[str] = field(default_factory=list)  # what follows from models, texts and nodes
+    warnings: list[str] = field(default_factory=list)
+    memory_bytes: int = 0  # of all processes, at most, the object store's share included
+    object_store_bytes: int = 0
+    lm_tokens: int = 0  # harvested
+    evaluation_tokens: int = 0  # of whole forwards
+    passes: int = 1  # over the text
+    forecast: Forecast | None = None
+    advice: list[Advice] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole command."""
+        return None if self.forecast is None else self.forecast.total
+
+    @property
+    def limit(self) -> str | None:
+        """What limits the training."""
+        return None if self.forecast is None else self.forecast.limit
+
+    def take(self, work: Work, found: Forecast | None) -> None:
+        """One more stream, which comes after those before it."""
+        first = self.lm_tokens == 0
+        self.lm_tokens += work.lm_tokens
+        self.evaluation_tokens += work.evaluated
+        self.passes = max(self.passes, len(work.waves))
+        if found is None or (self.forecast is None and not first):
+            self.forecast = None
+        else:
+            self.forecast = found if self.forecast is None else self.forecast + found
+
+    def __str__(self) -> str:
+        lines = [self.head, *self.lines]
+        if self.forecast is not None:
+            lines += [f"  {text}" for text in time_said(self.forecast)]
+            lines += [f"  would help: {one}" for one in self.advice]
+        return "\n".join([*lines, *(f"! {text}" for text in self.warnings)])
+
+    def __repr__(self) -> str:
+        from saeray.client.speed import duration
+        from saeray.spec.memory import size
+
+        time = "time not known" if self.seconds is None else f"about {duration(self.seconds)}"
+        limit = "" if self.limit is None else f", limit: {self.limit}"
+        return (
+            f"<Plan: {self.n_saes} SAEs, {time}, {size(self.memory_bytes)} of memory, "
+            f"{self.lm_tokens:,} LM tokens{limit}>"
+        )
+
+
+def time_said(found: Forecast) -> list[str]:
+    """The time by part."""
+    from saeray.client.speed import duration
+
+    def s(seconds: float) -> str:
+        return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+    step, harvest = found.busy
+    parts = [
+        f"start-up {s(found.start_up)}",
+        f"the first blocks {s(found.harvest)}",
+        f"dense steps {s(found.dense)}",
+        f"sparse steps {s(found.sparse)}",
+        f"trials' processes {s(found.trials)}",
+        f"evaluation at the end {s(found.evaluation)}",
+        f"the end {s(found.end)}",
+    ]
+    return [
+        f"time: about {s(found.total)}: {', '.join(parts)}",
+        f"limit: {found.limit} (of the training's time, by themselves: the step {step:.0%}, the "
+        f"language model {harvest:.0%})",
+    ]
+
+
+def plan(
+    config: LanguageModelSAERunnerConfig | Mapping[str, Any],
+    *,
+    address: str | None = None,
+    namespace: str | None = None,
+    calibrate: bool = True,
+    tokens_per_s: float | None = None,
+    sae_tokens_per_s: float | None = None,
+    seconds: float = CALIBRATION_SECONDS,
+) -> Plan:
+    """What the grid of a config would take here, or on a cluster. Nothing is trained or written.
+
+    Args:
+        config: the guide's fields, as an object or flat data.
+        address: of a Ray cluster: the plan is the cluster's. Default: RAY_ADDRESS, or this machine.
+        calibrate: measure how fast the parts are, for about `seconds`; else the time is told only
+            where both figures are given.
+        tokens_per_s: of the language model on one harvester, instead of measuring it.
+        sae_tokens_per_s: of a pack: tokens/s times its SAEs.
+
+    Raises:
+        ConfigError: what the sweep would be refused for.
+    """
+    from saeray.client.dry_run import planned
+
+    if not isinstance(config, LanguageModelSAERunnerConfig):
+        config = LanguageModelSAERunnerConfig.from_dict(config)
+    figures = Figures(calibrate, tokens_per_s, sae_tokens_per_s, seconds).checked()
+    return planned(config, address, namespace, figures)
+
+
+def add_plan(commands: Any, addresses: str) -> None:
+    """commands: of the command line. addresses: what --address takes, in words."""
+    one = commands.add_parser(
+        "plan", help="what a sweep would take: placement, memory, LM tokens, time, what limits it"
+    )
+    one.add_argument("file", metavar="FILE.yaml")
+    one.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field"
+    )
+    one.add_argument(
+        "--tokens-per-s",
+        type=float,
+        metavar="N",
+        help="of the language model on one harvester, instead of measuring it",
+    )
+    one.add_argument(
+        "--sae-tokens-per-s",
+        type=float,
+        metavar="N",
+        help="of a pack's SAEs together, instead of measuring it; both given: nothing is measured",
+    )
+    one.add_argument(
+        "--seconds",
+        type=float,
+        default=CALIBRATION_SECONDS,
+        help=f"for the calibration, beside loading the model ({CALIBRATION_SECONDS:g})",
+    )
+    one.add_argument("--address", help=f"{addresses}; default: RAY_ADDRESS, or this machine")
+    one.add_argument("--namespace", help="Ray's; default: saeray")
+    one.set_defaults(command=plan_command)
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    from saeray.client.cli import load_sweep_file
+
+    data = load_sweep_file(arguments.file, arguments.set)
+    config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
+    found = plan(
+        config,
+        address=arguments.address,
+        namespace=arguments.namespace,
+        tokens_per_s=arguments.tokens_per_s,
+        sae_tokens_per_s=arguments.sae_tokens_per_s,
+        seconds=arguments.seconds,
+    )
+    print(printable(str(found)))
+    return 0
