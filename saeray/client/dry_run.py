@@ -1,11 +1,12 @@
 """A sweep planned: everything it checks, where it would run, what it would take (`Plan`).
 
 On this machine; with an address the cluster's head node checks, where models and texts are read,
-and the plan is the cluster's. Nothing is started but that, and a calibration where one is asked for.
+and the plan is the cluster's. Nothing is started but that, and a calibration if one is asked for.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -319,7 +320,8 @@ def speeds_for(
     made.lines.append(f"  calibrated in {found.seconds:.0f} s: {'; '.join(found.said)}")
     if found.gpu_bytes:
         made.lines.append(f"  GPU memory of the SAEs measured: {size(found.gpu_bytes)}")
-    return found._replace(speeds=with_given(found.speeds, *given).for_harvesters(harvesters))
+    gain = (found.two_harvesters or 2.0) ** math.log2(harvesters)
+    return found._replace(speeds=with_given(found.speeds, *given).for_harvesters(gain))
 
 
 def with_given(

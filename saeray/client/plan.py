@@ -104,6 +104,9 @@ def time_said(found: Forecast) -> list[str]:
         return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
     step, harvest = found.busy
+    limit = found.limit
+    if found.start_up > found.training:
+        limit = f"start-up, which is longer than the training; then {limit}"
     parts = [
         f"start-up {s(found.start_up)}",
         f"the first blocks {s(found.harvest)}",
@@ -115,7 +118,7 @@ def time_said(found: Forecast) -> list[str]:
     ]
     return [
         f"time: about {s(found.total)}: {', '.join(parts)}",
-        f"limit: {found.limit} (of the training's time, by themselves: the step {step:.0%}, the "
+        f"limit: {limit} (of the training's time, by themselves: the step {step:.0%}, the "
         f"language model {harvest:.0%})",
     ]
 

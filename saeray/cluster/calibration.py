@@ -188,6 +188,8 @@ class TrainSide:
         options = options_of(config, self.device, self.widths[config.hooks_read[0]])
         if shortened < 1.0:
             options = compressed(options, shortened)
+        # The steps that are timed are beside those of the run.
+        options = replace(options, total_steps=options.total_steps + 2 * len(WARM))
         start = Sampled(config, plan, 0.0)
         scales = [start.scale_at(hook) for hook in (start.read, start.written)]
         sae = start.sae(options, *scales)

@@ -68,8 +68,8 @@ class Speeds(NamedTuple):
         forward = self.forward * harvest
         return self._replace(dense=of(self.dense), sparse=of(self.sparse), forward=forward)
 
-    def for_harvesters(self, n: int) -> Speeds:
-        """With the stretches' tokens made by n of them; a forward stays one's."""
+    def for_harvesters(self, n: float) -> Speeds:
+        """With the stretches' tokens made n times as fast as by one; a forward stays one's."""
         return self.with_stretches(harvest=1 / n)._replace(forward=self.forward)
 
 

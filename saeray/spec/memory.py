@@ -180,11 +180,12 @@ def trainer_memory(
             gradients += one
             activations += 3 * rows * d_sae * number + errors + half
             continue
-        at_once = min(threads, len(members))
-        spread = lanes + 1 if len(members) % threads else 0
-        gradients += max(2 * at_once, spread) * one
+        # As `PackStep` spreads them: an SAE to a thread, and lanes of those that are left over.
+        whole = threads if len(members) >= threads else 0
+        spread = lanes if len(members) % threads else 0
+        gradients += max(2 * whole, spread and spread + 1) * one
         block = max(BLOCK_BYTES, 64 * d_sae * number)
-        activations += at_once * errors + max(at_once, min(threads, spread)) * 3 * block
+        activations += max(whole, 1) * errors + max(whole, min(threads, spread)) * 3 * block
     c = members[0]
     read = {hook for member in members for hook in member.hooks_read}
     row = sum(widths[hook] for hook in read) * DTYPE_BYTES[c.activation_dtype]
