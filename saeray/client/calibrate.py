@@ -5,6 +5,7 @@ See `saeray.cluster.calibration` for what the two processes do that are asked he
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -59,11 +60,9 @@ class Side:
 
     def ask(self, do: str, **arguments: Any) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it has died: `answer` says so
             self.process.stdin.write(strict_json.dumps({"do": do, "with": arguments}) + "\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # it has died: `answer` says so
 
     def answer(self) -> Any:
         """Raises: ConfigError, SaerayError: what it could not do, and why."""
@@ -94,7 +93,8 @@ class Side:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what it was asked and has not read
+                    pipe.close()
 
 
 def calibrated(
