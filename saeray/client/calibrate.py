@@ -165,6 +165,7 @@ def measured(
     speeds = speeds_of(
         rehearsal["at"], prepared, some[0].train_batch_size, 1 / alone, when_dense, when_sparse
     )._replace(
+        dense_share=rehearsal["dense"],
         forward=forward,
         start_up=START_UP * imports + opened["load_s"] + opened["text_s"],
         trials=TRIAL * imports,

@@ -306,17 +306,16 @@ def speeds_for(
         )
         return None
     configs = [c.replace(log_to_wandb=False) for c in configs]
-    if cluster is None:
-        found = calibrated(configs, fitted, figures.seconds)
-    else:
-        there = calibrated_there(configs, fitted, cluster, figures.seconds)
-        if there is None:
-            made.lines.append(
-                f"  time: not told, since no node had {fitted.trainer} free within "
-                f"{ROOM_SECONDS:g} s to measure on"
-            )
-            return None
-        found = there
+    try:
+        if cluster is None:
+            found = calibrated(configs, fitted, figures.seconds)
+        else:
+            found = calibrated_there(configs, fitted, cluster, figures.seconds)
+    except ConfigError:
+        raise
+    except SaerayError as error:
+        made.lines.append(f"  time: not told: {error}")
+        return None
     made.lines.append(f"  calibrated in {found.seconds:.0f} s: {'; '.join(found.said)}")
     if found.gpu_bytes:
         made.lines.append(f"  GPU memory of the SAEs measured: {size(found.gpu_bytes)}")
@@ -342,10 +341,14 @@ def calibrated_there(
     fitted: Fitted,
     cluster: Cluster,
     seconds: float,
-) -> Calibration | None:
-    """`calibrated` where a trainer would run; None: there is no room for it now."""
+) -> Calibration:
+    """`calibrated` where a trainer would run.
+
+    Raises:
+        SaerayError: there is no room for it now, or it could not be measured.
+    """
     import ray
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import GetTimeoutError, RayTaskError
 
     from saeray.actors.make import placed
 
@@ -360,7 +363,13 @@ def calibrated_there(
         found: Calibration = ray.get(call, timeout=ROOM_SECONDS + 6 * seconds)
     except GetTimeoutError:
         ray.cancel(call, force=True)
-        return None
+        raise SaerayError(
+            f"no node had {fitted.trainer} free, or was done, within {ROOM_SECONDS:g} s."
+        ) from None
+    except RayTaskError as error:
+        if isinstance(error.cause, SaerayError):
+            raise error.cause from None
+        raise
     return found
 
 

@@ -29,6 +29,7 @@ from saeray.spec.config import LanguageModelSAERunnerConfig
 SAMPLED_BYTES = 1 << 28  # of activations, at most, that the SAEs are trained on
 SAMPLED_SECONDS = 3.0
 SMALL_ROWS = 256  # of a batch in small
+FEWER_ABOVE = 4.0  # times the time there is for a timed step
 FEWEST_STEPS = 60  # in small: with fewer the SAEs get nowhere
 WARM = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.55, 0.75, 1.0)  # when steps are timed
 EVALUATED_TOKENS = 1024  # of held-out text
@@ -243,7 +244,8 @@ class TrainSide:
         if self.device.type != "cuda":
             fewest = min(LANE_ROWS, self.batch_rows)
             most = max(1, self.step_all.threads)
-            if per_row * fewest > each and len(self.trainers) > most:
+            # Fewer SAEs are another mixture of sparse and dense ones: only where there is no time.
+            if per_row * fewest > FEWER_ABOVE * each and len(self.trainers) > most:
                 keep = spread(len(self.trainers), most)
                 per_row *= most / len(self.trainers)
                 self.trainers = [self.trainers[i] for i in keep]
@@ -263,6 +265,7 @@ class TrainSide:
         """Trains the SAEs in small; whole steps timed on the way, and how sparse they were.
 
         at: [share of the run, seconds of the step, share of SAEs that are dense, mean L0].
+        dense: the share of all steps that is.
         """
         n_rows = min(SMALL_ROWS, self.batch_rows)
         steps = max(c.steps for c in self.configs)
@@ -273,6 +276,7 @@ class TrainSide:
         self.trainers = [self.started(c, n / steps) for c in self.configs]
         moments = sorted({round(share * n) for share in WARM})
         at: list[list[float]] = []
+        dense: list[float] = []
         deadline, step = time.perf_counter() + 2 * seconds, 0
         for step in range(n + 1):
             if step in moments or time.perf_counter() > deadline:
@@ -281,9 +285,11 @@ class TrainSide:
                 if time.perf_counter() > deadline:
                     break
             self.step_all.step(self.trainers, self.batch(n_rows))
+            dense.append(self.sparsity()[0])
         if at[-1][0] < 1.0:  # it took too long: from here on as it was last
             at.append([1.0, *at[-1][1:]])
-        return {"at": at, "steps": step, "of": steps, "rehearsed": True}
+        share = (sum(dense) + at[-1][2] * (n + 1 - len(dense))) / (n + 1)
+        return {"at": at, "dense": share, "steps": step, "of": steps, "rehearsed": True}
 
     def sparsity(self) -> tuple[float, float]:
         """The share of SAEs whose steps are dense, and their mean L0."""
@@ -305,7 +311,7 @@ class TrainSide:
         warm = max(c.l1_warm_up_steps or 0, c.lr_warm_up_steps or 0) / c.steps
         at = [[0.0, dense_s, dense, 0.0], [warm, dense_s, dense, 0.0]]
         at += [[warm, sparse_s, 0.0, L0_ASSUMED], [1.0, sparse_s, 0.0, L0_ASSUMED]]
-        return {"at": at, "steps": 0, "of": c.steps, "rehearsed": False}
+        return {"at": at, "dense": dense * warm, "steps": 0, "of": c.steps, "rehearsed": False}
 
     def memory(self) -> dict[str, float]:
         """Of the GPU, at most so far."""

@@ -40,6 +40,7 @@ def test_a_run_is_rehearsed_and_whole_steps_are_timed_on_the_way(tmp_path):
     assert (shares[0], shares[-1], len(shares)) == (0.0, 1.0, len(calibration.WARM))
     assert all(0 < seconds < 60 and 0 <= dense <= 1 for _, seconds, dense, _ in found["at"])
     assert found["at"][0][2] == 1.0  # every run begins with dense steps
+    assert 0 < found["dense"] <= 1
     # Each of them has made all of the run's small steps, and those that were timed.
     assert {t.step for t in one.trainers} == {STEPS + 1 + 2 * len(calibration.WARM) - 1}
     assert one.step(0.01)["step_s"] > 0
@@ -61,6 +62,7 @@ def test_where_not_even_that_has_time_the_l0_is_assumed(tmp_path):
     # Dense until the L1 has warmed up: 20 of 80 steps.
     assert [first[0], warm[0], then[0], last[0]] == [0.0, 0.25, 0.25, 1.0]
     assert (first[2], then[2]) == (1.0, 0.0)
+    assert found["dense"] == 0.25
     assert all(t.sparse for t in one.trainers)
 
 
