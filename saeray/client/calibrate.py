@@ -144,7 +144,7 @@ def measured(
     )  # fmt: skip
     short = seconds / 20
     alone = harvester.does("harvest", seconds=short)["tokens_per_s"]
-    prepared = trainer.does("prepare", seconds=seconds / 5)
+    prepared = trainer.does("prepare", seconds=seconds / 8)
 
     def beside() -> tuple[float, float]:
         """How much longer a step, and a token, take beside each other."""
@@ -157,7 +157,7 @@ def measured(
         return max(1.0, slowed / by_itself), max(1.0, alone / rate)
 
     when_dense = beside()
-    rehearsal = trainer.does("rehearse", seconds=seconds * 0.35)
+    rehearsal = trainer.does("rehearse", seconds=seconds * 0.45)
     when_sparse = beside()
     forward = harvester.does("evaluate", config=some[0].to_dict())["forward_s"]
     gpu_bytes = trainer.does("memory")["gpu_bytes"]

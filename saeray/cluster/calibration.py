@@ -30,7 +30,8 @@ SAMPLED_BYTES = 1 << 28  # of activations, at most, that the SAEs are trained on
 SAMPLED_SECONDS = 3.0
 SMALL_ROWS = 256  # of a batch in small
 FEWER_ABOVE = 4.0  # times the time there is for a timed step
-FEWEST_STEPS = 60  # in small: with fewer the SAEs get nowhere
+FEWEST_STEPS = 50  # in small: with fewer the SAEs get nowhere
+HIGHEST_LR = 0.02  # of fewer steps than the run has
 WARM = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.55, 0.75, 1.0)  # when steps are timed
 EVALUATED_TOKENS = 1024  # of held-out text
 L0_ASSUMED = 50.0  # where nothing says how sparse the SAEs will be
@@ -304,7 +305,7 @@ class TrainSide:
         c = self.configs[0]
         x = self.batch(min(SMALL_ROWS, self.batch_rows))
         for t, read in zip(self.trainers, x, strict=True):
-            silence(t, read[0], likely_l0(t))
+            silence(t, read[0], t.options.k or t.options.target_l0 or L0_ASSUMED)
             t.active_share, t.step = 0.0, 0  # so the next step is a sparse one
             t.options = replace(t.options, lr=0.0)
         sparse_s = self.timed(self.timed_rows)
@@ -332,16 +333,13 @@ def median(do: Callable[[], Any], seconds: float) -> float:
 
 
 def compressed(options: Any, by: float) -> Any:
-    """A run's options with its schedule in fewer steps."""
+    """A run's options with its schedule in fewer steps, in which Adam comes as far."""
     names = (
         "total_steps", "lr_warm_up_steps", "l1_warm_up_steps", "lr_decay_steps",
         "dead_feature_window", "feature_sampling_window", "p_anneal_start_step",
     )  # fmt: skip
-    return replace(options, **{name: max(1, round(getattr(options, name) * by)) for name in names})
-
-
-def likely_l0(trainer: Any) -> float:
-    return float(trainer.options.k or trainer.options.target_l0 or L0_ASSUMED)
+    steps = {name: max(1, round(getattr(options, name) * by)) for name in names}
+    return replace(options, lr=min(options.lr / by, max(options.lr, HIGHEST_LR)), **steps)
 
 
 def silence(trainer: Any, x: Any, l0: float) -> None:

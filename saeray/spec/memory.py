@@ -27,6 +27,7 @@ PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
 LEAN_PACK = 0.38e9  # the same, where one rank has no need of `TorchTrainer`, in a Ray of one's own
 TRIAL = 0.125e9  # Tune's process for one SAE, on the head node
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
+OWN_SWEEP = 1.0e9  # the same in a Ray of one's own, that Ray's processes included
 # Of an SAE in training, in numbers per parameter: weights and two moments of Adam; and a copy of
 # them, which a checkpoint is written from. Of one SAE at a time this copy is there once more, as
 # the bytes of the files. Gradients belong to the threads.
@@ -76,6 +77,7 @@ class Memory(NamedTuple):
     trainer: TrainerMemory  # the largest pack's rank
     of_pack: int = int(PACK)  # Ray Train's own processes, for each pack
     saes_at_harvester: int = 0  # of its memory
+    rest: int = int(SWEEP)
 
     @property
     def packs(self) -> int:
@@ -101,13 +103,13 @@ class Memory(NamedTuple):
             together = sum(self.each_pack) + self.packs * self.of_pack
             parts.append(f"{size(together)} for {self.packs} packs")
         parts.append(f"{size(self.trials)} for trials")
-        parts.append(f"{size(SWEEP)} for the rest")
+        parts.append(f"{size(self.rest)} for the rest")
         return "memory: " + ", ".join(parts)
 
     @property
     def head(self) -> int:
         """What is on the head node in any case, harvesters and trainers not counted."""
-        return self.packs * self.of_pack + self.trials + int(SWEEP)
+        return self.packs * self.of_pack + self.trials + self.rest
 
     @property
     def total(self) -> int:
@@ -152,6 +154,7 @@ def memory_of(
         rank(largest),
         int(LEAN_PACK if own_ray and fitted.num_workers == 1 else PACK),
         at_harvester,
+        int(OWN_SWEEP if own_ray else SWEEP),
     )
 
 
@@ -288,7 +291,7 @@ def check_memory(
         if node.is_head:
             taken[at]["Ray Train"] += memory.of_pack * memory.packs
             taken[at]["trials"] += memory.trials
-            taken[at]["the rest"] += int(SWEEP)
+            taken[at]["the rest"] += memory.rest
         there = node.resources.get("memory", 0.0)
         if there and sum(taken[at].values()) > there:
             parts = ", ".join(f"{size(n)} for {what}" for what, n in taken[at].most_common())

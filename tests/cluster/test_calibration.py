@@ -50,6 +50,7 @@ def test_where_a_rehearsal_takes_too_long_its_schedule_is_compressed(tmp_path):
     one = side(tmp_path)
     half = one.started(one.configs[0], 0.5).options
     assert (half.lr_warm_up_steps, half.l1_warm_up_steps) == (5, 10)
+    assert half.lr == 2 * one.trainers[0].options.lr  # so that Adam comes as far
     assert half.total_steps == STEPS // 2 + 2 * len(calibration.WARM)
 
 

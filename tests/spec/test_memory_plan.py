@@ -8,6 +8,7 @@ from saeray.errors import ConfigError
 from saeray.spec.memory import (
     HARVESTER,
     LEAN_PACK,
+    OWN_SWEEP,
     PACK,
     SAES_AT_HARVESTER,
     SWEEP,
@@ -154,8 +155,8 @@ def test_a_ray_of_ones_own_has_smaller_processes():
     saes = [config(expansion_factor=8)] * 6
     fitted = fit_saes(saes, nodes(500), use_gpu=False)
     mine, others = (memory_of(saes, fitted, {HOOK: 1000}, 0, 0, own) for own in (True, False))
-    assert others.total - mine.total == PACK - LEAN_PACK
-    assert mine.total == mine.pack + mine.language_model + LEAN_PACK + 6 * TRIAL + SWEEP
+    assert others.total - mine.total == PACK - LEAN_PACK + SWEEP - OWN_SWEEP
+    assert mine.total == mine.pack + mine.language_model + LEAN_PACK + 6 * TRIAL + OWN_SWEEP
 
 
 def test_a_harvester_has_the_saes_it_evaluates():
