@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from saeray.client.plan import CALIBRATION_SECONDS
 from saeray.cluster.calibration import spread
 from saeray.errors import ConfigError, SaerayError
 from saeray.files import strict_json
@@ -26,13 +27,12 @@ from saeray.spec.forecast import Speeds, Stretch
 from saeray.spec.grid import SAE
 from saeray.spec.plan import cut_packs, hook_points_of
 
-SECONDS = 20.0
 LIMIT_SECONDS = 900.0  # of an answer: the model may have to be downloaded
 MOST_SAES = 8  # of a pack, that are trained for it
 SAMPLED_BATCHES = 8  # of activations
-# What a start and an end come to, in multiples of what a harvester's imports take there: measured
-# with sweeps/tiny.yaml on two cores. Most of both is the start of processes.
-START_UP, TRIAL, END = 2.1, 0.12, 1.2
+# What a start and an end come to, in multiples of what importing torch takes there, in two
+# processes at once: sweeps/tiny.yaml on two cores. Most of both is the start of processes.
+START_UP, TRIAL, END = 2.5, 0.2, 1.6
 
 
 class Calibration(NamedTuple):
@@ -100,7 +100,7 @@ class Side:
 def calibrated(
     configs: Sequence[LanguageModelSAERunnerConfig],
     fitted: Fitted,
-    seconds: float = SECONDS,
+    seconds: float = CALIBRATION_SECONDS,
     apart: bool = False,
 ) -> Calibration:
     """How fast a stream and its SAEs are where this process runs.

@@ -6,12 +6,11 @@ and the plan is the cluster's. Nothing is started but that, and a calibration if
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from saeray.client.calibrate import Calibration, calibrated
+from saeray.client.measuring import speeds_for
 from saeray.client.plan import Figures, Plan
 from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.wandb_key import lacking
@@ -19,7 +18,7 @@ from saeray.spec.advice import advice
 from saeray.spec.checks import cautions
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.fitted import Fitted
-from saeray.spec.forecast import Speeds, Stretch, Work, forecast, work_of
+from saeray.spec.forecast import Work, forecast, work_of
 from saeray.spec.grid import expand
 from saeray.spec.memory import check_memory, fit_saes, memory_of, size
 from saeray.spec.messages import ModelFacts
@@ -32,13 +31,11 @@ from saeray.spec.plan import (
     hook_points_of,
     plan_stream,
 )
-from saeray.spec.room import Cluster, Room
+from saeray.spec.room import Cluster
+from saeray.spec.synthetic import is_synthetic
 
 CHECK_SECONDS = 900.0  # on a cluster: models may have to be downloaded there
-ROOM_SECONDS = 120.0  # that a calibration on a cluster waits for CPUs
 RAYS_SHARE = 0.3  # of what is free, that Ray takes for its object store
-# Of a start and an end where nothing was measured: sweeps/tiny.yaml on two cores.
-USUAL_START_UP, USUAL_END = 15.0, 6.0
 
 
 def dry_run(
@@ -255,7 +252,9 @@ def add_time(
 ) -> None:
     """How long a stream and its SAEs take, as far as anything says how fast the parts are."""
     work = work_of(configs, fitted, buffer, facts.d_in)
-    made.lines += [f"  {text}" for text in tokens_said(work)]
+    known = is_synthetic(configs[0].model_name)
+    made.harvest = "what makes the rows" if known else made.harvest
+    made.lines.append(f"  {rows_said_of(work) if known else tokens_said(work)}")
     found = speeds_for(made, configs, fitted, facts, cluster, figures)
     if found is None:
         made.take(work, None)
@@ -270,107 +269,19 @@ def add_time(
     made.advice += [one for one in here if one not in made.advice]
 
 
-def tokens_said(work: Work) -> list[str]:
+def tokens_said(work: Work) -> str:
     """What the language model computes."""
     share = work.evaluated / work.lm_tokens if work.lm_tokens else 0.0
     passes = len([w for w in work.waves if not w.cached])
-    return [
+    return (
         f"language model: {work.lm_tokens:,} tokens in {passes} pass{'es' * (passes != 1)}, up to "
         f"the hook point; evaluation: {work.evaluated:,} more in whole forwards ({share:.1%})"
-    ]
+    )
 
 
-def speeds_for(
-    made: Plan,
-    configs: Sequence[LanguageModelSAERunnerConfig],
-    fitted: Fitted,
-    facts: ModelFacts,
-    cluster: Cluster | None,
-    figures: Figures,
-) -> Calibration | None:
-    """How fast the parts are, given or measured; None where nothing says it."""
-    given = (figures.tokens_per_s, figures.sae_tokens_per_s)
-    harvesters = max(1, fitted.harvesters)
-    if all(given):
-        stretch = Stretch(1 / float(given[1] or 1), 1 / float(given[0] or 1) / harvesters)
-        said = f"{given[0]:,.0f} tokens/s and {given[1]:,.0f} SAE-tokens/s, as given"
-        made.lines.append(f"  speeds: {said}; start-up and end as on two cores")
-        speeds = Speeds(stretch, stretch, 0.0, stretch.harvest, USUAL_START_UP, end=USUAL_END)
-        return Calibration(speeds, [], 0.0)
-    lacks = cluster is None and configs[0].device == "cuda" and facts.device != "cuda"
-    if lacks or not figures.calibrate:
-        why = "nothing was measured" if not lacks else "there is no GPU here to measure on"
-        made.lines.append(
-            f"  time: not told, since {why}; `saeray plan --tokens-per-s N --sae-tokens-per-s N` "
-            "tells it from figures" + ("" if lacks else ", `saeray plan` from a calibration")
-        )
-        return None
-    configs = [c.replace(log_to_wandb=False) for c in configs]
-    try:
-        if cluster is None:
-            found = calibrated(configs, fitted, figures.seconds)
-        else:
-            found = calibrated_there(configs, fitted, cluster, figures.seconds)
-    except ConfigError:
-        raise
-    except SaerayError as error:
-        made.lines.append(f"  time: not told: {error}")
-        return None
-    made.lines.append(f"  calibrated in {found.seconds:.0f} s: {'; '.join(found.said)}")
-    if found.gpu_bytes:
-        made.lines.append(f"  GPU memory of the SAEs measured: {size(found.gpu_bytes)}")
-    gain = (found.two_harvesters or 2.0) ** math.log2(harvesters)
-    return found._replace(speeds=with_given(found.speeds, *given).for_harvesters(gain))
-
-
-def with_given(
-    speeds: Speeds, tokens_per_s: float | None, sae_tokens_per_s: float | None
-) -> Speeds:
-    """Measured speeds, with what is given in the place of what was measured."""
-    if tokens_per_s:
-        speeds = speeds.with_stretches(harvest=1 / tokens_per_s / speeds.sparse.harvest)
-    if sae_tokens_per_s:
-        share = speeds.dense_share
-        mean = share * speeds.dense.step + (1 - share) * speeds.sparse.step
-        speeds = speeds.with_stretches(step=1 / sae_tokens_per_s / mean)
-    return speeds
-
-
-def calibrated_there(
-    configs: Sequence[LanguageModelSAERunnerConfig],
-    fitted: Fitted,
-    cluster: Cluster,
-    seconds: float,
-) -> Calibration:
-    """`calibrated` where a trainer would run.
-
-    Raises:
-        SaerayError: there is no room for it now, or it could not be measured.
-    """
-    import ray
-    from ray.exceptions import GetTimeoutError, RayTaskError
-
-    from saeray.actors.make import placed
-
-    room = Room(cluster.nodes)
-    for node_id in fitted.harvester_nodes:
-        room.take(node_id, fitted.harvester)
-    node = room.place(fitted.trainer)
-    apart = node is None or node.id not in fitted.harvester_nodes
-    task = ray.remote(calibrated).options(max_retries=0, **placed(fitted.trainer))
-    call = task.remote(configs, fitted, seconds, apart)
-    try:
-        found: Calibration = ray.get(call, timeout=ROOM_SECONDS + 6 * seconds)
-    except GetTimeoutError:
-        ray.cancel(call, force=True)
-        raise SaerayError(
-            f"no node had {fitted.trainer} free, or was done, within {ROOM_SECONDS:g} s."
-        ) from None
-    except RayTaskError as error:
-        if isinstance(error.cause, SaerayError):
-            raise error.cause from None
-        raise
-    return found
+def rows_said_of(work: Work) -> str:
+    """What is made in its place where features are known."""
+    return f"known features: {work.lm_tokens:,} rows; evaluation: {work.evaluated:,} more"
 
 
 def this_machine(gpu: bool) -> Cluster:

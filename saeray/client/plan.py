@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from saeray.errors import bad_value
 from saeray.spec.advice import Advice
-from saeray.spec.forecast import Forecast, Work
+from saeray.spec.forecast import HARVEST, Forecast, Work
 
 CALIBRATION_SECONDS = 20.0
 
@@ -46,6 +46,7 @@ class Plan:
     evaluation_tokens: int = 0  # of whole forwards
     passes: int = 1  # over the text
     forecast: Forecast | None = None
+    harvest: str = HARVEST  # what makes activations
     advice: list[Advice] = field(default_factory=list)
 
     @property
@@ -72,7 +73,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [self.head, *self.lines]
         if self.forecast is not None:
-            lines += [f"  {text}" for text in time_said(self.forecast)]
+            lines += [f"  {text}" for text in time_said(self.forecast, self.harvest)]
             lines += [f"  would help: {one}" for one in self.advice]
         return "\n".join([*lines, *(f"! {text}" for text in self.warnings)])
 
@@ -88,15 +89,15 @@ class Plan:
         )
 
 
-def time_said(found: Forecast) -> list[str]:
-    """The time by part."""
+def time_said(found: Forecast, makes: str) -> list[str]:
+    """The time by part. makes: what makes activations."""
     from saeray.client.speed import duration
 
     def s(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
     step, harvest = found.busy
-    limit = found.limit
+    limit = makes if found.limit == HARVEST else found.limit
     if found.start_up > found.training:
         limit = f"start-up, which is longer than the training; then {limit}"
     parts = [
@@ -110,6 +111,6 @@ def time_said(found: Forecast) -> list[str]:
     ]
     return [
         f"time: about {s(found.total)}: {', '.join(parts)}",
-        f"limit: {limit} (of the training's time, by themselves: the step {step:.0%}, the "
-        f"language model {harvest:.0%})",
+        f"limit: {limit} (of the training's time, by themselves: the step {step:.0%}, "
+        f"{makes} {harvest:.0%})",
     ]
