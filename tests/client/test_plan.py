@@ -1,10 +1,13 @@
 """`saeray plan` and `saeray.plan`: from figures, from a calibration, and what is refused."""
 
+import os
+import re
+
 import pytest
 from support.bundled import ROOT, fields
 
 import saeray
-from saeray.client.calibrate import calibrated, speeds_of
+from saeray.client.calibrate import Side, calibrated, speeds_of
 from saeray.client.cli import load_sweep_file, main
 from saeray.client.dry_run import this_machine
 from saeray.errors import ConfigError, SaerayError
@@ -54,8 +57,6 @@ def test_a_plan_in_python_says_itself_in_a_line():
     ],
 )
 def test_what_does_not_fit_here_is_refused_with_the_numbers(change, words, capsys):
-    import re
-
     changes = ["--set", "training_tokens=100000000000", "--set", change]
     assert main(["plan", TINY, *changes, "--address", "local"]) == 2
     assert re.search(words, capsys.readouterr().err)
@@ -82,7 +83,7 @@ def test_speeds_are_means_over_the_run():
 
 def small(**changes):
     few = dict(
-        l1_coefficient=[1e-3, 3e-3], expansion_factor=2, training_tokens=8192,
+        l1_coefficient=[1e-3, 3e-3], expansion_factor=0.25, training_tokens=8192,
         train_batch_size=128, feature_sampling_window=20, n_batches_in_buffer=2, **changes,
     )  # fmt: skip
     saes = expand(resolve(LanguageModelSAERunnerConfig.from_dict(fields(**few))))
@@ -100,12 +101,18 @@ def test_a_calibration_measures_the_model_and_the_step_here():
     assert speeds.forward > 0
     assert speeds.start_up > 2.5 * speeds.end / 1.6  # both are of the same imports
     assert any("tokens/s" in text for text in found.said)
+    # SAEs of 32 features wait for the language model: so two of it were measured, too.
+    assert (found.two_harvesters is not None) == ((os.cpu_count() or 1) > 1)
+    assert found.two_harvesters is None or 1 <= found.two_harvesters < 10
 
 
-def test_a_model_that_is_not_there_is_said_by_the_calibration():
-    configs, fitted = small(model_name="/no/such/model")
-    with pytest.raises(ConfigError, match="no such directory"):
-        calibrated(configs, fitted, seconds=1.0)
+def test_what_goes_wrong_over_there_is_said_here():
+    side = Side("train")
+    try:
+        with pytest.raises(SaerayError, match=r"calibration: AttributeError: .*'no_such'"):
+            side.does("no_such")
+    finally:
+        side.close()
 
 
 def test_a_calibration_whose_process_dies_says_so(monkeypatch):
