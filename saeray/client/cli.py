@@ -23,6 +23,7 @@ from saeray.client.ending import Ended, end_signals
 from saeray.client.examples import teach
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
+from saeray.client.planning import add_plan, plan
 from saeray.client.sharing_commands import add_commands
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
@@ -110,6 +111,21 @@ def as_given(file: str, overrides: list[str]) -> str:
     """The text of a sweep file, under what the command line has changed of it."""
     lines = [f"# saeray sweep {file}"] + [f"#   --set {shlex.quote(text)}" for text in overrides]
     return "\n".join([*lines, Path(file).read_text(encoding="utf-8")])
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    data = load_sweep_file(arguments.file, arguments.set)
+    config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
+    found = plan(
+        config,
+        address=arguments.address,
+        namespace=arguments.namespace,
+        tokens_per_s=arguments.tokens_per_s,
+        sae_tokens_per_s=arguments.sae_tokens_per_s,
+        seconds=arguments.seconds,
+    )
+    print(printable(str(found)))
+    return 0
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
@@ -257,6 +273,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--namespace", help="Ray's; default: saeray")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
     run.set_defaults(command=sweep_command)
+
+    add_plan(commands, ADDRESSES, plan_command)
 
     status = commands.add_parser("status", help="the sweeps of a cluster, running and finished")
     status.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")
