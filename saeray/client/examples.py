@@ -29,6 +29,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("saeray sweep --resume results/mine", "go on with one that was interrupted"),
         ("saeray sweep mine.yaml --address ray://HEAD:10001", "on a cluster"),
     ),
+    "plan": (
+        ("saeray plan mine.yaml", "20 seconds of measuring, then what it would take and limit"),
+        ("saeray plan mine.yaml --tokens-per-s 50000", "from a speed that is known"),
+    ),
     "status": (
         ("saeray status --address ray://HEAD:10001", "progress, time left, what limits, errors"),
     ),
