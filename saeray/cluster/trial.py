@@ -48,9 +48,11 @@ class SAETrial(tune.Trainable):
     `done` once the SAE is trained and evaluated.
     """
 
+    sweep = ""  # its name, once that is known
+
     def __repr__(self) -> str:
-        """What it is called in Ray's dashboard."""
-        return f"trial of {getattr(self, 'name', 'an SAE')}"
+        """What Ray's dashboard calls it: by the sweep, as it may be one SAE's after another."""
+        return f"{self.sweep}: trial"
 
     def setup(self, config: dict[str, Any]) -> None:
         """Enlists at the experiment's roster.
@@ -97,6 +99,8 @@ class SAETrial(tune.Trainable):
 
         One that only trials want closes when none has come for a while, perhaps just now.
         """
+
+        self.sweep = sweep
 
         def enlist(roster: Any) -> Any:
             return roster.enlist.remote(self.name, self.sae.to_dict())
