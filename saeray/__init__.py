@@ -28,6 +28,7 @@ _WHERE = {
     "latents": "saeray.lm.inside",
     "load_sae": "saeray.files.find_sae",
     "load_sweep": "saeray.client.result",
+    "plan": "saeray.client.planning",
     "pull": "saeray.client.sharing",
     "push": "saeray.client.sharing",
     "resume": "saeray.client.runner",
@@ -39,6 +40,7 @@ _WHERE = {
 if TYPE_CHECKING:
     from saeray.client.choose import compare
     from saeray.client.connect import runtime_env
+    from saeray.client.planning import plan
     from saeray.client.result import load_sweep
     from saeray.client.runner import language_model_sae_runner, resume, sweep
     from saeray.client.sharing import export, pull, push
@@ -73,6 +75,7 @@ __all__ = [
     "latents",
     "load_sae",
     "load_sweep",
+    "plan",
     "pull",
     "push",
     "resume",

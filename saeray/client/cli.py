@@ -18,6 +18,7 @@ import yaml
 from saeray.client.ending import Ended, end_signals
 from saeray.client.features_command import add_features
 from saeray.client.pages import add_report
+from saeray.client.planning import add_plan, plan
 from saeray.client.sharing_commands import add_commands
 from saeray.errors import ConfigError, SaerayError, printable
 from saeray.files.frontier import BAND
@@ -98,6 +99,21 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     )
     print(printable(result.summary()))
     return 0 if result.ok else 1
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    data = load_sweep_file(arguments.file, arguments.set)
+    config = LanguageModelSAERunnerConfig.from_dict(data, source=arguments.file)
+    found = plan(
+        config,
+        address=arguments.address,
+        namespace=arguments.namespace,
+        tokens_per_s=arguments.tokens_per_s,
+        sae_tokens_per_s=arguments.sae_tokens_per_s,
+        seconds=arguments.seconds,
+    )
+    print(printable(str(found)))
+    return 0
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
@@ -233,6 +249,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--namespace", help="Ray's; default: saeray")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan")
     run.set_defaults(command=sweep_command)
+
+    add_plan(commands, ADDRESSES, plan_command)
 
     status = commands.add_parser("status", help="the sweeps of a cluster, running and finished")
     status.add_argument("--address", help=f"{ADDRESSES}; default: RAY_ADDRESS, or this node's")

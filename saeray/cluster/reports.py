@@ -18,8 +18,7 @@ from saeray.cluster.sweep_state import Entry, PackState, SweepState
 from saeray.errors import SaerayError
 from saeray.files.features import FILE as FEATURES
 from saeray.files.tracking import Tracker
-from saeray.spec.config import LanguageModelSAERunnerConfig
-from saeray.spec.memory import SAES_AT_HARVESTER
+from saeray.spec.memory import evaluated_together
 from saeray.spec.messages import (
     DONE,
     ENDS,
@@ -34,10 +33,8 @@ from saeray.spec.messages import (
     Result,
 )
 from saeray.spec.metric_names import EVALUATED, held_out
-from saeray.spec.plan import DTYPE_BYTES
 from saeray.stream.launch import Stream
 
-EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
 TARGET_WITHIN = 0.05  # of target_l0: nothing is said
 
 
@@ -102,7 +99,8 @@ class Reports:
 
     async def evaluate_wanted(self, key: tuple[str, tuple[str, ...], bool], stream: Stream) -> None:
         wanted, (_, hooks, final) = self.wanted.pop(key), key
-        size = together([w.entry.config for w in wanted], stream)
+        configs = [w.entry.config for w in wanted]
+        size = evaluated_together(configs, stream.about.widths, len(stream.ready))
         groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
         await asyncio.gather(*(self.evaluate(stream, hooks, final, g) for g in groups))
 
@@ -288,17 +286,6 @@ class Reports:
         """After the last line and row."""
         await self.rows_written()
         await asyncio.get_running_loop().run_in_executor(self.tracking, self.tracker.close)
-
-
-def together(configs: Sequence[LanguageModelSAERunnerConfig], stream: Stream) -> int:
-    """How many of these SAEs a harvester evaluates at once: all harvesters shall have some."""
-
-    def n_bytes(c: LanguageModelSAERunnerConfig) -> int:
-        read, written = (stream.about.widths[c.hooks_read[i]] for i in (0, -1))
-        return (read + written) * c.d_sae(read) * DTYPE_BYTES[c.dtype]
-
-    share = -(-len(configs) // len(stream.ready))
-    return max(1, min(share, EVALUATED_TOGETHER, SAES_AT_HARVESTER // max(map(n_bytes, configs))))
 
 
 def wants_evaluation(entry: Entry) -> bool:

@@ -24,14 +24,47 @@ HARVESTER = 0.65e9  # torch and TransformerLens, beside the weights
 SAES_AT_HARVESTER = 1 << 28
 WORKER = 0.65e9  # of a rank of a pack, beside its SAEs
 PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
-TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
+LEAN_PACK = 0.38e9  # the same, where one rank has no need of `TorchTrainer`, in a Ray of one's own
+TRIAL = 0.125e9  # Tune's process for one SAE, on the head node
 TRIALS_AT_ONCE = 16  # where no scheduler decides on what they report
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
-# Of an SAE in training, in numbers per parameter: weights, two moments of Adam and the gradient;
-# and a copy of the first three, which a checkpoint is written from. Of one SAE at a time this copy
-# is there once more, as the bytes of the files.
+OWN_SWEEP = 1.0e9  # the same in a Ray of one's own, that Ray's processes included
+# Of an SAE in training, in numbers per parameter: weights and two moments of Adam; and a copy of
+# them, which a checkpoint is written from. Of one SAE at a time this copy is there once more, as
+# the bytes of the files. Gradients belong to the threads.
 COPIED = 3
-NUMBERS_PER_PARAMETER = 4 + COPIED
+EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
+LANE_ROWS = 1024  # of a batch, that one thread takes at a time (`saeray.sae.gradients`)
+BLOCK_BYTES = 1 << 21  # of activations [rows, d_sae] in its cache, of which it has three
+BATCHES = 4  # of rows that a rank holds: read ahead, in the step, and their errors
+
+
+class TrainerMemory(NamedTuple):
+    """Bytes that a rank of a pack takes, in main memory or, of the middle ones, on its GPU."""
+
+    process: int
+    weights: int
+    adam: int
+    gradients: int
+    activations: int  # rows, what the step makes of them, and their errors
+    copies: int  # that checkpoints are written from; in main memory
+
+    @property
+    def on_device(self) -> int:
+        """What is where the SAEs are trained."""
+        return self.weights + self.adam + self.gradients + self.activations
+
+    def __str__(self) -> str:
+        parts = [
+            f"{size(n)} {what}"
+            for n, what in (
+                (self.weights, "weights"),
+                (self.adam, "Adam"),
+                (self.gradients, "gradients"),
+                (self.activations, "activations"),
+            )
+        ]
+        return ", ".join(parts)
 
 
 class Memory(NamedTuple):
@@ -42,6 +75,10 @@ class Memory(NamedTuple):
     harvesters: int
     each_pack: tuple[int, ...]  # the largest ones' ranks, with their SAEs, of those at once
     trials: int  # all of them together
+    trainer: TrainerMemory  # the largest pack's rank
+    of_pack: int = int(PACK)  # Ray Train's own processes, for each pack
+    saes_at_harvester: int = 0  # of its memory
+    rest: int = int(SWEEP)
 
     @property
     def packs(self) -> int:
@@ -62,13 +99,24 @@ class Memory(NamedTuple):
         if self.harvesters:
             parts.append(f"{self.harvesters} x {size(self.language_model)} for harvesters")
         if min(self.each_pack) == self.pack:
-            parts.append(f"{self.packs} x {size(self.pack + PACK)} for packs")
+            parts.append(f"{self.packs} x {size(self.pack + self.of_pack)} for packs")
         else:
-            together = sum(self.each_pack) + self.packs * PACK
+            together = sum(self.each_pack) + self.packs * self.of_pack
             parts.append(f"{size(together)} for {self.packs} packs")
         parts.append(f"{size(self.trials)} for trials")
-        parts.append(f"{size(SWEEP)} for the rest")
+        parts.append(f"{size(self.rest)} for the rest")
         return "memory: " + ", ".join(parts)
+
+    @property
+    def head(self) -> int:
+        """What is on the head node in any case, harvesters and trainers not counted."""
+        return self.packs * self.of_pack + self.trials + self.rest
+
+    @property
+    def total(self) -> int:
+        """Of all processes together, and the object store."""
+        together = sum(self.each_pack) + self.harvesters * self.language_model
+        return self.object_store + together + self.head
 
 
 def memory_of(
@@ -77,32 +125,94 @@ def memory_of(
     widths: Mapping[str, int],
     parameter_bytes: int,
     buffer_bytes: int,
+    own_ray: bool = False,
 ) -> Memory:
     """What these SAEs take, on one stream.
 
-    widths: d_in by hook point. parameter_bytes: of the language model's weights.
+    widths: d_in by hook point. parameter_bytes: of the language model's weights. own_ray: a Ray
+    that is started for this sweep alone.
     """
     on_gpu = fitted.trainer_gpus > 0
+    packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
 
-    def of(sae: SAE, on_gpu: bool) -> int:
-        return sae_bytes(sae.config, widths, on_gpu)
+    def rank(members: list[SAE]) -> TrainerMemory:
+        return trainer_memory([sae.config for sae in members], fitted.threads, widths, on_gpu)
 
     def ranks(members: list[SAE]) -> int:
-        one = int(WORKER) + sum(of(sae, on_gpu) for sae in members)
-        return fitted.num_workers * one + max(of(sae, on_gpu=True) for sae in members)
+        one = rank(members)
+        here = one.process + one.copies + (0 if on_gpu else one.on_device)
+        return fitted.num_workers * here + max(sae_bytes(m.config, widths, True) for m in members)
 
-    weights = [of(SAE("", c), on_gpu=True) // COPIED for c in configs]
+    weights = [sae_bytes(c, widths, on_gpu=True) // COPIED for c in configs]
     at_harvester = max(max(weights), min(sum(weights), SAES_AT_HARVESTER))
-    packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
     scheduled = any(c.scheduler is not None for c in configs)
     trials = len(configs) if scheduled else min(len(configs), TRIALS_AT_ONCE)
+    largest = max(packs, key=ranks)
     return Memory(
         buffer_bytes,
         int(HARVESTER) + parameter_bytes + at_harvester,
         fitted.harvesters,
         tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
         int(TRIAL) * trials,
+        rank(largest),
+        int(LEAN_PACK if own_ray and fitted.num_workers == 1 else PACK),
+        at_harvester,
+        int(OWN_SWEEP if own_ray else SWEEP),
     )
+
+
+def trainer_memory(
+    members: Sequence[LanguageModelSAERunnerConfig],
+    threads: int,
+    widths: Mapping[str, int],
+    on_gpu: bool,
+) -> TrainerMemory:
+    """What a rank of a pack of these SAEs takes.
+
+    Buffers of a step are one thread's, and there are as many as run at once: of a gradient, two for
+    each thread, or one for each lane of a batch and their sum. SAEs of another shape have their
+    own. On a GPU SAEs go one after the other, in dense steps on a whole batch at once.
+    """
+    weights = [sae_bytes(c, widths, on_gpu=True) // COPIED for c in members]
+    gradients = activations = 0
+    shapes = {(c.hooks_read, c.d_sae(widths[c.hooks_read[0]]), c.dtype): c for c in members}
+    for (hooks, d_sae, dtype), c in shapes.items():
+        number, rows = DTYPE_BYTES[dtype], c.train_batch_size
+        lanes = -(-rows // LANE_ROWS)
+        one = sae_bytes(c, widths, on_gpu=True) // COPIED
+        errors = rows * widths[hooks[-1]] * number
+        if on_gpu:
+            half = one // 2 if c.computes_in("cuda") == "bfloat16" else 0  # of weights, as read
+            gradients += one
+            activations += 3 * rows * d_sae * number + errors + half
+            continue
+        # As `PackStep` spreads them: an SAE to a thread, and lanes of those that are left over.
+        whole = threads if len(members) >= threads else 0
+        spread = lanes if len(members) % threads else 0
+        gradients += max(2 * whole, spread and spread + 1) * one
+        block = max(BLOCK_BYTES, 64 * d_sae * number)
+        activations += max(whole, 1) * errors + max(whole, min(threads, spread)) * 3 * block
+    c = members[0]
+    read = {hook for member in members for hook in member.hooks_read}
+    row = sum(widths[hook] for hook in read) * DTYPE_BYTES[c.activation_dtype]
+    activations += BATCHES * c.train_batch_size * row
+    copies = COPIED * sum(weights)
+    return TrainerMemory(
+        int(WORKER), sum(weights), 2 * sum(weights), gradients, activations, copies
+    )
+
+
+def evaluated_together(
+    configs: Sequence[LanguageModelSAERunnerConfig], widths: Mapping[str, int], harvesters: int
+) -> int:
+    """How many of these SAEs a harvester evaluates at once: all harvesters shall have some."""
+
+    def n_bytes(c: LanguageModelSAERunnerConfig) -> int:
+        read, written = (widths[c.hooks_read[i]] for i in (0, -1))
+        return (read + written) * c.d_sae(read) * DTYPE_BYTES[c.dtype]
+
+    share = -(-len(configs) // harvesters)
+    return max(1, min(share, EVALUATED_TOGETHER, SAES_AT_HARVESTER // max(map(n_bytes, configs))))
 
 
 def fit_saes(
@@ -148,31 +258,15 @@ def sae_bytes(
 ) -> int:
     """Main memory of one SAE in training; on a GPU only the copy for a checkpoint is in it.
 
-    widths: of activations, by hook point.
+    widths: of activations, by hook point. The gradient is not in it: it is a thread's.
     """
     d_in, d_out = widths[config.hooks_read[0]], widths[config.hooks_read[-1]]
     d_sae = config.d_sae(d_in)
     parameters = (d_in + d_out) * d_sae + d_in + d_sae
     if config.hook_point_out is not None:
         parameters += d_out * (1 + config.skip_connection * d_in)
-    numbers = COPIED if on_gpu else NUMBERS_PER_PARAMETER
+    numbers = COPIED if on_gpu else 2 * COPIED
     return parameters * numbers * DTYPE_BYTES[config.dtype]
-
-
-def gpu_bytes_of(
-    configs: Sequence[LanguageModelSAERunnerConfig],
-    fitted: Fitted,
-    widths: Mapping[str, int],
-    parameter_bytes: int,
-) -> tuple[int, int]:
-    """Of a rank of the largest pack on a GPU and of a language model, both without activations."""
-    packs = cut_packs([SAE("", c) for c in configs], fitted.saes_per_trainer)
-
-    def of(sae: SAE) -> int:
-        copy = sae_bytes(sae.config, widths, on_gpu=True)
-        return copy // COPIED * (NUMBERS_PER_PARAMETER - COPIED)
-
-    return max(sum(map(of, pack)) for pack in packs), parameter_bytes
 
 
 def check_memory(
@@ -198,9 +292,9 @@ def check_memory(
                 taken[index[node.id]]["packs"] += pack // fitted.num_workers
     for at, node in enumerate(room.nodes):
         if node.is_head:
-            taken[at]["Ray Train"] += int(PACK) * memory.packs
+            taken[at]["Ray Train"] += memory.of_pack * memory.packs
             taken[at]["trials"] += memory.trials
-            taken[at]["the rest"] += int(SWEEP)
+            taken[at]["the rest"] += memory.rest
         there = node.resources.get("memory", 0.0)
         if there and sum(taken[at].values()) > there:
             parts = ", ".join(f"{size(n)} for {what}" for what, n in taken[at].most_common())

@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from saeray.actors.environment import in_own_ray
 from saeray.actors.make import actor, as_future, passed_on, placed
 from saeray.actors.nodes import cluster_now, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, RETRY_SECONDS, steadily
@@ -117,7 +118,9 @@ async def start_stream(
         first = harvesters[min(nodes)]
         facts, special = await checked(first, token_server, configs, later)
         plan = plan_stream(config, hook_points, facts.d_in)
-        memory = memory_of(configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes)
+        memory = memory_of(
+            configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes, in_own_ray()
+        )
         at_once = packs_that_fit(memory, fitted, cluster_now(), list(nodes.values()))
         most_packs = at_once if at_once < memory.packs else 0
         memory = memory.of_packs(at_once)

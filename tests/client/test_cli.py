@@ -100,7 +100,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     assert "1,048,576 LM tokens in 256 blocks of 4,096" in out
     assert "24 blocks, 50,331,648 bytes" in out
     assert "on this machine alone: memory: 50.3 MB of the object store, 1 x 662 MB for" in out
-    assert "720 MB for trials" in out  # 120 each
+    assert "750 MB for trials" in out  # 125 each
     assert "d_in 128, d_sae 1,024" in out
     assert "on this machine alone: 1 pack, 1 at a time; 1 pass of the language model" in out
     # 1,048,576 tokens of the bundled text's train.parquet.
@@ -116,9 +116,12 @@ def test_a_dry_run_for_a_gpu_needs_none(capsys):
     out = capsys.readouterr().out
     assert "d_sae 512, 1,024" in out
     assert re.search(r"with a GPU, which this machine has not: 1 harvester \(.* GPUs\)", out)
-    # 6 SAEs of 2 * 128 * 512 + 640 numbers and 6 of 2 * 128 * 1024 + 1152, each 4 times, float32.
+    # 6 SAEs of 2 * 128 * 512 + 640 numbers and 6 of 2 * 128 * 1024 + 1152, float32; Adam has two
+    # numbers for each.
     n = 6 * (2 * 128 * 512 + 640) + 6 * (2 * 128 * 1024 + 1152)
-    assert f"GPU memory, without activations: {n * 16 / 1e6:.3g} MB for the largest pack" in out
+    assert re.search(r"GPU memory: \d+ MB for a rank of the largest pack \(", out)
+    assert f"({n * 4 / 1e6:.3g} MB weights, {n * 8 / 1e6:.3g} MB Adam, " in out
+    assert "time: not told, since there is no GPU here to measure on" in out
 
 
 def test_a_dry_run_is_of_no_job(capsys):

@@ -94,7 +94,7 @@ def test_saes_that_report_at_once_are_evaluated_together(reports, monkeypatch):
     # Three and two of them, so that both harvesters have some.
     assert [h.calls for h in harvesters] == [[(0.0, 1.0, 2.0)], [(3.0, 4.0)]]
     assert [e.metrics["eval/l0"] for e in reports.state.entries.values()] == [0, 1, 2, 3, 4]
-    monkeypatch.setattr("saeray.cluster.reports.SAES_AT_HARVESTER", 2 * (2 * 16 * 64 * 4))
+    monkeypatch.setattr("saeray.spec.memory.SAES_AT_HARVESTER", 2 * (2 * 16 * 64 * 4))
     asyncio.run(taken(reports, pack, *(r._replace(step=10) for r in told)))
     assert [len(weights) for h in harvesters for weights in h.calls[1:]] == [2, 1, 2]
 

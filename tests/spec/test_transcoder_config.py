@@ -75,9 +75,9 @@ def test_what_it_takes():
     # W_enc 1000 x 8000, W_dec 8000 x 500, b_enc, b_dec, b_dec_out and W_skip 1000 x 500.
     widths = {HOOK: 1000, OUT: 500}
     plain = config(expansion_factor=8, hook_point_out=OUT)
-    assert sae_bytes(plain, widths) == (12_000_000 + 9_500) * 7 * 4
+    assert sae_bytes(plain, widths) == (12_000_000 + 9_500) * 6 * 4
     skip = plain.replace(skip_connection=True)
-    assert sae_bytes(skip, widths) == (12_500_000 + 9_500) * 7 * 4
+    assert sae_bytes(skip, widths) == (12_500_000 + 9_500) * 6 * 4
 
 
 def test_transcoders_of_the_same_hooks_are_kept_together():

@@ -82,5 +82,8 @@ def test_a_dry_run_with_an_address_is_the_clusters(ray_instance, tmp_path, capsy
     assert f"on the cluster of 1 nodes: 1 harvester ({0.5 if cpus < 4 else 1:g} CPUs)" in out
     assert "1 pack, 1 at a time; 1 pass of the language model" in out
     assert "text: none: the model is synthetic" in out
+    plan = saeray.plan(FIELDS, address="auto", seconds=0.5)  # measured in a task of the cluster
+    assert plan.forecast.total > plan.forecast.training > 0
+    assert f"on the cluster of 1 nodes: 1 harvester ({0.5 if cpus < 4 else 1:g} CPUs)" in str(plan)
     assert main(["sweep", str(file), "--dry-run", "--address", "auto", "--set", "device=cuda"]) == 2
     assert "the cluster has no GPU" in capsys.readouterr().err
