@@ -32,7 +32,7 @@ MOST_SAES = 8  # of a pack, that are trained for it
 SAMPLED_BATCHES = 8  # of activations
 # What a start and an end come to, in multiples of what importing torch takes there, in two
 # processes at once: sweeps/tiny.yaml on two cores. Most of both is the start of processes.
-START_UP, TRIAL, END = 2.5, 0.2, 1.6
+START_UP, TRIAL, END = 3.5, 0.2, 2.0
 
 
 class Calibration(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
-from saeray.spec.memory import evaluated_together
+from saeray.spec.memory import evaluated_together, trials_at_once
 from saeray.spec.plan import StreamPlan, cut_packs
 
 WORTH_SAYING = 1.05  # times as fast
@@ -91,6 +91,7 @@ class Work(NamedTuple):
     first_rows: int  # of the first half buffer, which is harvested before the first step
     n_saes: int
     packs: int  # at the same time
+    trials: int = 0  # processes that are started for them
 
     @property
     def lm_tokens(self) -> int:
@@ -173,6 +174,7 @@ def work_of(
         min(order.group_blocks, order.n_blocks) * order.block_rows,
         len(configs),
         min(at_once, len(packs)),
+        trials_at_once(configs),
     )
 
 
@@ -237,7 +239,7 @@ def forecast(work: Work, speeds: Speeds) -> Forecast:
         harvest=head_start * speeds.sparse.harvest,
         dense=seconds["dense"],
         sparse=seconds["sparse"],
-        trials=speeds.trials * work.n_saes,
+        trials=speeds.trials * work.trials,
         evaluation=sum(w.evaluated_last for w in work.waves) * speeds.forward,
         end=speeds.end,
         limit=STEP if busy_step >= busy_harvest else HARVEST,

@@ -146,20 +146,24 @@ def memory_of(
 
     weights = [sae_bytes(c, widths, on_gpu=True) // COPIED for c in configs]
     at_harvester = max(max(weights), min(sum(weights), SAES_AT_HARVESTER))
-    scheduled = any(c.scheduler is not None for c in configs)
-    trials = len(configs) if scheduled else min(len(configs), TRIALS_AT_ONCE)
     largest = max(packs, key=ranks)
     return Memory(
         buffer_bytes,
         int(HARVESTER) + parameter_bytes + at_harvester,
         fitted.harvesters,
         tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
-        int(TRIAL) * trials,
+        int(TRIAL) * trials_at_once(configs),
         rank(largest),
         int(LEAN_PACK if own_ray and fitted.num_workers == 1 else PACK),
         at_harvester,
         int(OWN_SWEEP if own_ray else SWEEP),
     )
+
+
+def trials_at_once(configs: Sequence[LanguageModelSAERunnerConfig]) -> int:
+    """Processes of trials: those that come later take the place of those that have ended."""
+    scheduled = any(c.scheduler is not None for c in configs)
+    return len(configs) if scheduled else min(len(configs), TRIALS_AT_ONCE)
 
 
 def trainer_memory(
