@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from saeray.actors import waiting
 from saeray.errors import Late
-from saeray.files.checkpoint import Taken, delete_others, save_taken
+from saeray.files.checkpoint import Taken, delete_others, save_checkpoint
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import SpecialTokens
@@ -98,7 +98,7 @@ class CheckpointWriter:
             self.until_written_down(reported)
             while checkpoints:
                 one = checkpoints.pop(0)  # its copy is gone before the next one is serialised
-                save_taken(one.folder / str(one.tokens), one.config, one.state, self.special)
+                save_checkpoint(one.folder / str(one.tokens), one.config, one.state, self.special)
                 delete_others(one.folder, one.kept | {one.tokens})
         except BaseException as error:
             self.error = error

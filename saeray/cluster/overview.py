@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 from ray.exceptions import RayError
 
+from saeray.actors.nodes import namespace
 from saeray.actors.waiting import POLL_SECONDS
+from saeray.cluster import registry
 from saeray.cluster.cost import Times, write_down
 from saeray.cluster.reports import Reports
 from saeray.cluster.streams import Streams
 from saeray.cluster.sweep_state import SweepState
 from saeray.errors import ConfigError
-from saeray.spec.messages import Gauges, SweepStatus, rows_are
+from saeray.spec.messages import FAILED, Gauges, SweepStatus, rows_are
 
 
 class Overview:
@@ -25,6 +28,10 @@ class Overview:
         self.reports = reports
         self.streams = streams
         self.token_counts: Any = None
+        self.record = registry.Record(
+            state.sweep, namespace(), state.name, state.folder.uri, time.time()
+        )
+        self.recorded = 0.0
 
     async def status(self, warnings: list[str]) -> SweepStatus:
         """The sweep as it stands."""
@@ -75,3 +82,19 @@ class Overview:
         prevented = await asyncio.to_thread(write_down, self.state.folder, status, times)
         if prevented is not None:
             self.state.say(prevented)
+
+    def write_record(self) -> None:
+        """What `saeray status` shall say of this sweep."""
+        entries, outcomes = self.state.entries.values(), self.state.outcomes()
+        r = self.record
+        r.states = dict(Counter(o.state for o in outcomes))
+        r.n_steps = sum(e.step for e in entries)
+        r.n_steps += sum(o.steps for o in outcomes if o.name not in self.state.entries)
+        r.total_steps = sum(o.config.steps for o in outcomes)
+        errors = [e.error for e in entries if e.error and e.state == FAILED]
+        r.error = (
+            str(self.state.error) if self.state.error is not None else next(iter(errors), None)
+        )
+        r.ended = time.time() if self.state.closed else None
+        self.recorded = time.monotonic()
+        registry.write(r)

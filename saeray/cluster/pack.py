@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnavailableError
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
+from saeray.cluster.held import Decisions, Held
 from saeray.cluster.options import options_of
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
@@ -36,7 +37,7 @@ from saeray.files.checkpoint import (
 from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
-from saeray.sae.architectures.base import kind_of
+from saeray.sae.architectures.base import SAE, kind_of
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
 from saeray.sae.trainer import SAETrainer
@@ -44,6 +45,7 @@ from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import (
     DONE,
+    ENDS,
     FAILED,
     STOPPED,
     Answer,
@@ -66,6 +68,7 @@ class Member:
     trainer: SAETrainer
     checkpoints: set[int]
     hooks: tuple[int, ...]  # what it reads: places among the stream's hook points
+    held: Held | None = None  # of a bare tune.run
 
     @property
     def n_training_tokens(self) -> int:
@@ -120,6 +123,7 @@ class Pack:
         self.incarnation: str | None = None  # of the roster that was told all of them
         self.withdrawn: set[str] = set()
         self.unevaluated: set[str] = set()  # whose next report shall be evaluated
+        self.tune = Decisions(roster, plan.pack, self.limit, self.warn)
         self.started = 0.0  # when the first batch was asked for
         self.writer = CheckpointWriter(roster, plan.pack, self.limit, plan.special)
         self.stepped = 0.0  # seconds in the SAEs' step
@@ -228,12 +232,18 @@ class Pack:
     ) -> set[str]:
         """Sends what is due at this step (x: its batch); names the SAEs that leave with it."""
         reports, gone = [], set()
-        withdrawn = self.take_answer()
+        self.take_answer()
+        self.tune.wait(self.take)
+        withdrawn = self.withdrawn
         for m, of_step in zip(due, metrics, strict=True):
             finished = step == m.config.steps
             if not (m.config.logs_at(step) or m.name in withdrawn):
                 continue
             assert of_step is not None
+            if m.name in withdrawn and m.held is not None:
+                reports.append(self.publish(m, m.held.report, STOPPED))
+                gone.add(m.name)
+                continue
             self.silenced.look(m.config, step, float(of_step.l0), x[m.hooks[-1]])
             report = self.report_of(m, of_step, step)
             if report.state != FAILED:
@@ -243,6 +253,9 @@ class Pack:
                     report = report._replace(snapshot=[self.snapshot(m)])
             if report.state in (DONE, STOPPED, FAILED):
                 gone.add(m.name)
+            elif m.name in self.tune.held:
+                self.wait_until_saved()  # one copy of an SAE at a time is what is planned for
+                m.held = Held(report._replace(snapshot=None), taken(m.trainer))
             reports.append(report)
         self.tell(reports, reader)
         return gone
@@ -275,7 +288,13 @@ class Pack:
         self.incarnation = answer.incarnation
         self.withdrawn = set(answer.withdrawn)
         self.unevaluated = set(answer.unevaluated)
-        self.reports = [r for r in self.reports if r.step > answer.settled.get(r.name, 0)]
+        self.tune.take(answer)
+        self.reports = [r for r in self.reports if not self.is_settled(r, answer)]
+
+    def is_settled(self, report: Report, answer: Answer) -> bool:
+        """An SAE's end is of the step of its last report before, when Tune has stopped it there."""
+        upto = answer.ended if report.state in ENDS else answer.settled
+        return report.step <= upto.get(report.name, 0)
 
     def tell_again(self) -> None:
         answer = waiting.ask(
@@ -324,26 +343,30 @@ class Pack:
 
     def publish(self, m: Member, report: Report, state: str) -> Report:
         self.wait_until_saved()
+        there = m.trainer if m.held is None or state == DONE else m.held.state
+        m.held = None
         if state == STOPPED:  # a paused trial may come back to it
             self.wait_until_settled()
-            save_checkpoint(
-                m.checkpoints_at / str(m.n_training_tokens), m.config, m.trainer, self.plan.special
-            )
-            delete_others(m.checkpoints_at, m.kept | {m.n_training_tokens})
+            tokens = report.n_training_tokens
+            save_checkpoint(m.checkpoints_at / str(tokens), m.config, there, self.plan.special)
+            delete_others(m.checkpoints_at, m.kept | {tokens})
         final = m.folder / "final"
-        save_final(final, m.config, m.trainer, self.plan.special)
+        save_final(final, m.config, there, self.plan.special)
         if state == DONE:
             delete_others(m.checkpoints_at, m.kept)
-        return report._replace(state=state, snapshot=[self.snapshot(m)], path=final.uri)
+        return report._replace(state=state, snapshot=[snapshot_of(there.published)], path=final.uri)
 
     def snapshot(self, m: Member) -> Any:
-        """A reference to a copy of the weights, for the harvesters to evaluate.
-
-        The roster's hold on it keeps it alive, as long as this process, its owner, lives.
-        """
-        sae = m.trainer.published
-        arrays = {n: to_array(t.detach()) for n, t in sae.sae_lens_tensors().items()}  # copies
-        return ray.put(Snapshot(kind_of(sae), arrays))
+        return snapshot_of(m.trainer.published)
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)
+
+
+def snapshot_of(sae: SAE) -> Any:
+    """A reference to a copy of the weights, for the harvesters to evaluate.
+
+    The roster's hold on it keeps it alive, as long as this process, its owner, lives.
+    """
+    arrays = {n: to_array(t.detach()) for n, t in sae.sae_lens_tensors().items()}  # copies
+    return ray.put(Snapshot(kind_of(sae), arrays))

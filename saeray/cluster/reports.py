@@ -59,7 +59,8 @@ class Reports:
         self.evaluation_tokens = 0
         # By pack, hook points and whether it is their SAEs' last one.
         self.wanted: dict[tuple[str, tuple[str, ...], bool], list[Wanted]] = {}
-        self.unwritten: list[Entry] = []  # that have ended, and have no row yet
+        # Those that have ended, and at which step, and have no row yet.
+        self.unwritten: list[tuple[Entry, int]] = []
         self.writing: asyncio.Task[None] | None = None
         # What is done once every SAE has ended, before anyone hears of the last one.
         self.all_ended: Callable[[], Awaitable[None]] | None = None
@@ -214,14 +215,24 @@ class Reports:
             self.state.incarnation,
             [e.name for e in entries if e.withdrawn],
             {e.name: e.config.steps if e.row_written else e.settled for e in entries},
+            {e.name: e.ended_at for e in entries},
             [e.name for e in entries if wants_evaluation(e)],
+            [e.name for e in entries if e.held],
+            [e.name for e in entries if e.undecided],
         )
+
+    async def decided(self, pack: PackState) -> Answer:
+        """An answer once Tune has seen the newest result of all of a pack's trials, or soon."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while (answer := self.answer(pack)).undecided and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return answer
 
     def end(self, entry: Entry, state: str, error: str | None) -> None:
         """An SAE's end: its row is written before its trial or its pack hears of it."""
         entry.state, entry.error, entry.row_written = state, error, False
         self.track(self.tracker.finish, entry.name, state == FAILED)
-        self.unwritten.append(entry)
+        self.unwritten.append((entry, entry.step))
         if self.writing is None or self.writing.done():
             self.writing = self.state.do(self.write_rows())
 
@@ -237,7 +248,8 @@ class Reports:
                     await self.all_ended()
             except Exception as problem:
                 self.state.say(f"results could not be written: {problem}")
-            for entry in entries:
+            for entry, step in entries:
+                entry.ended_at = step
                 entry.row_written = entry.ended  # it may have been taken up again
                 publish(entry)
 

@@ -14,16 +14,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import ray
 
 from saeray.actors.make import actor, passed_on
-from saeray.actors.nodes import namespace, on_head
+from saeray.actors.nodes import on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
-from saeray.cluster import registry
 from saeray.cluster.dispatch import Dispatch
 from saeray.cluster.overview import Overview
 from saeray.cluster.reports import Reports
@@ -37,7 +34,6 @@ from saeray.spec.config import LanguageModelSAERunnerConfig, digest
 from saeray.spec.grid import SAE, refuse_duplicates
 from saeray.spec.messages import (
     ENDS,
-    FAILED,
     INTERRUPTED,
     STOPPED,
     WAITING,
@@ -85,10 +81,6 @@ class Roster:
         self.last_enlisted = time.monotonic()
         self.gathering: asyncio.Task[Any] | None = None
         self.reading: asyncio.Task[Any] | None = None  # what earlier sessions have left
-        self.record = registry.Record(
-            sweep, namespace(), self.state.name, self.state.folder.uri, time.time()
-        )
-        self.recorded = 0.0
         self.gone = asyncio.Event()  # closed, with all there was to do
         self.overview = Overview(self.state, self.reports, self.streams)
         self.reports.all_ended = self.all_ended
@@ -143,9 +135,14 @@ class Roster:
         while entry is not None and entry.withdrawn and entry.state not in (WAITING, *ENDS):
             await asyncio.sleep(0.05)  # it is on its way out of its pack
         if entry is None:
-            entry = self.add(name, LanguageModelSAERunnerConfig.from_dict(config))
+            entry = self.add(
+                name,
+                LanguageModelSAERunnerConfig.from_dict(config),
+                await self.state.done_before(name),
+            )
             await self.state.remember()
-            self.start_gathering()
+            if not entry.ended:
+                self.start_gathering()
         elif entry.state in (STOPPED, INTERRUPTED):  # paused by Tune and taken up again
             self.take_up_again(entry)
             self.start_gathering()  # HyperBand wakes several, which then train together
@@ -154,17 +151,20 @@ class Roster:
         entry.attached, entry.withdrawn = True, False
         return None if self.state.closed else True  # it may have begun to close meanwhile
 
-    async def next_result(self, name: str, after: int, decides: bool = False) -> Result | NotYet:
+    async def next_result(
+        self, name: str, after: int, decides: bool = False, holds: bool = False
+    ) -> Result | NotYet:
         """The newest result of an SAE, once it is newer than `after`.
 
-        decides: for a scheduler or searcher, so that it has to have held-out figures.
+        decides: for a scheduler or searcher, so that it has to have held-out figures. holds: the
+        SAE shall stop where its trial is stopped, so that its pack waits for Tune's decisions.
         """
         await self.ready
         self.seen()
         entry = self.state.entries[name]
-        entry.attached = True
+        entry.attached, entry.held, entry.heard = True, holds, after
         entry.decided_upon |= decides
-        if await self.comes(entry, lambda: entry.number > after and entry.to_be_told):
+        if await self.state.comes(entry, lambda: entry.number > after and entry.to_be_told):
             return self.reports.result_of(entry)
         return NotYet(f"{name} ({entry.state})")
 
@@ -189,18 +189,7 @@ class Roster:
             waits = entry.withdrawn and not entry.attached and entry.state != WAITING
             return not waits or self.state.over or (entry.ended and entry.row_written)
 
-        return None if await self.comes(entry, through) else NotYet(f"{name} ({entry.state})")
-
-    async def comes(self, entry: Entry, news: Callable[[], bool]) -> bool:
-        """Whether what is waited for of an SAE is so within POLL_SECONDS."""
-        deadline = time.monotonic() + POLL_SECONDS
-        while not news():
-            self.state.raise_error()
-            try:
-                await asyncio.wait_for(entry.news.wait(), max(0.0, deadline - time.monotonic()))
-            except (TimeoutError, asyncio.TimeoutError):
-                return news()
-        return True
+        return None if await self.state.comes(entry, through) else NotYet(f"{name} ({entry.state})")
 
     async def status(self, passing: bool = False) -> SweepStatus:
         """The sweep as it stands, for the live view.
@@ -240,7 +229,7 @@ class Roster:
         if wait:
             await self.streams.write_caches()
         await self.streams.end()
-        self.write_record()
+        self.overview.write_record()
         await asyncio.to_thread((self.state.folder / ".ray").delete)
         self.gone.set()
         return self.warnings
@@ -279,6 +268,13 @@ class Roster:
         if state is None:
             return Answer(self.state.incarnation, [], {})
         return await self.reports.settled(state, upto) or self.reports.answer(state)
+
+    async def decided(self, pack: str) -> Answer:
+        """An answer once Tune has decided on all that the pack has reported, or soon."""
+        await self.ready
+        state = self.state.packs.get(pack)
+        nothing = Answer(self.state.incarnation, [], {})
+        return nothing if state is None else await self.reports.decided(state)
 
     async def broken(self, pack: str, problem: str) -> None:
         """A pack says why it can't go on; starting it again would not help."""
@@ -320,7 +316,7 @@ class Roster:
             entry.state, entry.path, entry.error = known.state, known.path, known.error
             entry.step, entry.n_training_tokens = known.step, known.n_training_tokens
             entry.metrics, entry.settled = known.metrics, known.step
-            entry.row_written = entry.ended
+            entry.row_written, entry.ended_at = entry.ended, entry.step if entry.ended else -1
             self.reports.evaluation_tokens += known.evaluation_tokens
         if not entry.ended:
             self.reports.open(entry)
@@ -361,28 +357,12 @@ class Roster:
     def seen(self) -> None:
         self.last_seen = time.monotonic()
 
-    def write_record(self) -> None:
-        """What `saeray status` shall say of this sweep."""
-        entries, outcomes = self.state.entries.values(), self.state.outcomes()
-        r = self.record
-        r.states = dict(Counter(o.state for o in outcomes))
-        r.n_steps = sum(e.step for e in entries)
-        r.n_steps += sum(o.steps for o in outcomes if o.name not in self.state.entries)
-        r.total_steps = sum(o.config.steps for o in outcomes)
-        errors = [e.error for e in entries if e.error and e.state == FAILED]
-        r.error = (
-            str(self.state.error) if self.state.error is not None else next(iter(errors), None)
-        )
-        r.ended = time.time() if self.state.closed else None
-        self.recorded = time.monotonic()
-        registry.write(r)
-
     async def watch(self) -> None:
         """Ends the sweep when it is over or its driver and trials are gone."""
         await self.ready
         while not self.state.closed:
-            if self.state.entries and time.monotonic() - self.recorded > RENEW_SECONDS:
-                self.write_record()
+            if self.state.entries and time.monotonic() - self.overview.recorded > RENEW_SECONDS:
+                self.overview.write_record()
                 await self.streams.renew()
             await asyncio.sleep(POLL_SECONDS)
             if self.gathering is None or self.gathering.done():

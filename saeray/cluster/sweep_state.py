@@ -15,6 +15,7 @@ import asyncio
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,13 +23,15 @@ from typing import Any
 import ray
 
 from saeray.actors.head_folder import MARKER
+from saeray.actors.waiting import POLL_SECONDS
 from saeray.cluster.launcher import AboutPack
 from saeray.errors import SaerayError
 from saeray.files.storage import Folder
-from saeray.files.sweep_folder import Memory, Outcome, SweepFolder
+from saeray.files.sweep_folder import Known, Memory, Outcome, SweepFolder
 from saeray.spec.config import LanguageModelSAERunnerConfig, digest, stream_key
 from saeray.spec.fitted import Fitted
 from saeray.spec.messages import (
+    DONE,
     ENDS,
     EVALUATING,
     WAITING,
@@ -60,7 +63,10 @@ class Entry:
     settling: asyncio.Task[None] | None = None
     settled: int = 0  # step up to which its reports are evaluated and written
     row_written: bool = False  # of its end: only then anyone hears of it
+    ended_at: int = -1  # step of an end of which there was a row, also when it goes on
     decided_upon: bool = False  # by a scheduler or searcher, which may want any held-out figure
+    held: bool = False  # its trial is a bare one: it stops where Tune has stopped that
+    heard: int = 0  # number of the newest result after which its trial wanted another one
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @cached_property
@@ -81,7 +87,15 @@ class Entry:
         """Whether its newest result is whole: settled at its end, with all that is decided upon."""
         if self.state == EVALUATING or self.ended:
             return self.row_written
+        if self.held and self.pending:  # what Tune sees of a step is what is logged of it
+            return False
         return self.evaluated or not self.decided_upon
+
+    @property
+    def undecided(self) -> bool:
+        """Whether Tune may yet stop it where it was at its last report."""
+        waits = self.held and self.attached and not self.withdrawn and not self.ended
+        return waits and self.heard < self.number
 
     @property
     def number(self) -> int:
@@ -173,6 +187,24 @@ class SweepState:
     async def read_earlier(self) -> None:
         """Learns of SAEs that are in the folder's files and not in this session."""
         self.earlier = await asyncio.to_thread(self.files.outcomes_but, set(self.entries))
+
+    async def done_before(self, name: str) -> Known | None:
+        """What an earlier session in the folder has of an SAE that it has trained to its end."""
+        outcome = self.earlier.get(name)
+        if outcome is None or outcome.state != DONE:
+            return None
+        return (await asyncio.to_thread(self.files.known, [name]))[name]
+
+    async def comes(self, entry: Entry, news: Callable[[], bool]) -> bool:
+        """Whether what is waited for of an SAE is so within POLL_SECONDS."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while not news():
+            self.raise_error()
+            try:
+                await asyncio.wait_for(entry.news.wait(), max(0.0, deadline - time.monotonic()))
+            except (TimeoutError, asyncio.TimeoutError):
+                return news()
+        return True
 
     def raise_error(self) -> None:
         if self.error is not None:

@@ -116,7 +116,9 @@ class SAETrial(tune.Trainable):
         result = NotYet("")
         while isinstance(result, NotYet):  # however long its training takes
             result = waiting.ask(
-                lambda: self.roster.next_result.remote(self.name, self.number, self.decides),
+                lambda: self.roster.next_result.remote(
+                    self.name, self.number, self.decides, self.raises
+                ),
                 self.sae.wait_limit_s,
                 "roster",
             )

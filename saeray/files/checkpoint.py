@@ -116,7 +116,7 @@ def sae_files(
 def save_final(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
-    trainer: SAETrainer,
+    trainer: SAETrainer | Taken,
     special: SpecialTokens | None = None,
 ) -> None:
     """Publishes a trained SAE (`SAETrainer.final`)."""
@@ -128,7 +128,7 @@ class Taken(NamedTuple):
 
     step: int
     published: SAE
-    frequency: Tensor  # [L], of firing
+    firing_frequency: Tensor  # [L]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
 
@@ -155,21 +155,12 @@ def taken(trainer: SAETrainer) -> Taken:
 def save_checkpoint(
     folder: Folder,
     config: LanguageModelSAERunnerConfig,
-    trainer: SAETrainer,
+    trainer: SAETrainer | Taken,
     special: SpecialTokens | None = None,
 ) -> None:
     """Publishes an SAE in training, with everything it takes to continue bit for bit."""
-    save_taken(folder, config, taken(trainer), special)
-
-
-def save_taken(
-    folder: Folder,
-    config: LanguageModelSAERunnerConfig,
-    state: Taken,
-    special: SpecialTokens | None = None,
-) -> None:
-    """`save_checkpoint` of what was taken earlier."""
-    files = sae_files(config, state.published, state.frequency, special)
+    state = trainer if isinstance(trainer, Taken) else taken(trainer)
+    files = sae_files(config, state.published, state.firing_frequency, special)
     files["train_state.safetensors"] = save({n: t.contiguous() for n, t in state.tensors.items()})
     files[STATE_MARKER] = json_bytes(
         {

@@ -72,12 +72,20 @@ class MetricsLog:
         if self.lines != found:
             folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
 
-    def append(self, step: int, record: Mapping[str, Any]) -> bool:
-        """Adds a line unless that step has one; says whether it did."""
+    def append(self, step: int, record: Mapping[str, Any], last: bool = False) -> bool:
+        """Adds a line unless that step has one; says whether it did.
+
+        last: of an SAE that ends. Where it was stopped at the step of the newest line, that line is
+        replaced: this one has the figures of the end, too.
+        """
+        line = text_of({"step": step, **record})
+        if last and step == self.last_step and self.lines and line != self.lines[-1]:
+            self.replace_newest(line)
+            return True
         if step <= self.last_step:
             return False
         self.last_step = step
-        self.lines.append(text_of({"step": step, **record}))
+        self.lines.append(line)
         if self.folder.is_local:
             os.makedirs(self.folder.path, exist_ok=True)
             with open(Path(self.folder.path) / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -86,6 +94,11 @@ class MetricsLog:
         elif time.monotonic() - self.flushed > FLUSH_SECONDS:
             self.flush()
         return True
+
+    def replace_newest(self, line: str) -> None:
+        self.lines[-1] = line
+        self.folder.write("metrics.jsonl", "".join(line + "\n" for line in self.lines).encode())
+        self.written_step, self.flushed = self.last_step, time.monotonic()
 
     def flush(self) -> None:
         """Object stores can't append: there the whole file is put again."""

@@ -29,7 +29,7 @@ class Tracker:
     def log(self, name: str, step: int, metrics: Mapping[str, Any], last: bool = False) -> int:
         """Writes a line; the step up to which all are where they survive this process."""
         log = self.logs[name]
-        if log.append(step, metrics):
+        if log.append(step, metrics, last):
             self.wandb.log(name, metrics, step)
         if last:
             log.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,7 +106,10 @@ class Answer(NamedTuple):
     incarnation: str  # of the roster; a new one may not have what the old one was told
     withdrawn: list[str]  # SAEs that shall leave the pack
     settled: dict[str, int]  # SAE -> step up to which its reports are evaluated and written
+    ended: Mapping[str, int] = {}  # SAE -> step of an end of it that is written
     unevaluated: Sequence[str] = ()  # SAEs whose next report shall be evaluated, whatever its step
+    held: Sequence[str] = ()  # SAEs that may be stopped where they were at their last report
+    undecided: Sequence[str] = ()  # of those, the ones that Ray Tune may yet stop there
 
 
 class CacheKey(NamedTuple):

@@ -57,7 +57,7 @@ def test_optuna_searches_on_the_score_and_what_it_stops_loads(tiny, tmp_path):
     assert len(results) == 2
     for told in seen.results.values():
         assert all(result[SCORE] < 1 for result in told)
-        assert told[-1]["step"] >= 20 > told[0]["step"]
+        assert [result["step"] for result in told] == [4, 8, 12, 16, 20]
     best = results.get_best_result(metric=SCORE, mode="max")
     assert best.metrics[SCORE] == max(r.metrics[SCORE] for r in results)
     assert saeray.load_sae(best.metrics["path"]).d_sae == 256
@@ -65,12 +65,54 @@ def test_optuna_searches_on_the_score_and_what_it_stops_loads(tiny, tmp_path):
     assert [r["status"] for r in ended.values()] == ["stopped"] * 2
     assert {r.metrics["path"] for r in results} == {r["path"] for r in ended.values()}
     assert all(r["ce_loss_score"] < 1 for r in ended.values())
+    # Each ends where Tune has stopped it.
+    assert {r["n_training_tokens"] for r in ended.values()} == {20 * 1024}
+    assert {r.metrics["n_training_tokens"] for r in results} == {20 * 1024}
     # The first evaluation was for Optuna: the log has that of the end alone, as it would anyway.
     for name, row in ended.items():
         log = Folder.at(tmp_path / "optuna") / "trials" / name
         lines = [yaml.safe_load(x) for x in log.read("metrics.jsonl").decode().splitlines()]
         evaluated = [line["step"] for line in lines if SCORE in line]
         assert evaluated == [row["n_training_tokens"] // 1024]
+
+
+@pytest.mark.slow
+def test_a_second_grid_under_the_same_name_adds_to_the_first(tiny, tmp_path):
+    """Also with an SAE that the first one has, and with one that it has trained to its end."""
+
+    def grid(lrs, tokens=LONG * 1024):
+        return tune.run(
+            saeray.SAETrial,
+            config=tiny
+            | dict(training_tokens=tokens, stream_tokens=LONG * 1024, lr=tune.grid_search(lrs)),
+            name="twice",
+            storage_path=str(tmp_path),
+            stop={"step": 20},
+            verbose=0,
+        )
+
+    def on_disk():
+        table = rows(tmp_path / "twice")
+        files = (tmp_path / "twice" / "trials").glob("*/final/*")
+        return table, {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
+
+    grid([1e-3], tokens=16 * 1024)
+    grid([1e-3, 2e-3])
+    first, files = on_disk()
+    assert sorted((r["status"], r["n_training_tokens"]) for r in first.values()) == [
+        ("done", 16 * 1024), ("stopped", 20 * 1024), ("stopped", 20 * 1024),
+    ]  # fmt: skip
+    again = grid([1e-3, 4e-3], tokens=16 * 1024)
+    told = {t.config["lr"]: t.last_result for t in again.trials}
+    assert {lr: result["n_training_tokens"] for lr, result in told.items()} == {
+        1e-3: 16 * 1024, 4e-3: 16 * 1024,
+    }  # fmt: skip
+    second, there = on_disk()
+    assert len(second) == 4
+    assert {name: second[name] for name in first} == first
+    assert {f: there[f] for f in files} == files
+    assert {r["path"] for r in second.values()} >= {result["path"] for result in told.values()}
+    assert yaml.safe_load((tmp_path / "twice/sweep.yaml").read_text())["saes"].keys() == {*second}
 
 
 @pytest.mark.slow
