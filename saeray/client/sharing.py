@@ -245,23 +245,21 @@ def pull(repo: str, directory: str | os.PathLike[str] | None = None) -> str:
         place = Path(beside) / uuid.uuid4().hex[:8]
         hub_repo.brought(name, wanted, place)
         if is_sweep:
-            at_home(Folder.at(place), target, saes)
+            at_home(Folder.at(place), target.name, saes)
         if target.exists():
             target.rmdir()
         os.rename(place, target)
     return str(target)
 
 
-def at_home(folder: Folder, target: Path, saes: list[str]) -> None:
-    """sweep.yaml and results of these SAEs alone, with the paths that they will have."""
+def at_home(folder: Folder, name: str, saes: list[str]) -> None:
+    """sweep.yaml and results of these SAEs alone, with the paths that they have in a sweep."""
     data = yaml.safe_load(folder.read("sweep.yaml"))
     data["saes"] = {name: config for name, config in data["saes"].items() if name in saes}
-    folder.write(
-        "sweep.yaml", yaml.safe_dump(data | {"name": target.name}, sort_keys=False).encode()
-    )
+    folder.write("sweep.yaml", yaml.safe_dump(data | {"name": name}, sort_keys=False).encode())
     table = results_table(folder.read("results.parquet"))
     rows = [row for row in table.to_pylist() if row["trial"] in saes]
     write_results(
         folder,
-        [row | {"path": str(target / "trials" / row["trial"] / "final")} for row in rows],
+        [row | {"path": f"trials/{row['trial']}/final"} for row in rows],
     )

@@ -70,7 +70,13 @@ def of_row(row: Mapping[str, Any]) -> Folder:
     if not path or row.get("status", DONE) not in (DONE, STOPPED):
         who, state = row.get("trial", "it"), row.get("status", "not trained")
         raise ConfigError(f"{who}: has no SAE yet ({state}).")
-    return Folder.at(path, "path")
+    place = Folder.at(path, "path")
+    if "://" not in path and not os.path.isabs(path) and not place.exists():
+        raise ConfigError(
+            f"{path}: the paths in results.csv are from the sweep's folder: load_sae(f'{{SWEEP}}/"
+            '{row["path"]}\'), or load_sweep(SWEEP).rows, which has whole ones.'
+        )
+    return place
 
 
 def of_checkpoint(checkpoint: Any) -> Folder:
@@ -80,9 +86,12 @@ def of_checkpoint(checkpoint: Any) -> Folder:
         if not pointer.is_file():
             raise ConfigError(f"{checkpoint}: not a checkpoint of saeray's trials.")
         told = strict_json.loads(pointer.read_text())
-    for uri in (told.get("path"), told["folder"]):
-        if uri and CFG in Folder.at(uri).names():
-            return Folder.at(uri)
+    name = told["name"]
+    moved = [Folder.at(p) for p in Path(checkpoint.path).parents if (p / "sweep.yaml").is_file()]
+    for uri in (told.get("path"), told["folder"], *((p / "trials" / name).uri for p in moved[:1])):
+        found = inside(Folder.at(uri), uri) if uri else None
+        if found is not None:
+            return found
     raise ConfigError(f"{told['name']}: has no SAE yet.")
 
 

@@ -98,9 +98,33 @@ def varying_fields(configs: Sequence[LanguageModelSAERunnerConfig]) -> list[str]
 
 
 def write_results(folder: Folder, rows: Sequence[dict[str, Any]]) -> None:
-    """results.csv and results.parquet."""
+    """results.csv and results.parquet. Paths inside the folder are written as from there."""
     names = dict.fromkeys(name for row in rows for name in row)  # not all may have all
-    write_table(folder, pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]))
+    rows = [
+        dict.fromkeys(names) | row | {"path": path_from(folder, row.get("path"))} for row in rows
+    ]
+    write_table(folder, pa.Table.from_pylist(rows))
+
+
+def path_from(folder: Folder, path: str | None) -> str | None:
+    """A path as it is from the folder, where it lies inside: so the folder may be moved."""
+    root, place = folder.parts[0].rstrip("/") + "/", path
+    if place is not None and "://" in place:
+        place = place.partition("?")[0]
+    return place.removeprefix(root) if place is not None and place.startswith(root) else path
+
+
+def path_in(folder: Folder, row: Mapping[str, Any]) -> str | None:
+    """Where the SAE of a row of results.parquet is now, as a whole path or URI.
+
+    Earlier versions wrote whole paths, of where the folder was then.
+    """
+    path = row.get("path")
+    if not path:
+        return None
+    if "://" in path or path.startswith("/"):
+        path = f"trials/{row['trial']}/final"
+    return (folder / path).uri
 
 
 def add_column(folder: Folder, name: str, values: Mapping[str, float | None]) -> None:

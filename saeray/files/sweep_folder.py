@@ -20,7 +20,14 @@ from saeray.errors import ConfigError, nearest
 from saeray.files import strict_json
 from saeray.files.metrics_log import read_lines, with_names_of_now
 from saeray.files.picture import write_pareto
-from saeray.files.results import COLUMNS, result_row, results_table, varying_fields, write_results
+from saeray.files.results import (
+    COLUMNS,
+    path_in,
+    result_row,
+    results_table,
+    varying_fields,
+    write_results,
+)
 from saeray.files.storage import Folder
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import ENDS, INTERRUPTED, WAITING
@@ -153,13 +160,16 @@ class SweepFolder:
             write_pareto(self.folder, rows, self.name)
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """results.parquet, row by row; none when nothing has ended yet."""
+        """results.parquet, row by row, with whole paths; none when nothing has ended yet."""
         if "results.parquet" not in self.folder.names():
             return []
         table = results_table(self.folder.read("results.parquet"))
         rows = [with_names_of_now(row) for row in table.to_pylist()]
         # An earlier version may not have all columns.
-        return [row | {c: None for c in COLUMNS if c not in row} for row in rows]
+        return [
+            row | {"path": path_in(self.folder, row)} | {c: None for c in COLUMNS if c not in row}
+            for row in rows
+        ]
 
     def read_planned(
         self,

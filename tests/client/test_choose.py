@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.finished import finished, sae
 import saeray
 from saeray.client.cli import main
 from saeray.errors import ConfigError, SaerayError
+from saeray.files.results import results_table
 from saeray.files.storage import Folder
 
 
@@ -84,6 +86,19 @@ def test_a_summary_has_the_figures_over_seeds(tmp_path):
     assert "11.0 ± 12.7" in summary
     assert "0.1500 ± 0.6353" in summary
     assert saeray.load_sweep(folder.path).rows == result.rows
+
+
+def test_a_sweep_may_be_moved(one, tmp_path, capsys):
+    """results.csv has paths as they are from there; rows have whole ones, of where it is now."""
+    columns = results_table(one.read("results.parquet")).to_pydict()
+    assert columns["path"][:2] == [f"trials/{name}/final" for name in columns["trial"][:2]]
+    moved = Path(one.path).rename(tmp_path / "moved")
+    row = saeray.load_sweep(moved).best(l0=50)
+    assert row["path"] == str(moved / "trials" / "mid" / "final")
+    assert main(["best", str(moved), "--l0", "50"]) == 0
+    assert one.path + "/" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"from the sweep's folder: load_sae\(f'\{SWEEP\}/"):
+        saeray.load_sae(row | {"path": "trials/mid/final"})
 
 
 def test_one_frontier_of_several_sweeps(one, other):

@@ -157,6 +157,45 @@ def test_a_pack_may_ask_for_its_reports_up_to_a_step(reports, monkeypatch):
     assert isinstance(late, NotYet)
 
 
+def test_a_pack_hears_of_every_decision_of_tunes(reports, monkeypatch):
+    """A bare trial: what it is told of a step is whole, and its pack waits until it wants more."""
+    monkeypatch.setattr("saeray.cluster.reports.POLL_SECONDS", 0.05)
+    pack = pack_of(reports, stream_of(Harvester()), ["a", "b"])
+    a, b = reports.state.entries.values()
+    a.held = a.attached = b.attached = True  # b is a sweep's of ours
+
+    async def run():
+        reports.take(pack, Report("a", 5, 40, {}, [3.0]))
+        reports.take(pack, Report("b", 5, 40, {}, [3.0]))
+        assert not a.to_be_told and b.to_be_told  # its evaluation is on the way
+        while await reports.settled(pack) is not None:
+            pass
+        assert a.to_be_told
+        early = await reports.decided(pack)
+        a.heard = reports.result_of(a).number  # its trial asks for the next one
+        return early, await reports.decided(pack)
+
+    early, answer = asyncio.run(run())
+    assert (early.held, early.undecided) == (["a"], ["a"])
+    assert (answer.held, answer.undecided) == (["a"], [])
+    a.heard, a.withdrawn = 0, True  # or is stopped
+    assert asyncio.run(reports.decided(pack)).undecided == []
+
+
+def test_the_end_of_an_sae_is_settled_when_its_row_is_written_also_if_it_goes_on(reports):
+    """A pack it has left must not wait for ever when Tune takes it up again at once."""
+    pack = pack_of(reports, stream_of(Harvester()), ["a"])
+    entry = reports.state.entries["a"]
+
+    async def run():
+        await taken(reports, pack, Report("a", 5, 40, {}), Report("a", 5, 40, {}, [1.0], STOPPED))
+        await reports.rows_written()
+        entry.state, entry.row_written = "waiting", False
+        return reports.answer(pack)
+
+    assert asyncio.run(run()).ended == {"a": 5}
+
+
 def test_an_l0_that_is_not_the_one_asked_for_is_said():
     def said(l0, **of):
         fields = dict(architecture="gated", target_l0=10) | of

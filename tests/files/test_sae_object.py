@@ -105,6 +105,12 @@ def test_every_way_to_name_an_sae(sweep, tmp_path):
     ]
     for where in (final, str(final), final.parent, f"{place}/b", row, checkpoint, told, *results):
         assert saeray.load_sae(where).cfg.name == "b", where
+    # A Tune experiment that was moved, with its checkpoints.
+    moved = place / "trial_1" / "checkpoint_000000"
+    moved.mkdir(parents=True)
+    pointer = {"name": "b", "folder": "/gone/mine/trials/b", "path": "/gone/mine/trials/b/final"}
+    (moved / "sae.json").write_text(strict_json.dumps(pointer))
+    assert saeray.load_sae(tune.Checkpoint(str(moved))).cfg.name == "b"
     only = finished(tmp_path / "only", x=sae(1.0, 0.9, 0.9, W_dec=torch.eye(4)))
     assert saeray.load_sae(only.path).cfg.name == "x"
     assert saeray.load_sae(load_sweep(only.path)).cfg.name == "x"

@@ -14,7 +14,7 @@ from support.wandb_files import read_runs, silent_server
 
 from saeray.client.cli import main
 from saeray.files import wandb_runs
-from saeray.files.metrics_log import MetricsLog
+from saeray.files.metrics_log import MetricsLog, read_lines
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.files.tracking import Tracker
@@ -50,6 +50,21 @@ def logged(folder, steps, names=("a", "b")):
         tracker.finish(name, failed=False)
     tracker.close()
     return tracker
+
+
+def test_the_line_of_an_end_at_the_step_of_the_newest_line_replaces_it(tmp_path):
+    log = MetricsLog(Folder.at(tmp_path))
+    assert log.append(4, {"metrics/l0": 1.0})
+    assert log.append(8, {"metrics/l0": 0.5})
+    assert log.append(8, {"metrics/l0": 0.5, "eval/l0": 0.6}, last=True)  # stopped there by Tune
+    assert not log.append(8, {"metrics/l0": 0.5, "eval/l0": 0.6}, last=True)  # told again
+    lines = read_lines(Folder.at(tmp_path))
+    assert lines == [
+        {"step": 4, "metrics/l0": 1.0},
+        {"step": 8, "metrics/l0": 0.5, "eval/l0": 0.6},
+    ]
+    assert log.append(12, {"metrics/l0": 0.4})  # taken up again
+    assert len(read_lines(Folder.at(tmp_path))) == 3
 
 
 def test_metrics_are_logged_once_per_step_even_after_a_restart(tmp_path):

@@ -50,6 +50,13 @@ def test_a_finished_sweep_is_done_already():
     assert [row.metrics["eval/l0"] for row in result.status.rows] == [r["l0"] for r in result.rows]
 
 
+def test_its_saes_are_found_where_they_are_now():
+    """It wrote whole paths, of the machine it ran on."""
+    rows = sweep_folder("finished").read_rows()
+    assert [r["path"] for r in rows] == [f"{WRITTEN}/finished/trials/{n}/final" for n in SAES]
+    assert [saeray.load_sae(r).cfg.name for r in rows] == SAES
+
+
 def test_figures_of_another_meaning_are_read_under_the_name_they_have_now():
     # In results.csv 0.528…, the mean per token, is called explained_variance.
     row = sweep_folder("finished").read_rows()[0]

@@ -75,6 +75,6 @@ def test_a_restored_tune_run_keeps_the_saes_that_had_finished(tiny, tmp_path):
     for name, row in after.items():
         assert row["status"] == "done"
         assert int(float(row["n_training_tokens"])) == (SHORT if name in done else LONG)
-        assert load_sae(row["path"]).d_in == 128
+        assert load_sae(str(folder / row["path"])).d_in == 128
         if name in done:
             assert row == before[name]

@@ -435,11 +435,14 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert set(statuses.values()) == {"done", "stopped"}
     assert (tmp_path / "asha" / "report.html").read_text().count("<tr class=") == 4
     (session,) = read_sessions(Folder.at(tmp_path / "asha"))
-    # Those that Tune stopped have left their pack a log step or two after its last word.
     assert session.trained_tokens == sum(int(r["n_training_tokens"]) for r in rows)
     for r in rows:  # stopped ones are kept and evaluated too
-        assert load_sae(r["path"]).d_sae == 256
+        assert load_sae(str(tmp_path / "asha" / r["path"])).d_sae == 256
         assert float(r["ce_loss_score"]) < 1
+    told = {r.metrics["path"]: r.metrics["n_training_tokens"] for r in results}
+    assert told == {
+        str(tmp_path / "asha" / r["path"]): int(float(r["n_training_tokens"])) for r in rows
+    }
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_optuna_searches_on_the_score_and_what_it_stops_loads(tiny, tmp_path):
     for name, row in ended.items():
         log = Folder.at(tmp_path / "optuna") / "trials" / name
         lines = [yaml.safe_load(x) for x in log.read("metrics.jsonl").decode().splitlines()]
-        evaluated = [line["step"] for line in lines if SCORE in line]
+        evaluated = [line["step"] for line in lines if "eval/CE_loss_score" in line]
         assert evaluated == [row["n_training_tokens"] // 1024]
 
 
