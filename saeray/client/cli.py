@@ -103,7 +103,6 @@ def sweep_command(arguments: argparse.Namespace) -> int:
 def resume_command(arguments: argparse.Namespace) -> int:
     given = {
         "FILE.yaml": arguments.file,
-        "--set": arguments.set,
         "--name": arguments.name,
         "--storage-path": arguments.storage_path,
         "--dry-run": arguments.dry_run,
@@ -114,9 +113,15 @@ def resume_command(arguments: argparse.Namespace) -> int:
                 f"--resume goes on with the sweep in {arguments.resume} as it is; {option} can't "
                 "be given beside it."
             )
+    from saeray.client.changes import changes_from
     from saeray.client.runner import resume
 
-    result = resume(arguments.resume, address=arguments.address, namespace=arguments.namespace)
+    result = resume(
+        arguments.resume,
+        address=arguments.address,
+        namespace=arguments.namespace,
+        changes=changes_from(arguments.set),
+    )
     print(printable(result.summary()))
     return 0 if result.ok else 1
 
@@ -225,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'",
+        help="change a field; a list is a grid axis: --set 'lr=[1e-4, 4e-4]'; with --resume of "
+        "resources.…, training_tokens (upward)",
     )
     run.add_argument("--name", help="of the sweep; default: the file's name and the time")
     run.add_argument("--storage-path", help="where its folder goes: a path or s3://…, gs://…")

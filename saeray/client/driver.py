@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from saeray.actors.head_folder import seen_from_here
 from saeray.actors.make import actor, passed_on
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
+from saeray.client.changes import checked, refuse_running
 from saeray.client.connect import quieten
 from saeray.client.result import SweepResult
 from saeray.client.session import (
@@ -148,10 +150,16 @@ def sweep(
     return drive(saes, folder, scheduler, live, home and home / config.name)
 
 
-def resume(folder: str, scheduler: Any, live: bool) -> SweepResult:
+def resume(
+    folder: str, scheduler: Any, live: bool, changes: Mapping[str, Any] = MappingProxyType({})
+) -> SweepResult:
     """`saeray.resume` on the cluster this process is a client of; joins a sweep that still runs."""
     place = seen_from_here(registry.folder_called(folder.rstrip("/")) or over_there(folder))
     home = None if "://" in place.uri or Path(folder).is_absolute() else Folder.at(folder)
+    write = checked(place, changes)
+    if changes:
+        refuse_running(place)
+        write()
     done = done_already(place)
     if done is not None:
         return done

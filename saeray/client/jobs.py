@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,16 @@ def sweep_as_job(
     return follow(address, arguments, namespace, name, {SWEEP_FILE: text}, live)
 
 
-def resume_as_job(folder: str, address: str, namespace: str | None, live: bool) -> SweepResult:
+def resume_as_job(
+    folder: str, address: str, namespace: str | None, live: bool, changes: Mapping[str, Any]
+) -> SweepResult:
     """`saeray.resume` as a job on the cluster."""
     name = Folder.at(folder).name
     place = below_home(folder) if "/" in folder else folder  # or a name that the cluster knows
-    return follow(address, ["sweep", "--resume", place], namespace, name, {}, live)
+    arguments = ["sweep", "--resume", place]
+    for key, value in changes.items():
+        arguments += ["--set", f"{key}={strict_json.dumps(value)}"]
+    return follow(address, arguments, namespace, name, {}, live)
 
 
 def below_home(path: str) -> str:

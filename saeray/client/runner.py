@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeray.client.changes import checked, refuse_running
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
 from saeray.client.ending import driving
 from saeray.client.result import SweepResult
@@ -114,6 +115,7 @@ def resume(
     namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> SweepResult:
     """Goes on with a sweep that was interrupted, to the files an uninterrupted one gives.
 
@@ -124,9 +126,11 @@ def resume(
     Args:
         folder: of the sweep: its path or URI (from outside a cluster: its path there), or the
             name of a sweep that the cluster knows (`saeray status`).
+        changes: `{"resources": {"harvesters": 2}}`: where it runs, which changes no byte; and
+            `training_tokens`, which may become more (docs/faults.md says of which SAEs).
 
     Raises:
-        ConfigError: no sweep is there, or its sweep.yaml is damaged.
+        ConfigError: no sweep is there, its sweep.yaml is damaged, or a change that can't be made.
     """
     refuse_takeover(scheduler)
     began, address = time.time(), chosen(address)
@@ -134,23 +138,30 @@ def resume(
         from saeray.client.jobs import resume_as_job
 
         assert address is not None
-        return resume_as_job(str(folder), address, namespace, live)
+        return resume_as_job(str(folder), address, namespace, live, changes or {})
     if is_outside(address):
         with connected(address, namespace):
             from saeray.client import driver
 
-            return driver.resume(str(folder), scheduler, live)
+            return driver.resume(str(folder), scheduler, live, changes or {})
     place = Folder.at(folder)
     if address not in (None, LOCAL) and "/" not in str(folder) and not place.names():
         with connected(address, namespace):
             from saeray.cluster import registry
 
             place = Folder.at(registry.folder_called(str(folder)) or folder)
-    done = done_already(place)
+    write = checked(place, changes or {})
+    done = done_already(place) if not changes else None
     if done is not None:
         return done
-    saes = saes_of(place)
     with driving(place), connected(address, namespace) as ends_ray:
+        if changes:
+            refuse_running(place)
+            write()
+            done = done_already(place)
+            if done is not None:
+                return done
+        saes = saes_of(place)
         result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
     return result.with_all_ended()
 

@@ -216,11 +216,15 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
     )
 
 
+def tokens_of_checkpoints(folder: Folder) -> list[int]:
+    """After how many tokens the checkpoints below `folder` are, valid or not, the newest first."""
+    return sorted((int(n) for n in folder.names() if re.fullmatch(r"\d+", n)), reverse=True)
+
+
 def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint below `folder`, and why newer ones were passed over."""
     passed_over: list[str] = []
-    by_tokens = sorted((int(n) for n in folder.names() if re.fullmatch(r"\d+", n)), reverse=True)
-    for tokens in by_tokens:
+    for tokens in tokens_of_checkpoints(folder):
         try:
             return load_checkpoint(folder / str(tokens)), passed_over
         except Damaged as damage:
@@ -230,9 +234,8 @@ def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
 
 def delete_others(folder: Folder, keep: set[int]) -> None:
     """Deletes the checkpoints below `folder` but those at `keep` tokens."""
-    for name in folder.names():
-        if re.fullmatch(r"\d+", name) and int(name) not in keep:
-            (folder / name).delete()
+    for tokens in {*tokens_of_checkpoints(folder)} - keep:
+        (folder / str(tokens)).delete()
     if folder.exists() and not folder.names():
         folder.delete()
 

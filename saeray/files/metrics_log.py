@@ -53,6 +53,13 @@ def read_lines(folder: Folder) -> list[dict[str, Any]]:
     return [line for line in map(line_of, texts) if line is not None]
 
 
+def cut(folder: Folder, step: int) -> None:
+    """Takes the lines after a step out of the log of the SAE with this folder."""
+    lines = [line for line in read_lines(folder) if line["step"] <= step]
+    if "metrics.jsonl" in folder.names():
+        folder.write("metrics.jsonl", "".join(text_of(line) + "\n" for line in lines).encode())
+
+
 class MetricsLog:
     """metrics.jsonl while it is written. Steps logged before a restart are not logged again."""
 
