@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from saeray.errors import ConfigError, bad_value, nearest
-from saeray.files.checkpoint import tokens_of_checkpoints
 from saeray.files.metrics_log import cut
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import Outcome, SweepFolder
@@ -153,7 +152,7 @@ def starts_of(
             continue  # failed, or stopped by a scheduler: it stays as it is
         refuse_what_depends_on_the_end(config)
         common = common_steps(config)
-        at = tokens_of_checkpoints(files.folder / "trials" / name / "checkpoints")
+        at = (files.folder / "trials" / name / "checkpoints").numbers()
         steps = [t // config.train_batch_size for t in at]
         usable = [step for step in steps if step <= common]
         if known[name].state == DONE and not usable:
@@ -179,7 +178,7 @@ def go_on(
     """Takes away what these SAEs have of later steps than that they go on from."""
     for name, start in starts.items():
         trial, batch = files.folder / "trials" / name, new[name].train_batch_size
-        for tokens in tokens_of_checkpoints(trial / "checkpoints"):
+        for tokens in (trial / "checkpoints").numbers():
             if tokens > start * batch:
                 (trial / "checkpoints" / str(tokens)).delete()
         cut(trial, start)

@@ -163,5 +163,4 @@ def epitaph(folder: Folder) -> str:
 
 def newest_saved(folder: Folder, trial: str) -> int:
     """Tokens of the newest checkpoint of an SAE; 0 where it has none."""
-    names = (folder / "trials" / trial / "checkpoints").names()
-    return max((int(n) for n in names if n.isdigit()), default=0)
+    return max((folder / "trials" / trial / "checkpoints").numbers(), default=0)

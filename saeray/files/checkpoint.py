@@ -10,7 +10,6 @@ was cut off or damaged is noticed and an older one is used.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -216,15 +215,10 @@ def load_checkpoint(folder: Folder) -> Checkpoint:
     )
 
 
-def tokens_of_checkpoints(folder: Folder) -> list[int]:
-    """After how many tokens the checkpoints below `folder` are, valid or not, the newest first."""
-    return sorted((int(n) for n in folder.names() if re.fullmatch(r"\d+", n)), reverse=True)
-
-
 def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint below `folder`, and why newer ones were passed over."""
     passed_over: list[str] = []
-    for tokens in tokens_of_checkpoints(folder):
+    for tokens in folder.numbers():
         try:
             return load_checkpoint(folder / str(tokens)), passed_over
         except Damaged as damage:
@@ -234,7 +228,7 @@ def newest_checkpoint(folder: Folder) -> tuple[Checkpoint | None, list[str]]:
 
 def delete_others(folder: Folder, keep: set[int]) -> None:
     """Deletes the checkpoints below `folder` but those at `keep` tokens."""
-    for tokens in {*tokens_of_checkpoints(folder)} - keep:
+    for tokens in {*folder.numbers()} - keep:
         (folder / str(tokens)).delete()
     if folder.exists() and not folder.names():
         folder.delete()

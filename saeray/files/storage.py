@@ -7,6 +7,7 @@ and renamed into it; on an object store, where a put is atomic, the file named l
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -84,6 +85,10 @@ class Folder:
         """Names of what lies directly in it; none when it does not exist."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def numbers(self) -> list[int]:
+        """The names in it that are whole numbers, the largest first."""
+        return sorted((int(n) for n in self.names() if re.fullmatch(r"[0-9]+", n)), reverse=True)
 
     def files(self) -> dict[str, int]:
         """Every file below it, by its path from here, with its size in bytes."""
