@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from saeray.client.features_at_end import cost_at_end
 from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.wandb_key import lacking
 from saeray.spec.checks import cautions
@@ -117,6 +118,9 @@ def plan(config: LanguageModelSAERunnerConfig, cluster: Cluster | None) -> list[
             f"  buffer: {buffer.slots} blocks, {buffer.buffer_bytes:,} bytes of the object store"
         )
         lines += [f"  {text}" for text in placed(configs, of, buffer.buffer_bytes, cluster)]
+        if configs[0].features:
+            widest = max(c.d_sae(of.d_in[c.hooks_read[0]]) for c in configs)
+            lines.append(f"  {cost_at_end(configs[0], len(saes), widest)}")
     return lines + [f"! {text}" for text in dict.fromkeys(warnings)]
 
 

@@ -1,4 +1,4 @@
-"""The options of `saeray features`; what it does is in `features`, imported when asked for."""
+"""The options of `saeray features`; what it does is in `features_asked`, imported then."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def add_features(commands: Any, addresses: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from saeray.client.features import features_command
+    from saeray.client.features_asked import features_command
 
     return features_command(arguments)

@@ -8,6 +8,7 @@ process is outside of, in an actor (`driver`) or as a job (`jobs`).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from saeray.client.changes import checked, refuse_running
 from saeray.client.connect import LOCAL, chosen, connected, is_jobs, is_outside
 from saeray.client.ending import driving
+from saeray.client.features_at_end import left_at_end, make_at_end
 from saeray.client.result import SweepResult
 from saeray.client.session import (
     ask_for,
@@ -153,17 +155,35 @@ def resume(
     write = checked(place, changes or {})
     done = done_already(place) if not changes else None
     if done is not None:
-        return done
+        return with_pages(done, address, namespace, live)
     with driving(place), connected(address, namespace) as ends_ray:
         if changes:
             refuse_running(place)
             write()
             done = done_already(place)
             if done is not None:
-                return done
+                return done  # only where it runs has changed
         saes = saes_of(place)
         result = run(saes, place, place.name, scheduler, live, ends_ray, resuming=True, began=began)
     return result.with_all_ended()
+
+
+def with_pages(
+    result: SweepResult, address: str | None, namespace: str | None, live: bool
+) -> SweepResult:
+    """A sweep that has ended, with those of its pages of features that were left to be made."""
+    config = saes_of(result.folder)[0].config
+    if left_at_end(result.folder, config, result.rows) is None:
+        return result
+
+    def say(text: str) -> None:
+        if live:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    with driving(result.folder), connected(address, namespace):
+        prevented = make_at_end(result.folder, config, result.rows, say)
+    result.status.warnings = [] if prevented is None else [prevented]
+    return result
 
 
 def language_model_sae_runner(

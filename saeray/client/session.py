@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from saeray.client.features_at_end import left_at_end, make_at_end
 from saeray.client.result import SweepResult
 from saeray.client.speed import Times
 from saeray.client.status_file import StatusFile
 from saeray.cluster.cost import write_down
-from saeray.errors import ConfigError, SaerayError, bad_value
+from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.seeds import add_stability
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
@@ -97,6 +99,17 @@ def run(
     status.warnings += left_out
     times = Times(began, time.time(), trained_before)
     prevented = write_down(folder, status, times)
+    status.warnings += [prevented] if prevented else []
+
+    def tell(text: str) -> None:
+        status.phase = f"pages of features: {text}"
+        if live:
+            print(printable(text), file=sys.stderr, flush=True)
+        for look in (watched, note.write if note is not None else None):
+            if look is not None:
+                look(status)
+
+    prevented = make_at_end(folder, saes[0].config, rows, tell)
     status.warnings += [prevented] if prevented else []
     if note is not None:
         note.write(status, rows, times)
@@ -261,6 +274,8 @@ def done_already(place: Folder) -> SweepResult | None:
     ]
     status = SweepStatus(rows, "done already")
     found, status.warnings = add_stability(place, files.read_rows(), STABILITY_SECONDS)
+    if left_at_end(place, saes[0].config, found) is not None:
+        status.warnings.append(f"pages of features are not made yet: saeray features {place.uri}")
     return SweepResult(place.name, place, found, status)
 
 

@@ -205,4 +205,10 @@ def one_sae(config: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfi
             "a trial is one SAE; give Tune the grid (tune.grid_search([…]), tune.choice([…])) and "
             "the scheduler, or take saeray.sweep.",
         )
+    if config.features:
+        raise bad_value(
+            "features",
+            config.features,
+            "are of a sweep's frontier; `saeray features` makes pages once tune.run has ended.",
+        )
     return config

@@ -22,6 +22,7 @@ from saeray.files import strict_json
 from saeray.sae.architectures.base import SAE, folded
 from saeray.spec.architectures import widths_of
 from saeray.spec.synthetic import is_synthetic
+from saeray.spec.transcoder import layer_of
 
 Files = dict[str, bytes]  # by name
 
@@ -95,11 +96,6 @@ def with_unit_rows(sae: SAE) -> SAE:
     unit = sae.with_tensors(tensors)
     unit.cfg = sae.cfg
     return unit
-
-
-def layer_of(hook_name: str | None) -> int | None:
-    found = re.search(r"blocks\.(\d+)\.", hook_name or "")
-    return int(found[1]) if found else None
 
 
 def refuse_transcoder(sae: SAE, form: str) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from saeray.files import feature_data, strict_json
 from saeray.files.feature_data import Context, FeatureData
 from saeray.files.storage import Folder
+from saeray.spec.transcoder import layer_of
 
 PER_BATCH = 128  # features of one file, SAEDashboard's own default
 ROUNDED = 3  # decimals of logits and histograms, as there
@@ -56,9 +57,8 @@ def model_id(data: FeatureData) -> str:
     return {"gpt2": "gpt2-small"}.get(name, name)
 
 
-def layer_of(data: FeatureData) -> int:
-    found = re.match(r"blocks\.(\d+)\.", data.about["writes_to"])
-    return int(found.group(1)) if found else 0
+def layer(data: FeatureData) -> int:
+    return layer_of(data.about["writes_to"]) or 0
 
 
 def set_name(data: FeatureData) -> str:
@@ -68,7 +68,7 @@ def set_name(data: FeatureData) -> str:
 
 
 def source_id(data: FeatureData) -> str:
-    return f"{layer_of(data)}-{set_name(data)}"
+    return f"{layer(data)}-{set_name(data)}"
 
 
 # --- SAEDashboard -------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def batches(data: FeatureData) -> Iterator[tuple[str, list[int]]]:
 
 
 def saedashboard(data: FeatureData) -> Iterator[tuple[str, bytes]]:
-    head = {"model_id": model_id(data), "layer": layer_of(data), "sae_set": set_name(data)}
+    head = {"model_id": model_id(data), "layer": layer(data), "sae_set": set_name(data)}
     for name, features in batches(data):
         batch = head | {"sae_id_suffix": None, "features": [dashboard(data, j) for j in features]}
         yield f"{name}.json", as_json(batch)

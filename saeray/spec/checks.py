@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from saeray.errors import bad_value, nearest
 from saeray.spec import architectures
 from saeray.spec.architectures import check_own_values
+from saeray.spec.features import check_features
 from saeray.spec.stream import check_rows
-from saeray.spec.synthetic import check_synthetic
+from saeray.spec.synthetic import check_synthetic, is_synthetic
 from saeray.spec.transcoder import check_transcoder
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def check_values(config: LanguageModelSAERunnerConfig) -> None:
         )
     check_rows(config)
     check_synthetic(config)
+    check_features(config.features, has_text=not is_synthetic(config.model_name))
     check_hook_layer(config)
     check_transcoder(config)
 

@@ -164,6 +164,9 @@ class LanguageModelSAERunnerConfig:
     wandb_entity: str | None = None
     wandb_log_frequency: int = 10  # optimizer steps between log lines
     log_weights_to_wandb: bool = False  # each finished SAE's files as an artifact of its run
+    # saeray: at a sweep's end, pages of what makes the features of the SAEs on its frontier fire;
+    # true, or a number: of tokens that are read for them (true: 262,144)
+    features: bool | int = False
     n_checkpoints: int = 0
     checkpoint_every_s: float | None = 600.0  # saeray: what a crash may cost; only the newest stays
     checkpoint_path: str = "checkpoints"  # where results go when storage_path is not given
@@ -334,6 +337,7 @@ NOT_AN_AXIS = frozenset(
         "reader_lag_s",
         "share_stream",
         "checkpoint_every_s",
+        "features",
         "wait_limit_s",
         "text_version",
         "grid",

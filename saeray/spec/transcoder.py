@@ -7,6 +7,7 @@ at hook_point_out (2406.11944), with `skip_connection` as x W_skip plus what its
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from saeray.errors import bad_value
@@ -19,6 +20,12 @@ def hooks_read(config: Any) -> tuple[str, ...]:
     if config.hook_point_out is None:
         return (read,)
     return (read, config.hook_point_out.replace("{layer}", str(config.hook_point_layer)))
+
+
+def layer_of(hook_name: str | None) -> int | None:
+    """The layer that a hook point is in; None where its name has none."""
+    found = re.search(r"blocks\.(\d+)\.", hook_name or "")
+    return int(found[1]) if found else None
 
 
 def d_out(config: Any, widths: dict[str, int]) -> int:

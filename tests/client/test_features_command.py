@@ -6,7 +6,8 @@ from support import features as of
 from support.finished import finished, sae
 
 from saeray.client.cli import main, parser
-from saeray.client.features import chosen_saes, described, digest_of, sweep_and_saes, words
+from saeray.client.features import chosen_saes, digest_of, sweep_and_saes
+from saeray.client.features_asked import described, words
 from saeray.errors import ConfigError, SaerayError
 from saeray.files import feature_data
 from saeray.files.storage import Folder

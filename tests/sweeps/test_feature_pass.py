@@ -2,9 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 from support import features as of
 from support.running import pids
 
@@ -75,3 +80,53 @@ def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance, monk
     make(folder, wanted, said.append)
     assert {s: (folder / "features" / s).read(feature_data.FEATURES) for s in "ab"} == kept
     assert [text for text in said if "died" in text]
+
+
+def features_by_command(folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "saeray", "features", folder.path, "--tokens", "60000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def made(folder, names):
+    return {
+        f"{s}/{file}": (folder / "features" / s).read(file)
+        for s in names
+        for file in (feature_data.FEATURES, "index.html", "data/tokens.js")
+    }
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_when_it_is_given_again(tmp_path):
+    folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0), b=of.sparse_sae(1))
+    text = yaml.safe_load(folder.read("sweep.yaml"))
+    for config in text["saes"].values():
+        config["checkpoint_every_s"] = 0.1
+    folder.write("sweep.yaml", yaml.safe_dump(text).encode())
+    whole = features_by_command(folder)
+    said = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, said
+    kept = made(folder, "ab")
+    (folder / "features").delete()
+    first = features_by_command(folder)
+    deadline = time.monotonic() + 200
+    while not any(name.endswith("/parts.json") for name in (folder / "features").files()):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    below = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait(timeout=60)
+    first.stdout.close()
+    psutil.wait_procs(below, timeout=60)  # what it has started ends with it
+    assert not any(p.is_running() for p in below)
+    assert "a" not in (folder / "features").names()  # it was in the middle
+    again = features_by_command(folder)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert "parts that were saved" in said
+    assert made(folder, "ab") == kept
+    assert set((folder / "features").names()) == {"a", "b", "index.html"}
