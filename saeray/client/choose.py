@@ -114,7 +114,8 @@ def compared(rows: Sequence[dict[str, Any]], everything: bool = False) -> list[s
             if on:
                 shares = ", ".join(f"{n} of {sweep}" for sweep, n in on.most_common())
                 lines.append(f"on the frontier of L0 and {mark}: {shares}")
-    return [*lines, *seeds.table(rows), *(f"! {text}" for text in frontier.cautions(rows))]
+    over_seeds = [f"{label:<40} {figures}" for label, figures in seeds.table(rows)]
+    return [*lines, *over_seeds, *(f"! {text}" for text in frontier.cautions(rows))]
 
 
 def key(row: frontier.Row) -> tuple[str, str]:

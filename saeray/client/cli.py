@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -96,7 +97,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         address=arguments.address,
         namespace=arguments.namespace,
     )
-    print(printable(result.summary()))
+    print(printable(result.summary(terminal_width())))
     return 0 if result.ok else 1
 
 
@@ -122,8 +123,13 @@ def resume_command(arguments: argparse.Namespace) -> int:
         namespace=arguments.namespace,
         changes=changes_from(arguments.set),
     )
-    print(printable(result.summary()))
+    print(printable(result.summary(terminal_width())))
     return 0 if result.ok else 1
+
+
+def terminal_width() -> int | None:
+    """None: nobody reads along, and what stands in a file or goes to a program has whole names."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def status_command(arguments: argparse.Namespace) -> int:

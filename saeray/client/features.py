@@ -1,4 +1,4 @@
-"""Contexts, logits and neighbours of every feature, as pages: `saeray features`, or at a sweep's end.
+"""Contexts, logits and neighbours of every feature, as pages: of a command, or of a sweep's end.
 
 One pass over text per stream for all chosen SAEs at once (`stream.feature_pass`), on this machine
 or on a cluster; SAEs whose features are there already, from the same weights and as many tokens,

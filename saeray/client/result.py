@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+
+from saeray.client.live_table import fitted_names, in_the_middle
 from saeray.client.speed import Times, account, human
 from saeray.client.text_plot import plotted
-from saeray.errors import ConfigError, SaerayError, nearest
+from saeray.errors import ConfigError, SaerayError, nearest, printable
 from saeray.files import frontier, seeds
 from saeray.files.results import COLUMNS
 from saeray.files.storage import Folder
@@ -83,9 +86,12 @@ class SweepResult:
         """
         return dataframe(self.rows)
 
-    def summary(self) -> str:
-        """A table of the SAEs, the frontier, the account of tokens, and where everything is."""
-        lines = table(self.rows)
+    def summary(self, width: int | None = None) -> str:
+        """A table of the SAEs, the frontier, the account of tokens, and where everything is.
+
+        width: of the terminal, for the table: names that are too long for it are shortened.
+        """
+        lines = table(self.rows, width)
         lines += plotted(self.rows)
         status = self.status
         one_pass = sum(status.pass_tokens)
@@ -197,27 +203,59 @@ def cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines: a row per SAE, marked where it is on a frontier; then the figures over seeds."""
-    columns = {"L0": ("l0", 8, ".1f"), "expl.var": ("explained_variance", 9, ".3f")}
+def table(rows: list[dict[str, Any]], width: int | None = None) -> list[str]:
+    """Lines: a row per SAE, marked where it is on a frontier; then the figures over seeds.
+
+    width: of the terminal; names are shortened to fit into it. None: as long as they are.
+    """
+    columns = {"L0": ("l0", 7, ".1f"), "expl.var": ("explained_variance", 8, ".3f")}
     if any(row.get("mcc") is not None for row in rows):  # the features are known
         columns |= KNOWN_FEATURES
     else:
-        columns["CE score"] = ("ce_loss_score", 9, ".3f")
-    columns["dead"] = ("dead_features", 6, ".0f")
+        columns["CE score"] = ("ce_loss_score", 8, ".3f")
+    columns["dead"] = ("dead_features", 5, ".0f")
     if any(row.get(seeds.COLUMN) is not None for row in rows):
-        columns["PW-MCC"] = (seeds.COLUMN, 7, ".3f")
-    heads = " ".join(f"{title:>{width}}" for title, (_, width, _) in columns.items())
-    lines = [f"{'SAE':<44} {'status':<8} {heads}  frontier"]
+        columns["PW-MCC"] = (seeds.COLUMN, 6, ".3f")
+    heads = " ".join(f"{title:>{w}}" for title, (_, w, _) in columns.items())
     marks = frontier.marks(rows)
-    for row, mark in zip(rows, marks, strict=True):
+    states = [row["status"] for row in rows]
+    state = max(map(len, ["status", *states]))
+    head, names = fitted(
+        [printable(row["trial"]) for row in rows],
+        None if width is None else width - state - len(heads) - len("    frontier"),
+    )
+    wide = max(cell_len(name) for name in (head, *names))
+    lines = [f"{padded(head, wide)} {'status':<{state}} {heads}  frontier"]
+    for row, name, mark in zip(rows, names, marks, strict=True):
         cells = [f"{cell(row.get(key), form):>{w}}" for key, w, form in columns.values()]
-        lines.append(f"{row['trial']:<44} {row['status']:<8} {' '.join(cells)}  {mark}".rstrip())
+        line = f"{padded(name, wide)} {row['status']:<{state}} {' '.join(cells)}  {mark}"
+        lines.append(line.rstrip())
         if row["error"]:
             lines.append(f"    {row['error']}")
     if any(marks):
         lines.append("frontier: no sparser SAE has a lower FVU (FVU), or a higher CE score (CE)")
-    return lines + seeds.table(rows)
+    over_seeds = seeds.table(rows)
+    if not over_seeds:
+        return lines
+    (head, *labels), figures = zip(*over_seeds, strict=True)
+    room = None if width is None else width - 2 - max(map(len, figures))
+    _, names = fitted(labels, room)
+    if room is not None:
+        head = in_the_middle(head, max([*map(cell_len, names), room]))
+    wide = max(cell_len(name) for name in (head, *names))
+    over = zip((head, *names), figures, strict=True)
+    return lines + [f"{padded(name, wide)} {text}" for name, text in over]
+
+
+def fitted(names: Sequence[str], width: int | None) -> tuple[str, list[str]]:
+    """Names of at most `width` cells, but never of fewer than a dozen, and what heads them."""
+    if width is None:
+        return "SAE", list(names)
+    return fitted_names(names, max(12, width))
+
+
+def padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
 
 
 def dataframe(rows: list[dict[str, Any]]) -> pandas.DataFrame:

@@ -95,21 +95,23 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Lines with each group's figures, mean ± interval; none where there are no groups.
+def table(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Each group's label and its figures, mean ± interval, under a head; none without groups.
 
     PW-MCC has no interval: its pairs share SAEs, so they are not independent.
     """
     groups = seed_groups(rows)
     if not groups:
         return []
-    lines = [line("over seeds, mean ± 95 % interval", "seeds", "L0", "FVU", "CE score", "PW-MCC")]
+    lines = [
+        ("over seeds, mean ± 95 % interval", in_columns("seeds", "L0", "FVU", "CE score", "PW-MCC"))
+    ]
     for group in groups:
         found = [(group.over_seeds(name), form) for name, form in FIGURES.items()]
         figures = ["–" if i is None else plus_minus(i, form) for i, form in found]
         alike = group.over_seeds(COLUMN)
         stability = "–" if alike is None else f"{alike.mean:.3f}"
-        lines.append(line(group.label, str(len(group.rows)), *figures, stability))
+        lines.append((group.label, in_columns(str(len(group.rows)), *figures, stability)))
     return lines
 
 
@@ -117,9 +119,9 @@ def plus_minus(of: Interval, form: str) -> str:
     return f"{of.mean:{form}}" + ("" if of.half is None else f" ± {of.half:{form}}")
 
 
-def line(label: str, *cells: str) -> str:
+def in_columns(*cells: str) -> str:
     widths = (5, 13, 15, 15, 6)
-    return f"{label:<40} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+    return " ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
 
 
 class Stability(NamedTuple):

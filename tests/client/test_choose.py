@@ -10,6 +10,7 @@ from support.finished import finished, sae
 
 import saeray
 from saeray.client.cli import main
+from saeray.client.result import table
 from saeray.errors import ConfigError, SaerayError
 from saeray.files.results import results_table
 from saeray.files.storage import Folder
@@ -70,6 +71,28 @@ def test_a_summary_marks_the_frontier(one):
     assert [line.split()[0] for line in lines if line.endswith("  FVU")] == ["high"]
     assert lines[0].endswith("dead  frontier")
     assert max(map(len, lines[:6])) <= 100
+
+
+def test_a_summary_fits_the_terminal(tmp_path):
+    """At 80 columns; a file has whole names, which lead to the SAEs."""
+    base = "lr=0.0002,l1_coefficient=0.000{},expansion_factor=16,seed={}"
+    of = {
+        base.format(i, seed): sae(
+            10.0 * i, 0.6 + 0.1 * i, 0.9, l1_coefficient=1e-4 * i, seed=seed, W_dec=torch.eye(4),
+            state="interrupted" if (i, seed) == (3, 2) else "done",
+        )
+        for i in (1, 2, 3)
+        for seed in (1, 2)
+    }  # fmt: skip
+    result = saeray.load_sweep(finished(tmp_path / "s", **of).path)
+    narrow, wide = (table(result.rows, width) for width in (80, None))
+    assert max(map(len, narrow)) < 80 < max(map(len, wide))
+    assert narrow[0].split()[:3] == ["l1_coefficient", "seed", "status"]
+    assert [line.split()[:3] for line in narrow[1:4]] == [
+        ["0.0001", "1", "done"], ["0.0001", "2", "done"], ["0.0002", "1", "done"],
+    ]  # fmt: skip
+    assert [line.split()[0] for line in wide[1:7]] == [*of]
+    assert [line.split()[0] for line in narrow[-3:]] == ["over", "0.0001", "0.0002"]
 
 
 def test_a_summary_has_the_figures_over_seeds(tmp_path):

@@ -76,10 +76,10 @@ def test_stability_is_a_column_of_the_results(tmp_path):
     before = folder.read("results.parquet")
     assert seeds.stability(folder, rows) == ({}, [])
     assert folder.read("results.parquet") == before
-    lines = seeds.table(rows)
-    assert len(lines) == 2
-    assert "12.0 ± 5.0" in lines[1]
-    assert lines[1].endswith(" 0.667")  # (1 + 1/2 + 1/2) / 3 pairs
+    (_, (label, figures)) = seeds.table(rows)
+    assert label == "lr=0.001,l1_coefficient=0.001"
+    assert "12.0 ± 5.0" in figures
+    assert figures.endswith(" 0.667")  # (1 + 1/2 + 1/2) / 3 pairs
 
 
 def test_a_sweep_that_still_runs_is_not_written_to(tmp_path):
