@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -96,9 +97,16 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         storage_path=arguments.storage_path,
         address=arguments.address,
         namespace=arguments.namespace,
+        given=as_given(arguments.file, arguments.set),
     )
     print(printable(result.summary(terminal_width())))
     return 0 if result.ok else 1
+
+
+def as_given(file: str, overrides: list[str]) -> str:
+    """The text of a sweep file, under what the command line has changed of it."""
+    lines = [f"# saeray sweep {file}"] + [f"#   --set {shlex.quote(text)}" for text in overrides]
+    return "\n".join([*lines, Path(file).read_text(encoding="utf-8")])
 
 
 def resume_command(arguments: argparse.Namespace) -> int:

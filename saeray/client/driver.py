@@ -131,6 +131,7 @@ def sweep(
     asked: LanguageModelSAERunnerConfig,
     scheduler: Any,
     live: bool,
+    given: str | None = None,
 ) -> SweepResult:
     """`saeray.sweep` on the cluster this process is a client of."""
     assert config.name is not None and config.storage_path is not None
@@ -146,7 +147,7 @@ def sweep(
     folder, saes = seen_from_here((Folder.at(there) / config.name).uri), expand(config)
     if home is not None:
         refuse_existing(home / config.name, config.name)
-    ask_for(folder, asked, saes)
+    ask_for(folder, asked, saes, given)
     return drive(saes, folder, scheduler, live, home and home / config.name)
 
 

@@ -47,6 +47,7 @@ def sweep(
     namespace: str | None = None,
     scheduler: Any = None,
     live: bool = True,
+    given: str | None = None,
 ) -> SweepResult:
     """Trains the grid that `config` spans (a list in a field is an axis), one LM pass for all.
 
@@ -64,6 +65,7 @@ def sweep(
         scheduler: a Ray Tune scheduler; default: the config's, or FIFO. Use `n_training_tokens` as
             time_attr.
         live: draw a table while it runs (plain lines when not a terminal).
+        given: the text of a sweep file, to be kept as given.yaml in the sweep's folder.
 
     Raises:
         ConfigError: bad input, before anything is spent.
@@ -94,11 +96,11 @@ def sweep(
         with connected(address, namespace):
             from saeray.client import driver
 
-            return driver.sweep(config, asked, scheduler, live)
+            return driver.sweep(config, asked, scheduler, live, given)
     config = with_absolute_paths(config)
     assert config.name is not None and config.storage_path is not None
     folder, saes = Folder.at(config.storage_path) / config.name, expand(config)
-    versions = ask_for(folder, with_absolute_paths(asked), saes)
+    versions = ask_for(folder, with_absolute_paths(asked), saes, given)
     try:
         with driving(folder), connected(address, namespace) as ends_ray:
             result = run(

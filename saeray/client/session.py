@@ -35,6 +35,7 @@ from saeray.spec.messages import ENDS, SAERow, SweepStatus
 from saeray.spec.points import with_paths
 
 TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
+GIVEN = "given.yaml"  # in the sweep's folder: the sweep file, with its comments
 STABILITY_SECONDS = 60.0  # of a core, at a sweep's end; more is for `saeray compare --stability`
 
 
@@ -223,10 +224,15 @@ def refuse_existing(folder: Folder, name: str) -> None:
         )
 
 
-def ask_for(folder: Folder, asked: LanguageModelSAERunnerConfig, saes: list[SAE]) -> dict[str, Any]:
+def ask_for(
+    folder: Folder,
+    asked: LanguageModelSAERunnerConfig,
+    saes: list[SAE],
+    given: str | None = None,
+) -> dict[str, Any]:
     """Writes down what a new sweep shall be: from now on it can be resumed. Answers `provenance`.
 
-    asked: its config as it was given.
+    asked: its config as it was given. given: the text of its sweep file, where there is one.
 
     Raises:
         ConfigError: something is there already.
@@ -236,6 +242,8 @@ def ask_for(folder: Folder, asked: LanguageModelSAERunnerConfig, saes: list[SAE]
     SweepFolder(folder, folder.name).write_sweep_yaml(
         {s.name: s.config for s in saes}, versions, {}, given_fields(asked)
     )
+    if given is not None:
+        folder.write(GIVEN, given.encode())
     return versions
 
 

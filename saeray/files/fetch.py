@@ -7,10 +7,27 @@ import sys
 from pathlib import Path, PurePosixPath
 
 from saeray.files.storage import Folder
+from saeray.files.sweep_folder import SweepFolder
 
 # What is written anew with the same name, and may have the same size.
-GROWING = ("metrics.jsonl", "results.csv", "results.parquet", "account.json", "report.html")
+GROWING = (
+    "sweep.yaml",
+    "metrics.jsonl",
+    "results.csv",
+    "results.parquet",
+    "account.json",
+    "report.html",
+)
 PIECE = 16 * 2**20  # bytes at a time: what a Ray Client carries well
+
+
+def went_on(source: Folder, target: Folder) -> set[str]:
+    """SAEs whose rows are others than when they were fetched: their weights may be, too."""
+    then, now = (
+        {row["trial"]: row | {"path": None} for row in SweepFolder(of, of.name).read_rows()}
+        for of in (target, source)
+    )
+    return {trial for trial, row in now.items() if trial in then and then[trial] != row}
 
 
 def fetch_folder(source: Folder, target: Folder, checkpoints: bool = False) -> tuple[int, int]:
@@ -20,6 +37,7 @@ def fetch_folder(source: Folder, target: Folder, checkpoints: bool = False) -> t
     concerns a running sweep (`.ray/`) stays, and checkpoints do unless they are asked for.
     """
     n_files = n_bytes = 0
+    trained_on = went_on(source, target)
     for name, size in sorted(source.files().items()):
         parts = PurePosixPath(name).parts
         if (
@@ -29,7 +47,7 @@ def fetch_folder(source: Folder, target: Folder, checkpoints: bool = False) -> t
         ):
             continue
         place = Path(target.path) / name
-        growing = name.endswith(GROWING)
+        growing = name.endswith(GROWING) or (parts[0] == "trials" and parts[1] in trained_on)
         if place.is_file() and place.stat().st_size == size and not growing:
             continue
         copy(source, name, size, place)

@@ -2,13 +2,17 @@
 
 import pytest
 import yaml
+from support.configs import config
 from support.finished import finished, sae
 
 import saeray
 from saeray.client.changes import changes_from, checked, common_steps
-from saeray.client.cli import main
+from saeray.client.cli import as_given, main
+from saeray.client.session import ask_for
 from saeray.errors import ConfigError
+from saeray.files.fetch import fetch_folder
 from saeray.files.metrics_log import MetricsLog, read_lines
+from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 
 
@@ -38,10 +42,10 @@ def checkpoint(folder, name, *tokens):
 def test_where_it_runs_may_change(sweep):
     given = ["resources.harvesters=2", "resources.saes_per_trainer=1", "wait_limit_s=60"]
     checked(sweep, changes_from(given))()
-    for config in SweepFolder(sweep, sweep.name).read_configs().values():
-        assert (config.resources.harvesters, config.resources.saes_per_trainer) == (2, 1)
-        assert config.wait_limit_s == 60.0
-        assert config.training_tokens == 80
+    for c in SweepFolder(sweep, sweep.name).read_configs().values():
+        assert (c.resources.harvesters, c.resources.saes_per_trainer) == (2, 1)
+        assert c.wait_limit_s == 60.0
+        assert c.training_tokens == 80
     rows = {r["trial"]: r["status"] for r in SweepFolder(sweep, sweep.name).read_rows()}
     assert rows == {"done": "done", "gone": "interrupted"}
 
@@ -86,8 +90,8 @@ def test_what_depends_on_the_end_cant_be_longer(tmp_path, field, value):
 
 def test_more_tokens_go_on_from_a_checkpoint_that_both_trainings_share(sweep):
     """20 blocks of 4 rows in groups of 2: the last window, of 20 - 8, is served otherwise."""
-    config = SweepFolder(sweep, sweep.name).read_configs()["done"]
-    assert common_steps(config) == (18 * 4 - 4) // 8 == 8
+    before = SweepFolder(sweep, sweep.name).read_configs()["done"]
+    assert common_steps(before) == (18 * 4 - 4) // 8 == 8
     checkpoint(sweep, "done", 32, 64, 72)
     checkpoint(sweep, "gone", 32)
     checked(sweep, changes_from(["training_tokens=160"]))()
@@ -98,9 +102,9 @@ def test_more_tokens_go_on_from_a_checkpoint_that_both_trainings_share(sweep):
     assert {r["trial"]: (r["status"], r["path"]) for r in files.read_rows()} == {
         "done": ("interrupted", None), "gone": ("interrupted", None),
     }  # fmt: skip
-    for config in files.read_configs().values():
-        assert (config.steps, config.stream_tokens) == (20, 160)
-        assert config.lr_warm_up_steps == 1  # a tenth of the steps that there were
+    for c in files.read_configs().values():
+        assert (c.steps, c.stream_tokens) == (20, 160)
+        assert c.lr_warm_up_steps == 1  # a tenth of the steps that there were
     assert files.known(["done"])["done"].n_training_tokens == 64
 
 
@@ -117,6 +121,33 @@ def test_an_axis_of_the_sweep_cant_change(tmp_path):
     )
     with pytest.raises(ConfigError, match="training_tokens: is an axis of the sweep"):
         checked(folder, {"training_tokens": 320})
+
+
+def test_an_sae_that_went_on_is_fetched_again(tmp_path, capsys):
+    """Its files have the sizes that they had."""
+    there = finished(tmp_path / "there", a=sae(1.0, 0.7, 0.8), b=sae(2.0, 0.8, 0.8, lr=1e-2))
+    for name in "ab":
+        (there / "trials" / name / "final").write("sae_weights.safetensors", b"one")
+    home = Folder.at(tmp_path / "home")
+    fetch_folder(there, home)
+    again = dict(a=sae(1.5, 0.7, 0.8), b=sae(2.0, 0.8, 0.8, lr=1e-2))
+    there = finished(tmp_path / "there", **again)
+    for name in "ab":
+        (there / "trials" / name / "final").write("sae_weights.safetensors", b"two")
+    fetch_folder(there, home)
+    brought = [(home / "trials" / n / "final").read("sae_weights.safetensors") for n in "ab"]
+    assert brought == [b"two", b"one"]
+
+
+def test_the_sweep_file_as_given_is_kept(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("# what for\nlr: [1e-3, 2e-3]\n")
+    given = as_given(str(file), ["lr=[1, 2]"])
+    c = config(name="mine", storage_path=str(tmp_path))
+    place = Folder.at(tmp_path / "mine")
+    ask_for(place, c, [], given)
+    kept = place.read("given.yaml").decode()
+    assert kept == f"# saeray sweep {file}\n#   --set 'lr=[1, 2]'\n{file.read_text()}"
 
 
 def test_the_fields_as_given_are_kept_with_the_changes(sweep):
