@@ -28,6 +28,7 @@ from saeray.cluster.start import started
 from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import (
+    Taken,
     delete_others,
     newest_checkpoint,
     save_checkpoint,
@@ -204,11 +205,13 @@ class Pack:
         every = self.shared.checkpoint_every_s
         time_is_up = every is not None and time.monotonic() - self.saved > every
         time_is_up = time_is_up and not self.writer.busy
+        if self.tune.held:  # whose copies of this step are there
+            time_is_up = time_is_up and all(m.config.logs_at(step) for m in due)
         wanted = due if time_is_up else [m for m in due if step in m.checkpoints]
         if wanted:
             self.wait_until_saved()
             self.writer.write(
-                [ToWrite(m.checkpoints_at, m.config, taken(m.trainer), m.kept) for m in wanted],
+                [ToWrite(m.checkpoints_at, m.config, taken_of(m), m.kept) for m in wanted],
                 {r.name: r.step for r in self.reports},
             )
         if time_is_up:
@@ -256,6 +259,8 @@ class Pack:
             elif m.name in self.tune.held:
                 self.wait_until_saved()  # one copy of an SAE at a time is what is planned for
                 m.held = Held(report._replace(snapshot=None), taken(m.trainer))
+            else:
+                m.held = None  # a roster that was started again knows of none for a moment
             reports.append(report)
         self.tell(reports, reader)
         return gone
@@ -361,6 +366,13 @@ class Pack:
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)
+
+
+def taken_of(m: Member) -> Taken:
+    """A copy of it as it is now: the one that is there, or a new one."""
+    if m.held is not None and m.held.state.step == m.trainer.step:
+        return m.held.state
+    return taken(m.trainer)
 
 
 def snapshot_of(sae: SAE) -> Any:

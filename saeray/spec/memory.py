@@ -28,8 +28,9 @@ TRIAL = 0.12e9  # Tune's process for one SAE, on the head node
 TRIALS_AT_ONCE = 16  # where no scheduler decides on what they report
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
 # Of an SAE in training, in numbers per parameter: weights, two moments of Adam and the gradient;
-# and a copy of the first three, which a checkpoint is written from. Of one SAE at a time this copy
-# is there once more, as the bytes of the files.
+# and a copy of the first three, which a checkpoint is written from (in a bare tune.run it is there
+# all the time: saeray.cluster.held). Of one SAE at a time this copy is there once more, as the
+# bytes of the files.
 COPIED = 3
 NUMBERS_PER_PARAMETER = 4 + COPIED
 
