@@ -13,10 +13,13 @@ import yaml
 from support import features as of
 from support.running import pids
 
+import saeray
 from saeray.client.features import make
+from saeray.client.session import done_already
 from saeray.files import feature_data
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
+from saeray.report.gather import feature_pages
 from saeray.spec.features import Wanted
 from saeray.stream.check import open_text
 from saeray.stream.feature_harvester import FeatureHarvester, FeatureJob
@@ -130,3 +133,18 @@ def test_a_command_that_is_killed_goes_on_when_it_is_given_again(tmp_path):
     assert "parts that were saved" in said
     assert made(folder, "ab") == kept
     assert set((folder / "features").names()) == {"a", "b", "index.html"}
+
+
+@pytest.mark.slow
+def test_resuming_a_sweep_makes_the_pages_that_it_lacks(tmp_path, ray_instance):
+    folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0), b=of.sparse_sae(1))
+    asked = yaml.safe_load(folder.read("sweep.yaml"))
+    for config in asked["saes"].values():
+        config["features"] = 4096
+    folder.write("sweep.yaml", yaml.safe_dump(asked).encode())
+    (said,) = done_already(folder).status.warnings  # as from a laptop
+    assert said == f"pages of features are not made yet: saeray features {folder.uri}"
+    result = saeray.resume(folder.path, live=False)
+    assert result.ok and result.status.warnings == []
+    assert feature_pages(folder) == {"a", "b"}
+    assert done_already(folder).status.warnings == []
