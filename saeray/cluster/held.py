@@ -12,10 +12,15 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from saeray.actors import waiting
-from saeray.files.checkpoint import Taken
+from saeray.files.checkpoint import Taken, taken
+from saeray.sae.trainer import SAETrainer
+from saeray.spec.memory import COPIED
 from saeray.spec.messages import Answer, Report
 
+LEFT_FREE = 0.25  # of a GPU's memory, beside copies on it
 DECISION_SECONDS = 30.0  # that a pack waits for Tune; an SAE whose trial is slower runs ahead of it
 
 
@@ -24,6 +29,16 @@ class Held(NamedTuple):
 
     report: Report
     state: Taken
+
+
+def held_state(trainer: SAETrainer) -> Taken:
+    """A copy of it: on its GPU while much is free there, since one comes every few steps."""
+    device = trainer.sae.W_dec.device
+    if device.type != "cuda":
+        return taken(trainer)
+    free, total = torch.cuda.mem_get_info(device)
+    n_bytes = sum(t.nbytes for t in trainer.sae.tensors.values()) * COPIED
+    return taken(trainer, in_place=free - n_bytes > total * LEFT_FREE)
 
 
 class Decisions:

@@ -20,7 +20,7 @@ from ray.exceptions import ActorUnavailableError
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
-from saeray.cluster.held import Decisions, Held
+from saeray.cluster.held import Decisions, Held, held_state
 from saeray.cluster.options import options_of
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
@@ -258,7 +258,7 @@ class Pack:
                 gone.add(m.name)
             elif m.name in self.tune.held:
                 self.wait_until_saved()  # one copy of an SAE at a time is what is planned for
-                m.held = Held(report._replace(snapshot=None), taken(m.trainer))
+                m.held = Held(report._replace(snapshot=None), held_state(m.trainer))
             else:
                 m.held = None  # a roster that was started again knows of none for a moment
             reports.append(report)

@@ -132,11 +132,11 @@ class Taken(NamedTuple):
     numbers: dict[str, Any]
 
 
-def taken(trainer: SAETrainer) -> Taken:
-    """All that a checkpoint of it is written from, in main memory."""
+def taken(trainer: SAETrainer, in_place: bool = False) -> Taken:
+    """All that a checkpoint of it is written from, in main memory, or (in_place) where it is."""
 
     def copy(t: Tensor) -> Tensor:
-        return t.detach().to("cpu", copy=True)
+        return t.detach().clone() if in_place else t.detach().to("cpu", copy=True)
 
     tensors, numbers = trainer.state()
     published = trainer.published

@@ -13,6 +13,7 @@ from saeray.files.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     save_final,
+    taken,
 )
 from saeray.files.storage import Folder
 from saeray.sae.architectures import ARCHITECTURES
@@ -34,6 +35,20 @@ def trained(c, steps=3, scale=1.0):
     for i in range(steps):
         PackStep().step([trainer], torch.randn(8, 4, generator=torch.Generator().manual_seed(i)))
     return trainer
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copy_of_an_earlier_step_is_written_as_it_was_then(tmp_path, in_place):
+    """As of an SAE that Tune has stopped while it trained on."""
+    c, place = short_run(), Folder.at(tmp_path)
+    t = trained(c)
+    then = taken(t, in_place)
+    PackStep().step([t], torch.randn(8, 4))
+    for name, of in (("then", then), ("again", trained(c))):
+        save_checkpoint(place / name / "checkpoint", c, of)
+        save_final(place / name / "final", c, of)
+    for file in (place / "then").files():
+        assert (place / "then").read(file) == (place / "again").read(file), file
 
 
 def test_the_files_sae_lens_reads(tmp_path):
