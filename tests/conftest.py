@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import ray._private.auto_init_hook as auto_init
-from support.bundled import fields
+from support.bundled import fields, grid
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
@@ -118,6 +118,16 @@ def alone(ray_instance, s3):
     cached = dict(activation_cache=s3("cache"), resources=dict(harvesters=2))
     fields = tiny_fields() | cached | dict(checkpoint_every_s=0.1)
     return saeray.sweep(fields, name="alone", storage_path=s3("results"), live=False)
+
+
+@pytest.fixture(scope="session")
+def six(ray_instance, tmp_path_factory):
+    """A sweep of `grid()`: the result and its folder, in which nobody writes."""
+    import saeray
+
+    folder = tmp_path_factory.mktemp("sweeps")
+    result = saeray.sweep(grid(), name="six", storage_path=folder, live=False)
+    return result, folder / "six"
 
 
 @pytest.fixture(scope="module")

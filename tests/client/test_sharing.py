@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from support.finished import finished, sae
-from support.model_hub import ModelHub
+from support.model_hub import ModelHub, is_the_hub_of_this_process
 from support.peers_python import python_with
 from support.published import config_of, trained
 
@@ -46,16 +46,7 @@ def sweep(tmp_path):
 @pytest.fixture
 def here(hub, tmp_path, monkeypatch):
     """This process' hub is this one; a folder of its own, and a token."""
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("{repo_id}")
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/" + "".join(template[1:])
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    is_the_hub_of_this_process(hub, monkeypatch, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

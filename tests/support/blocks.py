@@ -1,45 +1,50 @@
-"""The code blocks of a page of docs, run in their order by a process of its own."""
+"""The code blocks of README and docs, and the commands that stand in them."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import shlex
+from typing import NamedTuple
 
-RUN = """
-import shlex, sys
-from saeray.client.cli import main
-from support.blocks import blocks_of
+from support.bundled import ROOT
 
-names = {}
-for language, text in blocks_of(sys.argv[1]):
-    for old, new in zip(sys.argv[2::2], sys.argv[3::2]):
-        text = text.replace(old, new)
-    if language == "python":
-        exec(compile(text, text, "exec"), names)
-        continue
-    for line in text.splitlines():
-        assert main(shlex.split(line, comments=True)[1:]) == 0, line
-"""
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+SHELLS = ("", "bash", "sh", "console")  # languages of blocks of commands
+COMMAND = re.compile(r"((?:[A-Z_]+=\S+ +)*)(saeray|python3?)\s")
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+class Command(NamedTuple):
+    environment: dict[str, str]
+    program: str  # saeray or python
+    arguments: list[str]
+    line: str  # as it stands there
+    stdin: str = ""
 
 
 def blocks_of(page):
-    """(language, text) of each block; one of commands has no language."""
-    text = Path(page).read_text(encoding="utf-8")
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    """Of a page by its path in the repository, as they follow each other."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(*each) for each in found]
 
 
-def run_blocks(page, where, replaced, **environment):
-    """Runs all of a page's blocks in a folder, with these texts replaced; what was printed."""
-    pairs = [text for pair in replaced.items() for text in pair]
-    tests = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(p for p in (tests, os.environ.get("PYTHONPATH")) if p)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(page), *pairs],
-        cwd=where,
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+def commands_of(block):
+    """saeray's and Python's; where some lines begin with a prompt, the others are output."""
+    lines = re.sub(r" *\\\n\s*", " ", block.text).splitlines()
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    found, rest = [], iter(lines)
+    for line in rest:
+        begun = COMMAND.match(line)
+        if begun is None:
+            continue
+        environment = dict(one.split("=", 1) for one in begun[1].split())
+        end = re.search(r" <<'(\w+)'$", line)
+        stdin = "" if end is None else "".join(f"{x}\n" for x in iter(lambda: next(rest), end[1]))
+        words = shlex.split(line[: end.start() if end else None], comments=True)
+        arguments = words[len(environment) + 1 :]
+        found.append(Command(environment, begun[2], arguments, line, stdin))
+    return found

@@ -23,3 +23,23 @@ def fields(**of_the_sweep):
         )
         | of_the_sweep
     )
+
+
+def grid(**changes):
+    """The fields of 3 L1 x 2 LR; `six` of conftest.py is its sweep."""
+    six = fields(
+        expansion_factor=4,
+        lr=[1e-3, 3e-3],
+        l1_coefficient=[3e-4, 1e-3, 3e-3],
+        lr_warm_up_steps=4,
+        training_tokens=64 * 1024,
+        train_batch_size=2048,
+        n_batches_in_buffer=8,
+        b_dec_init_rows=512,
+        eval_every=16,
+        wandb_log_frequency=4,
+        n_checkpoints=2,
+        use_ghost_grads=True,
+        log_to_wandb=True,
+    )
+    return six | changes

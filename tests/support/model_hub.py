@@ -19,6 +19,20 @@ import pyarrow as pa
 import yaml
 
 
+def is_the_hub_of_this_process(hub, monkeypatch, cache):
+    """huggingface_hub reads where it is when it is imported; cache: a folder of the test's own."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("{repo_id}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/" + "".join(template[1:])
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+
+
 class ModelHub:
     """repos: name -> path -> bytes. `token`: the one that may write, and see what is private."""
 

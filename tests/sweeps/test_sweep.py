@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 import sys
 import time
 
@@ -12,9 +11,7 @@ import pytest
 import ray
 import torch
 import yaml
-from support.blocks import run_blocks
-from support.bundled import MODEL, ROOT, fields
-from support.model_hub import ModelHub
+from support.bundled import MODEL, grid
 from support.running import weights_of
 from support.wandb_files import read_run
 
@@ -55,34 +52,6 @@ def rosters(sweep):
 
     names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
     return [n for n in names if n.startswith(f"roster:{sweep}:")]
-
-
-def grid(**changes):
-    """The fields of 3 L1 x 2 LR on the bundled model."""
-    six = fields(
-        expansion_factor=4,
-        lr=[1e-3, 3e-3],
-        l1_coefficient=[3e-4, 1e-3, 3e-3],
-        lr_warm_up_steps=4,
-        training_tokens=64 * 1024,
-        train_batch_size=2048,
-        n_batches_in_buffer=8,
-        b_dec_init_rows=512,
-        eval_every=16,
-        wandb_log_frequency=4,
-        n_checkpoints=2,
-        use_ghost_grads=True,
-        log_to_wandb=True,
-    )
-    return six | changes
-
-
-@pytest.fixture(scope="module")
-def six(ray_instance, tmp_path_factory):
-    """A sweep of `grid()`: the result and its folder."""
-    folder = tmp_path_factory.mktemp("sweeps")
-    result = saeray.sweep(grid(), name="six", storage_path=folder, live=False)
-    return result, folder / "six"
 
 
 def test_every_sae_of_the_grid_is_trained(six):
@@ -173,32 +142,6 @@ def test_its_page_and_its_account_are_there(six):
     assert f"{session.harvested_tokens:,}" in page and session.placement[:20] in page
     assert page.count("<tr class=") == 6
     assert f"to look at: {folder}/report.html" in result.summary()
-
-
-def test_the_blocks_of_docs_sharing_run_on_it(six, tmp_path):
-    _, folder = six
-    hub = ModelHub()
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "mine").symlink_to(folder)
-    try:
-        said = run_blocks(
-            ROOT / "docs" / "sharing.md",
-            tmp_path,
-            {"lr=0.002,l1_coefficient=0.0004": "lr=0.001,l1_coefficient=0.0003"},
-            HF_ENDPOINT=hub.url,
-            HF_TOKEN=hub.token,
-            HF_HOME=str(tmp_path / "hf"),
-        )
-    finally:
-        hub.close()
-        shutil.rmtree(folder / "export")
-    assert "<SAE lr=0.001,l1_coefficient=0.0003: standard 128 -> 512 at blocks.2" in said
-    assert {*hub.repos} == hub.private | {"me/one-sae"} == {
-        "me/my-saes", "me/one-sae", "me/from-python",
-    }  # fmt: skip
-    assert len(saeray.load_sweep(tmp_path / "pulled").rows) == 6
-    made = tmp_path / "exported" / "lr=0.001,l1_coefficient=0.0003"
-    assert saeray.load_sae(made).cfg.hook_layer == 2
 
 
 def test_wandb_has_one_offline_run_per_sae_and_one_of_the_sweep(six):
