@@ -176,7 +176,6 @@ def run_python(text, what, names):
 def check_yaml(text, into):
     """Its fields, beside those of a sweep on the bundled model; written where it says its name."""
     given = yaml.safe_load(text)
-    LanguageModelSAERunnerConfig.from_dict(given if "model_name" in given else fields() | given)
     wide = {"training_tokens": 300_000_000, "d_in": 128}
     expand(resolve(LanguageModelSAERunnerConfig.from_dict(fields() | wide | given)))
     named = re.match(r"# (\S+\.yaml)\b", text)
@@ -210,6 +209,24 @@ def test_the_cells_of_the_notebook(here, monkeypatch):
     assert names["result"].ok and len(names["frame"]) == 4
     assert int((names["latents"] > 0).sum()) > 0
     assert (ROOT / "examples" / "tiny.ipynb").stat().st_size < 100_000
+
+
+def anchors(text):
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_leads_to_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        to = (ROOT / page).parent / path if path else ROOT / page
+        assert to.exists(), path
+        assert not anchor or anchor in anchors(to.read_text(encoding="utf-8")), f"{path}#{anchor}"
+    named = r"`((?:tests|saeray|benchmarks|sweeps|docs|examples)/[\w./-]+)`"
+    for path in re.findall(named, text):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_table_has_nothing_that_no_page_has():
