@@ -37,6 +37,7 @@ class Instead(NamedTuple):
     why: str
     arguments: tuple[str, ...] = ()
     replaced: tuple[tuple[str, str], ...] = ()
+    words: tuple[tuple[str, str], ...] = ()  # whole arguments in the place of others
 
 
 # What stands in every page for what the test has.
@@ -48,7 +49,12 @@ CLUSTER = Left("needs a cluster; tests/hosts has two machines")
 GPT2 = Left("trains on GPT-2 small, which is not here; test_readme.py runs it up to Ray")
 LONG = Left("a benchmark of minutes to hours")
 DRY = Instead("takes minutes", ("--dry-run",))
-FEW = Instead("takes half a minute", ("--tokens", "8192"))
+ONE = "results/mine/lr=0.001,l1_coefficient=0.0003"
+FEW = Instead(
+    "one SAE, few tokens; test_feature_pass.py has a whole sweep",
+    ("--tokens", "4096"),
+    words=(("results/mine", ONE),),
+)
 WIDE = ("--within", "9")
 
 # Page ("": all) -> what a block of Python holds or a command begins with -> what is done instead.
@@ -87,7 +93,16 @@ TABLE = {
     "docs/quickstart.md": {
         "saeray sweep sweeps/tiny.yaml --name mine": Instead(
             "takes a minute and a half; results/mine is there",
-            ("--set", "training_tokens=32768", "--set", "log_to_wandb=false"),
+            (
+                "--set",
+                "training_tokens=16384",
+                "--set",
+                "eval_windows=4",
+                "--set",
+                "lr=2e-3",
+                "--set",
+                "log_to_wandb=false",
+            ),
             (("mine", "quick"),),
         ),
         "saeray best": Instead("L0 is elsewhere after so few steps", WIDE),
@@ -148,7 +163,8 @@ def run_command(command, what, monkeypatch):
             for option in (a for a in command.arguments if a.startswith("--")):
                 assert f'"{option}"' in source, f"{command.line}: no {option}"
         return
-    arguments = [replaced(one, what) for one in (*command.arguments, *what.arguments)]
+    words = [dict(what.words).get(word, word) for word in command.arguments]
+    arguments = [replaced(word, what) for word in (*words, *what.arguments)]
     with monkeypatch.context() as patched:
         for name, value in command.environment.items():
             patched.setenv(name, value)
