@@ -1,20 +1,19 @@
-"""Blocks of the documentation that name fields and figures, run up to where Ray would start."""
+"""Blocks of README and docs that would train on GPT-2 small, run up to where Ray would start."""
 
 import itertools
-import re
 
 import pytest
 from ray import tune
 from ray.tune.search.sample import Categorical, Float
-from support.bundled import ROOT
+from support.blocks import blocks_of
 
 from saeray.cluster.trial import EVALUATED, SAETrial, one_sae
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.spec.guide import in_our_words
 
 
-def blocks(name, language="python"):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+def python_of(page):
+    return [block.text for block in blocks_of(page) if block.language == "python"]
 
 
 def points(space):
@@ -43,7 +42,7 @@ def check(space, metric):
 def test_the_readmes_tune_example_searches_at_one_l0(monkeypatch):
     asked = {}
     monkeypatch.setattr(tune, "run", lambda trainable, **given: asked.update(given, of=trainable))
-    (block,) = [b for b in blocks("README.md") if "tune.run(" in b]
+    (block,) = [b for b in python_of("README.md") if "tune.run(" in b]
     exec(block, {})
     assert asked["of"] is SAETrial
     check(asked["config"], asked["scheduler"]._metric)
@@ -58,14 +57,14 @@ def test_the_docs_search_is_at_one_l0(monkeypatch):
             raise KeyboardInterrupt  # nothing is run
 
     monkeypatch.setattr(tune, "Tuner", Tuner)
-    (block,) = [b for b in blocks("docs/search.md") if "tune.Tuner(" in b]
+    (block,) = [b for b in python_of("docs/search.md") if "tune.Tuner(" in b]
     with pytest.raises(KeyboardInterrupt):
         exec(block, {})
     check(asked["param_space"], asked["tune_config"].metric)
 
 
 def test_the_guides_snippet_names_fields_that_there_are():
-    (block,) = [b for b in blocks("README.md") if "language_model_sae_runner(cfg)" in b]
+    (block,) = [b for b in python_of("README.md") if "language_model_sae_runner(cfg)" in b]
     made = block.partition("sparse_autoencoder =")[0]
     namespace = {}
     exec(made, namespace)
