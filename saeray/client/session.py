@@ -138,6 +138,9 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
         config={INTERNAL: known},
         scheduler=scheduler,
         verbose=0,
+        # Says nothing either; but the one that Tune takes in a notebook clears the cell's output,
+        # and with it the live view.
+        progress_reporter=tune.CLIReporter(),
         max_failures=TRIAL_RESTARTS,
         # SAEs are trained whether their trial is there or not. Where nothing is decided on what
         # trials report, they come in turns and in the processes of those before them: one takes

@@ -206,6 +206,11 @@ def test_the_blocks_of(page, here, monkeypatch):
 
 
 def test_the_cells_of_the_notebook(here, monkeypatch):
+    def cleared(*_, **__):
+        raise AssertionError("Tune's own reporter would clear the cell's output")
+
+    monkeypatch.setattr("ray.tune.progress_reporter.IS_NOTEBOOK", True)
+    monkeypatch.setattr("ray.tune.progress_reporter.JupyterNotebookReporter", cleared)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     plt.switch_backend("Agg")
     notebook = json.loads((ROOT / "examples" / "tiny.ipynb").read_text(encoding="utf-8"))
