@@ -206,11 +206,10 @@ def test_the_blocks_of(page, here, monkeypatch):
 
 
 def test_the_cells_of_the_notebook(here, monkeypatch):
-    def cleared(*_, **__):
-        raise AssertionError("Tune's own reporter would clear the cell's output")
+    def chosen_by_tune(*_, **__):
+        raise AssertionError("of a notebook it would clear the cell's output, and the live view")
 
-    monkeypatch.setattr("ray.tune.progress_reporter.IS_NOTEBOOK", True)
-    monkeypatch.setattr("ray.tune.progress_reporter.JupyterNotebookReporter", cleared)
+    monkeypatch.setattr("ray.tune.tune._detect_reporter", chosen_by_tune)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     plt.switch_backend("Agg")
     notebook = json.loads((ROOT / "examples" / "tiny.ipynb").read_text(encoding="utf-8"))
