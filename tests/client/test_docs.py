@@ -90,6 +90,10 @@ TABLE = {
         'ray.init("ray://': CLUSTER,
     },
     "docs/performance.md": {"python -": Left("twenty seconds of matrix products")},
+    "docs/plan.md": {
+        "saeray plan sweeps/tiny.yaml --tokens-per-s": Instead("as it is"),
+        "saeray plan": Left("measures for 20 seconds"),
+    },
     "docs/quickstart.md": {
         "saeray sweep sweeps/tiny.yaml --name mine": Instead(
             "takes a minute and a half; results/mine is there",
