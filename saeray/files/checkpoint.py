@@ -30,7 +30,7 @@ from saeray.sae.architectures import ARCHITECTURES, published_sae
 from saeray.sae.architectures.base import SAE, kind_of
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
-from saeray.sae.trainer import SAETrainer
+from saeray.sae.trainer import SAETrainer, final_form
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import SpecialTokens
 from saeray.spec.stream import positions
@@ -130,6 +130,12 @@ class Taken(NamedTuple):
     firing_frequency: Tensor  # [L]
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
+    unit: bool  # the rows of its decoder
+
+    @property
+    def final(self) -> SAE:
+        """What `final/` holds."""
+        return final_form(self.published, self.unit)
 
 
 def taken(trainer: SAETrainer, in_place: bool = False) -> Taken:
@@ -148,6 +154,7 @@ def taken(trainer: SAETrainer, in_place: bool = False) -> Taken:
         copy(trainer.firing_frequency),
         {name: copy(t) for name, t in tensors.items()},
         numbers,
+        trainer.unit,
     )
 
 

@@ -97,10 +97,8 @@ class SAETrainer:
 
     @property
     def final(self) -> SAE:
-        """`published`, with decoder rows of norm 1 if free ones make the same function so."""
-        sae = self.published
-        foldable = isinstance(sae, StandardSAE) and not self.unit
-        return sae.with_tensors(folded(sae)) if foldable else sae
+        """What `final/` holds."""
+        return final_form(self.published, self.unit)
 
     @property
     def lr(self) -> float:
@@ -334,3 +332,9 @@ class SAETrainer:
                 step = step.to(parameter.device)
             self.adam.state[parameter] = {"step": step, **moments}
         return self
+
+
+def final_form(published: SAE, unit: bool) -> SAE:
+    """An SAE with decoder rows of norm 1, if free ones make the same function so."""
+    foldable = isinstance(published, StandardSAE) and not unit
+    return published.with_tensors(folded(published)) if foldable else published
