@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from support.running import STEPS, Ended, config, harvesters_below, held
+from support.running import STEPS, Ended, config
 from support.wandb_files import read_runs, silent_server
 
 from saeray.client.cli import main
@@ -60,9 +60,8 @@ def test_an_offline_sweep_that_was_resumed_is_sent_whole(tmp_path, monkeypatch):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    with held(harvesters_below(process.pid)):  # it can't end by itself meanwhile
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=200)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=200)
     resumed = begin(tmp_path, "--resume", tmp_path / "offline")
     assert resumed.wait(timeout=300) == 0
     parts = [r for r in read_runs(tmp_path / "offline") if r.job_type == "sae"]
