@@ -104,7 +104,7 @@ def test_more_tokens_go_on_from_a_checkpoint_that_both_trainings_share(sweep):
     }  # fmt: skip
     for c in files.read_configs().values():
         assert (c.steps, c.stream_tokens) == (20, 160)
-        assert c.lr_warm_up_steps == 1  # a tenth of the steps that there were
+        assert c.l1_warm_up_steps == 2  # a fifth of the steps that there were
     assert files.known(["done"])["done"].n_training_tokens == 64
 
 
@@ -161,7 +161,7 @@ def test_the_fields_as_given_are_kept_with_the_changes(sweep):
     assert asked["training_tokens"] == 160
     assert asked["resources"] == {"trainer_cpus": 1, "harvesters": 2}
     assert asked["lr"] == [3e-4, 1e-2]
-    assert asked["lr_warm_up_steps"] == 1
+    assert asked["l1_warm_up_steps"] == 2
 
 
 @pytest.mark.slow
