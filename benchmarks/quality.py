@@ -68,7 +68,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "sae_lens 6.54.12, schedules": SCHEDULES,
     "recipe guide": {"recipe": "guide"},
     "recipe sae_lens": {"recipe": "sae_lens"},
-    "recipe guide, lr decay": {"recipe": "guide", "lr_decay_steps": 0.2},
+    "recipe guide, constant lr": {"recipe": "guide", "lr_decay_steps": 0},
     "recipe sae_lens, schedules": {"recipe": "sae_lens", **SCHEDULES},
     "recipe guide-2024": {"recipe": "guide-2024"},
     "recipe anthropic-april": {"recipe": "anthropic-april"},
@@ -77,7 +77,7 @@ DEFAULT = [
     "sae_lens 6.54.12",
     "sae_lens 6.54.12, schedules",
     "recipe guide",
-    "recipe guide, lr decay",
+    "recipe guide, constant lr",
 ]
 
 

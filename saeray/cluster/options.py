@@ -25,7 +25,7 @@ def options_of(
     return TrainingOptions(
         lr=float(config.lr),  # a number by now
         total_steps=config.steps,
-        lr_scheduler_name=config.lr_scheduler_name,
+        lr_scheduler_name=filled(config.lr_scheduler_name),
         lr_warm_up_steps=filled(config.lr_warm_up_steps),
         lr_end=config.lr_end,
         num_cycles=config.num_cycles,

@@ -206,6 +206,7 @@ def check_name(name: str | None) -> None:
 def cautions(config: LanguageModelSAERunnerConfig) -> list[str]:
     """What is odd about the config of one SAE, though it can be meant."""
     found = []
+    assert config.lr_scheduler_name is not None
     warms_up = config.lr_scheduler_name.endswith("warmup") or (
         config.lr_scheduler_name == "linearwarmupdecay"
     )

@@ -101,7 +101,8 @@ class LanguageModelSAERunnerConfig:
     l1_coefficient: float | None = None  # standard, p_anneal, gated; 1e-3 for the guide's loss
     # saeray: active features per row. The coefficient (jumprelu: θ) is steered there; topk's k.
     target_l0: float | None = None
-    lr_scheduler_name: str = "constantwithwarmup"
+    # None: constantwithwarmup, with what the recipe says of lr_decay_steps
+    lr_scheduler_name: str | None = None
     lr_warm_up_steps: int | None = None  # optimizer steps; None: the recipe's
     lr_end: float = 0.0  # a fraction of lr (0.1: a tenth of it), where cosine schedules end
     num_cycles: int = 1  # half cosines of cosineannealingwarmrestarts, of the same length

@@ -74,6 +74,7 @@ RECIPES = {
         decoder_norm="free",
         b_dec_init_method="zeros",
         lr_warm_up_steps=0,
+        lr_decay_steps=Share(0.2),
         l1_warm_up_steps=Share(0.2, at_most=5000),
         gradient_clip=GUIDES_CLIP,
     ),
@@ -111,6 +112,10 @@ def filled(config: Any) -> dict[str, Any]:
         norm, scale = (1.0, 0.1) if config.decoder_norm == "unit" else (0.1, 1.0)
         recipe = dataclasses.replace(recipe, decoder_init_norm=norm, encoder_init_scale=scale)
     values: dict[str, Any] = {"recipe": name} | transcoder.filled(config)
+    if config.lr_scheduler_name is None:
+        values["lr_scheduler_name"] = "constantwithwarmup"
+    elif config.lr_decay_steps is None:
+        values["lr_decay_steps"] = 0  # a schedule that is given is the whole of it
     for field in FIELDS:
         if getattr(config, field) is None and field not in values:
             value = getattr(recipe, field)

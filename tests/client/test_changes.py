@@ -15,18 +15,18 @@ from saeray.files.metrics_log import MetricsLog, read_lines
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 
+CONSTANT = dict(lr_decay_steps=0)  # a rate that does not depend on where the training ends
+SMALL = CONSTANT | dict(store_batch_size=1, context_size=4, n_batches_in_buffer=4)
+
 
 @pytest.fixture
 def sweep(tmp_path):
     """One SAE that is done (10 steps of 8 tokens) and one that was interrupted."""
     made = finished(
         tmp_path / "mine",
-        done=sae(10.0, 0.7, 0.8, store_batch_size=1, context_size=4, n_batches_in_buffer=4),
-        gone=sae(
-            11.0, 0.7, 0.8, state="interrupted", lr=1e-2,
-            store_batch_size=1, context_size=4, n_batches_in_buffer=4,
-        ),
-    )  # fmt: skip
+        done=sae(10.0, 0.7, 0.8, **SMALL),
+        gone=sae(11.0, 0.7, 0.8, state="interrupted", lr=1e-2, **SMALL),
+    )
     for name in ("done", "gone"):
         log = MetricsLog(made / "trials" / name)
         for step in (4, 8, 10):
@@ -82,7 +82,7 @@ def test_what_cant_change_is_refused_by_name(sweep, given, said, capsys):
     ],
 )
 def test_what_depends_on_the_end_cant_be_longer(tmp_path, field, value):
-    folder = finished(tmp_path / "one", x=sae(1.0, 0.7, 0.8, **{field: value}))
+    folder = finished(tmp_path / "one", x=sae(1.0, 0.7, 0.8, **CONSTANT | {field: value}))
     with pytest.raises(ConfigError, match=f"training_tokens: can't be raised where {field} is"):
         checked(folder, {"training_tokens": 160})
     checked(folder, {"resources": {"harvesters": 2}})
@@ -168,7 +168,7 @@ def test_the_fields_as_given_are_kept_with_the_changes(sweep):
 def test_an_sae_that_went_on_is_that_of_a_longer_sweep(ray_instance, tiny, tmp_path):
     """With more harvesters and other packs, too."""
     short = tiny | dict(
-        lr=[1e-3, 2e-3], training_tokens=32 * 1024, n_checkpoints=2, l1_warm_up_steps=6
+        lr=[1e-3, 2e-3], training_tokens=32 * 1024, n_checkpoints=2, l1_warm_up_steps=6, **CONSTANT
     )
     first = saeray.sweep(short, name="first", storage_path=tmp_path, live=False)
     assert first.ok
