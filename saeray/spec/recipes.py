@@ -64,13 +64,13 @@ FREE = Recipe(
 RECIPES = {
     # The guide's loss, so that its coefficients keep their meaning: with the L1 weighted by free
     # rows' norms it is the loss of the same SAE with rows of norm 1, which it is published as. From
-    # a start where every feature reads what it writes; from short rows, which grow as they are of
-    # use, features stay alive that unit ones lose. Of a norm that the loss's gradient always has,
-    # the clip makes every step's gradient the same length: else the first ones, ten times as long
-    # as the later, stay in Adam's second moments for a thousand steps and slow them down. The L1's
-    # slow rise lets features find something to read before it silences them.
+    # a start where every feature reads what it writes, and where rows are as long as they will be:
+    # from a tenth of that, as sae_lens begins, they are late. Of a norm that the loss's gradient
+    # always has, the clip makes every step's gradient the same length: else the first ones, ten
+    # times as long as the later, stay in Adam's second moments for a thousand steps and slow them
+    # down. The L1's slow rise lets features find something to read before it silences them.
     "guide": Recipe(
-        decoder_init_norm=0.1,
+        encoder_init_scale=0.1,
         decoder_norm="free",
         b_dec_init_method="zeros",
         lr_warm_up_steps=0,

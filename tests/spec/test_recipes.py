@@ -19,20 +19,25 @@ def values(**changes):
 
 def test_each_recipe_as_its_source_has_it():
     guide = dict(
-        encoder_init="decoder_transpose", encoder_init_scale=1.0, decoder_init_norm=0.1,
+        encoder_init="decoder_transpose", encoder_init_scale=0.1, decoder_init_norm=1.0,
         decoder_norm="free", mse_normalization="centred_norm", gradient_clip=1e-3,
         b_dec_init_method="zeros", lr_warm_up_steps=0, lr_decay_steps=200,
         l1_warm_up_steps=200, normalize_activations="none", dead_feature_window=100,
     )  # fmt: skip
     assert values() == values(recipe="guide") == guide
     then = guide | dict(
-        encoder_init="independent", decoder_init_norm=1.0, decoder_norm="unit",
+        encoder_init="independent", encoder_init_scale=1.0, decoder_norm="unit",
         b_dec_init_method="geometric_median", lr_warm_up_steps=500, lr_decay_steps=0,
         l1_warm_up_steps=0, gradient_clip=0.0, dead_feature_window=1000,
     )  # fmt: skip
     assert values(recipe="guide-2024") == then
     sae_lens = guide | dict(
-        mse_normalization="sum", gradient_clip=1.0, l1_warm_up_steps=0, lr_decay_steps=0
+        encoder_init_scale=1.0,
+        decoder_init_norm=0.1,
+        mse_normalization="sum",
+        gradient_clip=1.0,
+        l1_warm_up_steps=0,
+        lr_decay_steps=0,
     )
     assert values(recipe="sae_lens") == sae_lens
     # l1 over the first 5 % of 1,000 steps, lr over the last 20 %
