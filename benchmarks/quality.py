@@ -122,7 +122,7 @@ class Benchmark:
         for row in csv.DictReader((folder / "saes" / "results.csv").open()):
             given = float(row["l1_coefficient"]) * self.unit(SYSTEMS[system]["recipe"])
             l1 = min(self.arguments.l1, key=lambda x: abs(x - given))
-            found.append(Sae(system, seed, float(row["lr"]), l1, Path(row["path"])))
+            found.append(Sae(system, seed, float(row["lr"]), l1, folder / "saes" / row["path"]))
         return found
 
     def unit(self, recipe: str) -> float:
