@@ -174,8 +174,11 @@ class SAETrial(tune.Trainable):
         """Tune is done with this trial; an SAE that is still training leaves its pack.
 
         A bare one waits for that: what its last result calls `path` is there when Tune has ended.
-        A sweep of ours waits for all its SAEs itself.
+        A sweep of ours waits for all its SAEs itself. Where nothing decides on results, Tune is done
+        with a process and not with its trial, which may have another one by now (`reset_config`).
         """
+        if not (self.raises or self.decides):
+            return
         try:
             waiting.ask(lambda: self.roster.withdraw.remote(self.name), 10.0, "roster")
             if self.raises:

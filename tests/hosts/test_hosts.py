@@ -271,7 +271,6 @@ def test_a_token_that_is_not_the_clusters_is_told_what_to_set(cluster):
     assert "Traceback" not in refused
 
 
-@pytest.mark.cluster
 def test_a_script_by_ray_submit_with_its_results_on_s3(cluster, undisturbed):
     """(a) The script runs on the head; the laptop fetches from S3, without the cluster."""
     cluster.write_sweep("~/sweep.yaml")
@@ -357,7 +356,7 @@ def test_the_hosts_have_the_package_that_ray_up_gave_them(cluster):
     said = cluster.submit_job("-- python -c 'import saeray; print(saeray.__file__)'")
     assert f"{hosts.HOME}/saeray/saeray/__init__.py" in said
     said = cluster.submit_job("-- saeray status")  # the command, in a job submitted by hand
-    assert re.search(r"^d +done +2/2 +100%", said, re.MULTILINE)
+    assert re.search(r"^c +done +2/2 +100%", said, re.MULTILINE)
 
 
 @pytest.mark.cluster

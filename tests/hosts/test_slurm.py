@@ -99,7 +99,6 @@ def test_ray_has_the_command():
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(hosts.missing()), reason=str(hosts.missing()))
 def test_a_sweep_on_two_nodes():

@@ -13,6 +13,7 @@ import saeray
 from saeray.cluster.options import options_of
 from saeray.files.sweep_folder import SweepFolder
 from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.architectures.standard import with_unit_rows
 from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
 from saeray.sae.ranks import Ranks
@@ -60,7 +61,7 @@ def trained_here(config, x):
     trainer, step = SAETrainer(sae, options), PackStep(1, Ranks(0, 1))
     for batch in x.split(config.train_batch_size)[: config.steps]:
         step.step([trainer], [(batch,)], want_metrics=False)
-    return trainer.published
+    return with_unit_rows(trainer.published)  # as it is saved
 
 
 def test_an_sae_sees_the_rows_that_are_left_and_no_others(ray_instance, tiny, tmp_path):

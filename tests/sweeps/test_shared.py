@@ -115,7 +115,6 @@ def assert_like(mine, undisturbed):
     assert len(mine.weights()) == 1
 
 
-@pytest.mark.cluster
 def test_two_sweeps_share_a_stream_and_clean_up_separately(cluster, undisturbed, tmp_path):
     with connected(cluster.address), ExitStack() as others_held:
         # Each is held as soon as it trains, or it might have ended before the next one does.
