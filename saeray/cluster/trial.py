@@ -174,8 +174,8 @@ class SAETrial(tune.Trainable):
         """Tune is done with this trial; an SAE that is still training leaves its pack.
 
         A bare one waits for that: what its last result calls `path` is there when Tune has ended.
-        A sweep of ours waits for all its SAEs itself. Where nothing decides on results, Tune is done
-        with a process and not with its trial, which may have another one by now (`reset_config`).
+        A sweep of ours waits for all its SAEs itself. Where nothing decides on results, Tune is
+        done with a process, not with its trial, which may have another by now (`reset_config`).
         """
         if not (self.raises or self.decides):
             return
