@@ -197,7 +197,7 @@ def go_on(
 
 def refuse_what_depends_on_the_end(config: LanguageModelSAERunnerConfig) -> None:
     """Raises ConfigError, by the name of what is another one in a longer training from early on."""
-    constant = config.lr_scheduler_name in (None, "constant", "constantwithwarmup")
+    constant = config.lr_scheduler_name in ("constant", "constantwithwarmup")
     steered = config.target_l0 is not None and config.k is None
     depends = {
         "lr_scheduler_name": None if constant else config.lr_scheduler_name,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ray.exceptions import ObjectLostError
 from support.configs import short_run
+from support.linear_model import LinearModel
 from support.training import gone_on_from
 
 from saeray.cluster import resampling
@@ -24,24 +25,6 @@ ORDER = StreamOrder(n_blocks=50, block_rows=4 * CONTEXT, group_blocks=2, seed=0)
 DEAD = slice(2, 7)
 
 
-class Model:
-    """Logits that are activations times a matrix."""
-
-    facts = SimpleNamespace(d_vocab=V)
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.embed = torch.randn(V, D, generator=generator)
-        self.unembed = torch.randn(D, V, generator=generator)
-
-    def activations(self, tokens):
-        return {"hook": self.embed[tokens.long()].reshape(-1, D)}
-
-    def logits(self, tokens, splice=None):
-        x = self.embed[tokens.long()]
-        return (splice["hook"](x) if splice else x) @ self.unembed
-
-
 def tokens_of(block):
     generator = torch.Generator().manual_seed(block)
     return torch.randint(0, V, (ORDER.block_rows // CONTEXT, CONTEXT), generator=generator)
@@ -51,7 +34,7 @@ class Buffer:
     """Answers at once, with the SAEs themselves for snapshots."""
 
     def __init__(self):
-        self.model, self.asked = Model(), []
+        self.model, self.asked = LinearModel("hook", V, D), []
         self.rows_for_dead = SimpleNamespace(remote=self.answer)
 
     def answer(self, wanted, snapshots):

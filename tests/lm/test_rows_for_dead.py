@@ -1,9 +1,8 @@
 """Rows for dead features: a token of each context, by what the SAE does badly there."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from support.linear_model import LinearModel
 
 from saeray.lm import rows_for_dead as under_test
 from saeray.lm.rows_for_dead import rows_for_dead, token_losses
@@ -13,24 +12,6 @@ from saeray.spec.messages import RowsFor
 
 HOOK = "blocks.0.hook_resid_pre"
 V, D, CONTEXT, N = 23, 6, 9, 40
-
-
-class Model:
-    """Logits that are activations times a matrix: `LanguageModel` to others."""
-
-    facts = SimpleNamespace(d_vocab=V)
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.embed = torch.randn(V, D, generator=generator)
-        self.unembed = torch.randn(D, V, generator=generator)
-
-    def activations(self, tokens):
-        return {HOOK: self.embed[tokens.long()].reshape(-1, D)}
-
-    def logits(self, tokens, splice=None):
-        x = self.embed[tokens.long()]
-        return (splice[HOOK](x) if splice else x) @ self.unembed
 
 
 def windows():
@@ -70,7 +51,7 @@ def weights_by_hand(method, model, tokens, sae):
 
 @pytest.mark.parametrize("method", ["anthropic", "l2"])
 def test_a_token_of_each_context_by_its_weight(method, sae, contexts_at_once):
-    model, tokens = Model(), windows()
+    model, tokens = LinearModel(HOOK, V, D), windows()
     by_hand = weights_by_hand(method, model, tokens, sae)
     (found,) = rows_for_dead(model, tokens, 5, [(wanted(method), sae)])
     assert found.rows.shape == (N, D) and found.weights.shape == (N,)
@@ -83,7 +64,7 @@ def test_a_token_of_each_context_by_its_weight(method, sae, contexts_at_once):
 
 
 def test_what_is_picked_depends_on_seed_step_and_block_and_on_no_other_sae(sae):
-    model, tokens = Model(), windows()
+    model, tokens = LinearModel(HOOK, V, D), windows()
     other = initial_sae(D, 8, seed=1, b_dec=torch.zeros(D), dtype=torch.float32)
     (alone,) = rows_for_dead(model, tokens, 5, [(wanted("anthropic"), sae)])
     both = [(wanted("l2"), other), (wanted("anthropic"), sae), (wanted("anthropic"), other)]
@@ -95,7 +76,7 @@ def test_what_is_picked_depends_on_seed_step_and_block_and_on_no_other_sae(sae):
 
 
 def test_a_perfect_sae_has_no_token_to_give():
-    model, tokens = Model(), windows()
+    model, tokens = LinearModel(HOOK, V, D), windows()
     perfect = initial_sae(D, 2 * D, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
     both = torch.cat([torch.eye(D), -torch.eye(D)])
     perfect.W_enc.copy_(both.t())
@@ -127,7 +108,7 @@ def test_tokens_are_picked_in_proportion():
 
 @pytest.mark.parametrize("method", ["anthropic", "l2"])
 def test_tokens_that_no_sae_sees_are_not_picked(method, sae):
-    model, tokens = Model(), windows()
+    model, tokens = LinearModel(HOOK, V, D), windows()
     served = tokens % 3 != 0
     served[5] = False  # a context with none of them
     (found,) = rows_for_dead(model, tokens, 0, [(wanted(method), sae)], served)
