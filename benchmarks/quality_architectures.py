@@ -30,7 +30,7 @@ from peers import ROOT, SETTINGS, environment
 from quality import BATCH, CONTEXT, EXPANSION, SUBJECTS, run
 from safetensors.torch import save_file
 
-from saeray.cluster.pack import options_of
+from saeray.cluster.options import options_of
 from saeray.files.checkpoint import save_final
 from saeray.files.storage import Folder
 from saeray.lm.hub import load_tokenizer

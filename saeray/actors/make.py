@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from saeray.actors.gauges import in_words
+from saeray.actors.names import in_words
 from saeray.actors.nodes import namespace
 from saeray.spec.room import Need
 

@@ -52,12 +52,33 @@ def is_head() -> bool:
     return any(n["NodeID"] == here and HEAD in n["Resources"] for n in ray.nodes())
 
 
+def leaving_nodes() -> set[str]:
+    """The ids of nodes that are about to be taken away: preempted, or drained by an autoscaler.
+
+    What runs there goes on until it is; nothing new is started there.
+    """
+    if over_client():
+        return set()  # whoever places anything runs in the cluster
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def may_lose_nodes() -> bool:
+    """Whether this cluster has nodes beside this one, or could start some."""
+    cluster = cluster_now()
+    return len(cluster.nodes) + len(cluster.planned) > 1
+
+
 def cluster_now(taken: Mapping[str, Mapping[str, float]] | None = None) -> Cluster:
     """The nodes there are at this moment and those the autoscaler could add.
 
+    Without those that are about to be taken away.
+
     taken: what others hold of each node, by its id; it is left out.
     """
-    alive = [n for n in ray.nodes() if n["Alive"]]
+    leaving = leaving_nodes()
+    alive = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     hosts = Counter(n["NodeManagerAddress"] for n in alive)
     nodes = []
     for n in alive:

@@ -47,8 +47,8 @@ def refuse_running(place: Folder) -> None:
     """Ray is connected. Raises ConfigError: the sweep is running there, as it was begun."""
     import ray
 
+    from saeray.actors.names import roster_name
     from saeray.actors.nodes import namespace
-    from saeray.cluster.roster import roster_name
 
     roster = roster_name(place.name, place.uri)
     for name in (roster, roster.replace("roster:", "driver:")):

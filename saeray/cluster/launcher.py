@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train
+from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train, watch_nodes
 from saeray.actors.make import actor, end_at_sigterm
-from saeray.actors.nodes import namespace, on_head
+from saeray.actors.nodes import may_lose_nodes, namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet, steadily
 from saeray.spec.fitted import Fitted
 from saeray.stream.launch import Stream, running_stream
@@ -91,6 +91,8 @@ def start_launcher(
 def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
     """Runs one pack's trainer to its end."""
     quieten_train()
+    if not in_own_ray() and may_lose_nodes():
+        watch_nodes()
     from ray import train
 
     fitted = about.fitted

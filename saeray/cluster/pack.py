@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 from ray import train
 from ray.exceptions import ActorUnavailableError
@@ -21,28 +19,25 @@ from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
 from saeray.cluster.held import Decisions, Held, held_state
+from saeray.cluster.member import Member, snapshot_of, taken_of
 from saeray.cluster.options import options_of
 from saeray.cluster.pack_gauges import PackMeter
+from saeray.cluster.preemption import NodeTakenAway, node_is_taken_away
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
 from saeray.cluster.start import started
 from saeray.cluster.warm_up import warm_up
 from saeray.errors import SaerayError
 from saeray.files.checkpoint import (
-    Taken,
     delete_others,
     newest_checkpoint,
     save_checkpoint,
     save_final,
-    taken,
 )
-from saeray.files.storage import Folder
 from saeray.lm.load import choose_device
 from saeray.sae import sparse_step
-from saeray.sae.architectures.base import SAE, kind_of
 from saeray.sae.pack_step import PackStep, StepMetrics
 from saeray.sae.ranks import Ranks
-from saeray.sae.trainer import SAETrainer
 from saeray.spec.architectures import SPARSITY
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import (
@@ -53,37 +48,9 @@ from saeray.spec.messages import (
     Answer,
     PackPlan,
     Report,
-    Snapshot,
     reader_name,
 )
-from saeray.stream.arrays import to_array
 from saeray.stream.reader import Place, Reader
-
-
-@dataclass
-class Member:
-    """One SAE of the pack."""
-
-    name: str
-    config: LanguageModelSAERunnerConfig
-    folder: Folder
-    trainer: SAETrainer
-    checkpoints: set[int]
-    hooks: tuple[int, ...]  # what it reads: places among the stream's hook points
-    held: Held | None = None  # of a bare tune.run
-
-    @property
-    def n_training_tokens(self) -> int:
-        return self.trainer.step * self.config.train_batch_size
-
-    @property
-    def checkpoints_at(self) -> Folder:
-        return self.folder / "checkpoints"
-
-    @property
-    def kept(self) -> set[int]:
-        """Tokens at which `n_checkpoints` wants a checkpoint; any other is deleted in time."""
-        return {step * self.config.train_batch_size for step in self.checkpoints}
 
 
 def train_pack(settings: dict[str, Any]) -> None:
@@ -183,23 +150,39 @@ class Pack:
                         sparse_step.prepare()  # beside the first steps, which are dense
                     if self.ranks.is_first:
                         self.tell([], reader)  # that the training has begun
+                leaves = False
                 if wants:
-                    gone = self.ranks.first_says(
-                        self.report(due, metrics, step, reader, x) if self.ranks.is_first else None
+                    gone, leaves = self.ranks.first_says(
+                        (self.report(due, metrics, step, reader, x), node_is_taken_away())
+                        if self.ranks.is_first
+                        else None
                     )
                     active = [m for m in active if m.name not in gone]
                     if not active:
                         break
                     reader.wanted = {h for m in active for h in m.hooks}
                 if self.ranks.is_first:
-                    self.save([m for m in due if m in active], step)
+                    self.save([m for m in due if m in active], step, leaves)
+                if leaves:
+                    self.leave()
             self.wait_until_settled()
             self.writer.wait()
         finally:
             reader.close()
 
-    def save(self, due: list[Member], step: int) -> None:
+    def leave(self) -> None:
+        """Ends these workers once all is written; Ray Train starts them again on other nodes."""
+        if self.ranks.is_first:
+            self.wait_until_settled()
+            self.writer.wait()
+            self.warn(f"{self.plan.pack} is saved and leaves its node, about to be taken away.")
+        self.ranks.first_says(None)  # what the others wait for
+        raise NodeTakenAway(f"{self.plan.pack} is saved; its node is about to be taken away")
+
+    def save(self, due: list[Member], step: int, leaves: bool = False) -> None:
         """The checkpoints of this step: those `n_checkpoints` wants, and all when time is up.
+
+        leaves: all, and at once.
 
         All at the same step, so that SAEs that go on from them go on together. They are copied
         here, and written while the training goes on, which time alone does not hold up.
@@ -209,6 +192,7 @@ class Pack:
         time_is_up = time_is_up and not self.writer.busy
         if self.tune.held:  # whose copies of this step are there
             time_is_up = time_is_up and all(m.config.logs_at(step) for m in due)
+        time_is_up |= leaves
         wanted = due if time_is_up else [m for m in due if step in m.checkpoints]
         if wanted:
             self.wait_until_saved()
@@ -369,19 +353,3 @@ class Pack:
 
     def warn(self, text: str) -> None:
         self.roster.warn.remote(text)
-
-
-def taken_of(m: Member) -> Taken:
-    """A copy of it as it is now: the one that is there, or a new one."""
-    if m.held is not None and m.held.state.step == m.trainer.step:
-        return m.held.state
-    return taken(m.trainer)
-
-
-def snapshot_of(sae: SAE) -> Any:
-    """A reference to a copy of the weights, for the harvesters to evaluate.
-
-    The roster's hold on it keeps it alive, as long as this process, its owner, lives.
-    """
-    arrays = {n: to_array(t.detach()) for n, t in sae.sae_lens_tensors().items()}  # copies
-    return ray.put(Snapshot(kind_of(sae), arrays))

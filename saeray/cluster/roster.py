@@ -19,6 +19,7 @@ from typing import Any
 import ray
 
 from saeray.actors.make import actor, passed_on
+from saeray.actors.names import roster_name
 from saeray.actors.nodes import on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.cluster.dispatch import Dispatch
@@ -30,7 +31,7 @@ from saeray.errors import ConfigError, SaerayError
 from saeray.files.sweep_folder import Known
 from saeray.files.wandb_key import lacking
 from saeray.spec.checks import cautions
-from saeray.spec.config import LanguageModelSAERunnerConfig, digest
+from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE, refuse_duplicates
 from saeray.spec.messages import (
     ENDS,
@@ -49,11 +50,6 @@ GATHER_SECONDS = 8.0  # without a new trial: those that are there are all there 
 LEASE_SECONDS = 120.0  # without a sign of a trial or driver: the sweep is abandoned
 OVER_SECONDS = 16.0  # the same, once all SAEs have ended and nobody but trials wants the sweep
 RENEW_SECONDS = 20.0  # between signs of life: to shared streams, and in the cluster's registry
-
-
-def roster_name(sweep: str, folder: str) -> str:
-    """Sweeps of one name in different folders are different sweeps."""
-    return f"roster:{sweep}:{digest(folder, 6)}"
 
 
 def find_or_create(sweep: str, folder: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from saeray.actors.gauges import Meter, tags_of
+from saeray.actors.gauges import Meter
+from saeray.actors.names import tags_of
 from saeray.spec.messages import Gauges
 
 TELL_SECONDS = 2.0  # Ray sends them on less often

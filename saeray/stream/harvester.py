@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import ray
 
-from saeray.actors.gauges import Meter, own_name, tags_of
+from saeray.actors.gauges import Meter
+from saeray.actors.names import own_name, tags_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import CacheKey, ModelFacts, RowsFor, Snapshot
 from saeray.spec.order import permutation
@@ -107,9 +108,6 @@ class Harvester:
     def fingerprints(self) -> tuple[str, str]:
         """See `LanguageModel.fingerprints`."""
         return self.open().fingerprints()
-
-    def ping(self) -> None:
-        """Answers when the actor is up."""
 
     def node(self) -> str:
         """The id of the node it runs on."""

@@ -1,7 +1,8 @@
 """HarvesterPool: which harvester has which block, and what follows when one dies or fails.
 
 The activation buffer decides which block is wanted; here it is given to the harvester with the
-least to do. One that died is left out until Ray has started it again.
+least to do. One that died is left out until Ray has started it again, and so is one whose node is
+about to be taken away: it is started again elsewhere before that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from saeray.actors.nodes import leaving_nodes
 from saeray.actors.waiting import NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey
@@ -24,6 +27,7 @@ from saeray.text.served import BlockStart
 
 IN_FLIGHT = 2  # blocks under way per harvester: one running, one waiting at its door
 DEATHS = 5  # of harvesters over one and the same block, after which the block is to blame
+LOOK_AT_NODES_SECONDS = 2.0
 FAILURES = 3  # of the forward pass on one block (out of memory, a GPU error)
 
 
@@ -159,20 +163,47 @@ class HarvesterPool:
         self.down.add(at)
         self.do(self.revive(at))
 
-    async def revive(self, at: int) -> None:
-        """Waits until Ray has started a harvester again."""
+    async def revive(self, at: int, left: str = "") -> None:
+        """Waits until Ray has started a harvester again; elsewhere than on the node it has left."""
         while True:
             try:
-                await self.harvesters[at].ping.options(max_task_retries=0).remote()
-                break
+                if await self.node_of(at) != left:
+                    break
             except ActorDiedError:  # for good
                 if self.all_down:
                     self.broken("no harvester is left")
                 return
             except RayActorError:
-                await asyncio.sleep(0.2)
+                pass
+            await asyncio.sleep(0.2)
         self.down.discard(at)
         self.up_again()
+
+    async def node_of(self, at: int) -> str:
+        return str(await self.harvesters[at].node.options(max_task_retries=0).remote())
+
+    async def watch_nodes(self) -> None:
+        """Gives no more blocks to harvesters whose node is about to be taken away; without end."""
+        while True:
+            await asyncio.sleep(LOOK_AT_NODES_SECONDS)
+            leaving = await asyncio.to_thread(leaving_nodes)
+            up = [i for i in range(len(self.harvesters)) if i not in self.down]
+            if not leaving or not up:
+                continue
+            nodes = await asyncio.gather(*map(self.node_of, up), return_exceptions=True)
+            for at, node in zip(up, nodes, strict=True):
+                if isinstance(node, str) and node in leaving and at not in self.down:
+                    self.warn(f"harvester {at} leaves its node, which is about to be taken away.")
+                    self.down.add(at)
+                    self.do(self.move(at, node))
+
+    async def move(self, at: int, node: str) -> None:
+        """Ends a harvester when it has done what it was given; Ray starts it on another node."""
+        while self.in_flight[at]:
+            await asyncio.sleep(0.1)
+        with suppress(RayError):  # it has died meanwhile
+            ray.kill(self.harvesters[at], no_restart=False)
+        await self.revive(at, node)
 
     def harvest_failed(self, block: int, at: int, error: Exception) -> None:
         cause = getattr(error, "cause", error)

@@ -33,6 +33,7 @@ from saeray.errors import ConfigError, Late, SaerayError
 from saeray.files.cache import identities_of
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
+from saeray.spec.gpu_memory import check_gpu_memory, gpu_memory_of
 from saeray.spec.memory import check_memory, memory_of, packs_that_fit
 from saeray.spec.messages import CacheKey, ModelFacts, SpecialTokens
 from saeray.spec.placement import store_of
@@ -125,6 +126,8 @@ async def start_stream(
         most_packs = at_once if at_once < memory.packs else 0
         memory = memory.of_packs(at_once)
         check_memory(memory, fitted, cluster_now(), list(nodes.values()))
+        of_gpus = gpu_memory_of(configs, memory, facts.d_in, facts.parameter_bytes, facts.d_vocab)
+        check_gpu_memory(of_gpus, fitted, cluster_now(), list(nodes.values()))
         room = await store_room(plan, list(nodes.values()))
         cache = None
         if config.activation_cache is not None:

@@ -9,7 +9,8 @@ import ray
 from ray.util import metrics
 from support.bundled import ROOT
 
-from saeray.actors.gauges import COUNTER, GAUGE, METRICS, Meter, in_words, tags_of
+from saeray.actors.gauges import COUNTER, GAUGE, METRICS, Meter
+from saeray.actors.names import in_words, tags_of
 from saeray.cluster.pack_gauges import PackMeter
 from saeray.spec.messages import Gauges, ReaderGauges
 from saeray.stream.buffer_gauges import tell

@@ -7,7 +7,8 @@ import torch
 
 from saeray.cluster import held
 from saeray.cluster.held import Decisions
-from saeray.cluster.pack import Pack, taken_of
+from saeray.cluster.member import taken_of
+from saeray.cluster.pack import Pack
 from saeray.spec.messages import DONE, STOPPED, TRAINING, Answer, Report
 
 
@@ -70,7 +71,7 @@ def test_reports_of_an_end_are_settled_by_its_row():
 
 
 def test_a_checkpoint_takes_the_copy_that_is_there(monkeypatch):
-    monkeypatch.setattr("saeray.cluster.pack.taken", lambda trainer: ("copy", trainer.step))
+    monkeypatch.setattr("saeray.cluster.member.taken", lambda trainer: ("copy", trainer.step))
     there = SimpleNamespace(step=8, tensors=torch.zeros(1))
     m = SimpleNamespace(trainer=SimpleNamespace(step=8), held=SimpleNamespace(state=there))
     assert taken_of(m) is there

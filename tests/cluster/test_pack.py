@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 from support.configs import short_run
 
-from saeray.cluster.pack import Pack, checkpoint_steps
+from saeray.cluster.checkpoint_writer import checkpoint_steps
+from saeray.cluster.pack import Pack
 from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.initial import initial_sae
 

@@ -1,6 +1,8 @@
 """`make soak`: sweeps whose processes are killed at random, from a seed; one line per run.
 
     python tests/faults/soak.py --seed 7 --minutes 60 --kills 4
+    python tests/faults/soak.py --cells --keep soak | tee soak.log     # docs/faults.md's table
+    python tests/faults/soak.py --table soak.log                       # as Markdown
 
 Each run is the same sweep by the command line (4 SAEs in 2 packs, 2 harvesters), and so many
 signals at random moments from its first second to its end: SIGKILL, SIGTERM, or SIGSTOP for a
@@ -10,7 +12,9 @@ with exit code 0, its weights, logs (without their times), features and rows are
 that was left alone, and nothing is left of it: no process, no temporary file, no `.ray`. What
 happens to which kind of process at which second is a function of the run's seed; `--seed N --runs
 1` makes that run again. `--only "Roster:KILL@4,driver:TERM@training"` says it instead of a seed: a
-moment is a number of seconds, or one of `PHASES`, in which a line names it too.
+moment is a number of seconds, or one of `PHASES`, in which a line names it too. `--cells` goes
+through every signal to every kind of process in every phase, seven signals a run; `--config` soaks
+another sweep.
 """
 
 from __future__ import annotations
@@ -35,53 +39,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from faults.blows import DRIVER, KINDS, RAYS, SIGNALS, Blow, blows, cells, table
 from support.running import Ended, config
 
-# By the beginning of the name that Ray gives their processes.
-KINDS = {
-    "Harvester": "ray::Harvester",
-    "TokenServer": "ray::TokenServer",
-    "ActivationBuffer": "ray::ActivationBuffer",
-    "Roster": "ray::Roster",
-    "Launcher": "ray::Launcher",
-    "TrainController": "ray::TrainController",
-    "RayTrainWorker": "ray::RayTrainWorker",
-    "SAETrial": "ray::SAETrial",
-}
-DRIVER = "driver"
-# Only where `--only` names them: without them no sweep goes on, but by `--resume`.
-RAYS = {"Gcs": "gcs_server", "Raylet": "raylet"}
-SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 STOP_SECONDS = 20.0
 LIMIT = 420.0  # of a run, beside its stops, or five times what it takes alone: then it hangs
-# Of a sweep, by what of it is there: its harvesters; its buffer; log lines; a checkpoint; a trained
-# SAE; a row that has ended.
-PHASES = ("start", "loading", "window", "training", "saved", "end", "closing")
 APPEARS_SECONDS = 25.0  # that a kind of process is waited for
 FIGURES = ("trial", "status", "ce_loss_score", "l0", "explained_variance", "n_training_tokens")
-
-
-@dataclass(frozen=True)
-class Blow:
-    """A signal to a process of one kind, so many seconds after the sweep's start, or in a phase."""
-
-    at: float | str
-    kind: str
-    signal: str
-    again: bool = False  # to its successor too, as soon as there is one
-
-    @classmethod
-    def read(cls, text: str) -> Blow:
-        kind, _, rest = text.strip().partition(":")
-        name, _, at = rest.partition("@")
-        moment = at.rstrip("+")
-        when = moment if moment in PHASES else float(moment)
-        return cls(when, kind, name, at.endswith("+"))
-
-    def is_due(self, seconds: float, phase: str) -> bool:
-        if isinstance(self.at, str):
-            return PHASES.index(phase) >= PHASES.index(self.at)
-        return seconds >= self.at
 
 
 @dataclass
@@ -95,25 +59,6 @@ class Run:
     said: str = ""
 
 
-def blows(seed: int, kills: int, seconds: float) -> list[Blow]:
-    """What shall happen in the run of a seed that would take so long undisturbed."""
-    chance = random.Random(seed)
-    found: list[Blow] = []
-    while len(found) < kills:
-        at = chance.uniform(0.5, seconds)
-        kinds = [chance.choice([*KINDS, *(["Roster"] if chance.random() < 0.2 else [])])]
-        if chance.random() < 0.25:
-            kinds += chance.sample(sorted(KINDS), chance.choice([1, 2]))
-        if chance.random() < 0.12:
-            kinds = [DRIVER]
-        for kind in kinds:
-            how = chance.choices(["KILL", "TERM", "STOP"], [5, 4, 1])[0]
-            if kind == DRIVER and how == "STOP":
-                how = "KILL"
-            found.append(Blow(at, kind, how, again=how != "STOP" and chance.random() < 0.15))
-    return sorted(found[:kills], key=lambda b: b.at)
-
-
 def soak_config() -> dict:
     return config() | dict(
         expansion_factor=2,
@@ -124,13 +69,19 @@ def soak_config() -> dict:
     )
 
 
+def read_config(path: str | None) -> dict:
+    """`soak_config`, with the fields of a sweep file in place of its own; null takes one out."""
+    changes = yaml.safe_load(Path(path).read_text()) if path else {}
+    return {k: v for k, v in (soak_config() | changes).items() if v is not None}
+
+
 class Sweep:
     """One by the command line, and every process it has had."""
 
-    def __init__(self, folder: Path, name: str, tmp: Path) -> None:
+    def __init__(self, folder: Path, name: str, tmp: Path, fields: dict) -> None:
         self.folder, self.name, self.tmp = folder, name, tmp
         self.file = folder / f"{name}.yaml"
-        self.file.write_text(yaml.safe_dump(soak_config()))
+        self.file.write_text(yaml.safe_dump(fields))
         self.seen: dict[tuple[int, float], psutil.Process] = {}
         self.output = (folder / f"{name}.log").open("w")
         self.begin()
@@ -303,11 +254,16 @@ def leftovers(sweep: Sweep) -> list[str]:
 
 
 def one_run(
-    folder: Path, name: str, plan: list[Blow], wanted: dict[str, str] | None, limit: float = LIMIT
+    folder: Path,
+    name: str,
+    fields: dict,
+    plan: list[Blow],
+    wanted: dict[str, str] | None,
+    limit: float = LIMIT,
 ) -> Run:
     shutil.rmtree(folder / name, ignore_errors=True)
     tmp = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
-    sweep = Sweep(folder, name, tmp)
+    sweep = Sweep(folder, name, tmp, fields)
     try:
         run = disturbed(sweep, plan, limit)
         if run.code is not None:
@@ -341,8 +297,16 @@ def main() -> int:
         "--seconds", type=float, help="over which they are spread (default: measured)"
     )
     asked.add_argument("--only", help="these blows instead: Roster:KILL@4,driver:TERM@9")
+    asked.add_argument("--cells", action="store_true", help="the runs of `cells`, seed 1 the first")
+    asked.add_argument("--config", help="a file of fields that the sweep has in place of its own")
+    asked.add_argument("--table", nargs="+", metavar="LOG", help="only print it, of these outputs")
     asked.add_argument("--keep", help="folder for the sweeps' files; those of runs that fail stay")
     given = asked.parse_args()
+    if given.table:
+        print(table([line for log in given.table for line in Path(log).read_text().splitlines()]))
+        return 0
+    fields, in_cells = read_config(given.config), cells()
+    runs = min(given.runs, len(in_cells) + 1 - given.seed) if given.cells else given.runs
 
     began = time.monotonic()
     folder = Path(given.keep or tempfile.mkdtemp(prefix="saeray-soak-"))
@@ -351,7 +315,7 @@ def main() -> int:
     if kept.exists():
         alone = json.loads(kept.read_text())
     else:
-        run = one_run(folder, "undisturbed", [], None, limit=3600.0)
+        run = one_run(folder, "undisturbed", fields, [], None, limit=3600.0)
         if run.problems:
             print(f"undisturbed: {run.problems}\n{run.said[-3000:]}")
             return 1
@@ -359,13 +323,16 @@ def main() -> int:
         kept.write_text(json.dumps(alone))
     print(f"undisturbed: {alone['seconds']:.0f} s; {folder}", flush=True)
     failed = sent = n = 0
-    while n < given.runs and time.monotonic() - began < 60 * given.minutes:
+    while n < runs and time.monotonic() - began < 60 * given.minutes:
         seed, name = given.seed + n, f"run-{given.seed + n}"
         if given.only:
             plan = [Blow.read(b) for b in given.only.split(",")]
+        elif given.cells:
+            plan = in_cells[seed - 1]
         else:
             plan = blows(seed, given.kills, given.seconds or alone["seconds"])
-        run = one_run(folder, name, plan, alone["digest"], max(LIMIT, 5 * alone["seconds"]))
+        limit = max(LIMIT, 5 * alone["seconds"])
+        run = one_run(folder, name, fields, plan, alone["digest"], limit)
         n, sent = n + 1, sent + len(run.sent)
         failed += bool(run.problems)
         outcome = "; ".join(run.problems) or "ok"

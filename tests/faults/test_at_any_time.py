@@ -6,7 +6,8 @@
 import json
 
 import pytest
-from faults.soak import Blow, digest_of, one_run
+from faults.blows import Blow
+from faults.soak import digest_of, one_run, soak_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 def alone(tmp_path_factory):
     """What the soak's sweep leaves behind when nothing happens to it."""
     folder = tmp_path_factory.mktemp("alone")
-    run = one_run(folder, "undisturbed", [], None, limit=1200.0)
+    run = one_run(folder, "undisturbed", soak_config(), [], None, limit=1200.0)
     assert run.problems == [], run.said
     return digest_of(folder, "undisturbed")
 
@@ -36,12 +37,12 @@ def alone(tmp_path_factory):
 )
 def test_the_sweep_ends_with_the_same_files(alone, tmp_path, blows):
     plan = [Blow.read(b) for b in blows.split(",")]
-    run = one_run(tmp_path, "struck", plan, alone, limit=1200.0)
+    run = one_run(tmp_path, "struck", soak_config(), plan, alone, limit=1200.0)
     assert len(run.sent) == len(plan), json.dumps(run.sent)
     assert run.problems == [], run.said
 
 
 @pytest.mark.parametrize("blows", ["Gcs:KILL@training", "Raylet:KILL@training"])
 def test_where_nothing_can_go_on_it_ends_and_resumes(alone, tmp_path, blows):
-    run = one_run(tmp_path, "struck", [Blow.read(blows)], alone, limit=1200.0)
+    run = one_run(tmp_path, "struck", soak_config(), [Blow.read(blows)], alone, limit=1200.0)
     assert run.problems == [], run.said

@@ -33,7 +33,7 @@ class Harvester:
         self.dies_at = dies_at
         self.fails_with = fails_with
         self.rows_for_dead = Method(self.rows)
-        self.ping = Method(self.up)
+        self.node = Method(self.up)
         self.asked = []
 
     def rows(self, block, tokens, saes, *snapshots):
@@ -51,7 +51,7 @@ class Harvester:
         return n_tokens(), f"rows of {block}"
 
     async def up(self):
-        pass
+        return "its node"
 
 
 def pool_of(*harvesters):
