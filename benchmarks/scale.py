@@ -11,7 +11,8 @@ the blocks, and report as `Pack` does, without computing anything. So what is le
 
 Size `processes` has a process for each harvester, reader and trial. Size `large` has more of them
 than processes: several harvester handles are one actor, readers are threads, and trials are tasks
-that make the calls of `SAETrial`. `docs/scale.md` says what each figure means and extrapolates.
+that make the calls of `SAETrial`. Size `turns` has as many SAEs as `large`, each a real trial of
+Ray Tune, which come in turns. `docs/scale.md` says what each figure means and extrapolates.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ import psutil
 import ray
 
 from saeray.actors import waiting
+from saeray.actors.names import roster_name
 from saeray.actors.waiting import NotYet
-from saeray.cluster import dispatch, roster
+from saeray.cluster import dispatch
 from saeray.cluster.launcher import AboutPack, Ended
 from saeray.cluster.roster import Roster
 from saeray.errors import SaerayError
@@ -82,6 +84,7 @@ class Size:
 SIZES = {
     "processes": Size("processes", 32, 32, 16, 16, 48, True, 64, 4096),
     "large": Size("large", 256, 8, 128, 8, 1024, False, 256, 4096),
+    "turns": Size("turns", 32, 8, 128, 8, 1024, True, 64, 1024),
 }
 
 
@@ -114,10 +117,9 @@ class FakeModel:
         self.array = np.zeros((BLOCK_ROWS, D_IN), dtype=np.float32)
 
     def check(self, configs: list[dict[str, Any]]) -> Any:
-        return SimpleNamespace(d_in={HOOK: D_IN}, device="cpu", warnings=(), parameter_bytes=0)
-
-    def ping(self) -> None:
-        pass
+        return SimpleNamespace(
+            d_in={HOOK: D_IN}, d_vocab=1, device="cpu", warnings=(), parameter_bytes=0
+        )
 
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -477,7 +479,7 @@ def run(size: Size, folder: str) -> tuple[Watch, list[dict[str, Any]]]:
     place = Folder.at(folder) / size.name
     handle = launch.actor(
         SimulatedRoster,
-        roster.roster_name(size.name, place.uri),
+        roster_name(size.name, place.uri),
         max_concurrency=1000,
         **launch.on_head(),
     ).remote(size.name, place.uri, {}, size)

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import yaml
 
+from saeray.actors.environment import in_own_ray
 from saeray.spec.messages import NAMESPACE
 from saeray.spec.room import HEAD, Cluster, Node
 
@@ -57,17 +58,11 @@ def leaving_nodes() -> set[str]:
 
     What runs there goes on until it is; nothing new is started there.
     """
-    if over_client():
-        return set()  # whoever places anything runs in the cluster
+    if in_own_ray() or over_client():
+        return set()  # there is but one; whoever places anything runs in the cluster
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
-
-
-def may_lose_nodes() -> bool:
-    """Whether this cluster has nodes beside this one, or could start some."""
-    cluster = cluster_now()
-    return len(cluster.nodes) + len(cluster.planned) > 1
 
 
 def cluster_now(taken: Mapping[str, Mapping[str, float]] | None = None) -> Cluster:

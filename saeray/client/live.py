@@ -22,6 +22,7 @@ LINE_SECONDS = 10.0  # between plain lines
 LOOK_SECONDS = 1.0
 # The stretch of time that a rate is of: LM tokens, SAE-tokens.
 HARVEST_SECONDS, TRAIN_SECONDS = 15.0, 30.0
+SEEN_SECONDS = 10.0  # of training, before it is said how long the rest will take
 NOTEBOOK_SIZE = 110, 40  # columns, lines
 
 
@@ -52,7 +53,7 @@ class Rates:
         """Seconds until all SAEs are trained, at the present rate; None: too early, or they are."""
         trained = slope(self.jumps)
         left = tokens_left(status)
-        if not left or trained <= 0:
+        if not left or trained <= 0 or self.jumps[-1][0] - self.jumps[0][0] < SEEN_SECONDS:
             return None
         return max(0.0, left / trained - (now - self.jumps[-1][0]))
 

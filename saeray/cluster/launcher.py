@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from saeray.actors.environment import TRIED_WITH, in_own_ray, quieten_train, watch_nodes
+from saeray.actors.environment import TRIED_WITH, quieten_train
 from saeray.actors.make import actor, end_at_sigterm
-from saeray.actors.nodes import may_lose_nodes, namespace, on_head
+from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet, steadily
 from saeray.spec.fitted import Fitted
 from saeray.stream.launch import Stream, running_stream
@@ -91,8 +91,6 @@ def start_launcher(
 def fit_pack(about: AboutPack, roster: Any, storage_path: str, wait_limit_s: float) -> None:
     """Runs one pack's trainer to its end."""
     quieten_train()
-    if not in_own_ray() and may_lose_nodes():
-        watch_nodes()
     from ray import train
 
     fitted = about.fitted
@@ -136,7 +134,7 @@ def trainer_class(n_ranks: int) -> Any:
         from ray.train.torch import TorchTrainer as Trainer
     else:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as Trainer
-    if in_own_ray() and ray.__version__.startswith(TRIED_WITH):
+    if ray.__version__.startswith(TRIED_WITH):
         from saeray.cluster.lean_trainer import lean
 
         return lean(Trainer)

@@ -22,7 +22,7 @@ from saeray.cluster.held import Decisions, Held, held_state
 from saeray.cluster.member import Member, snapshot_of, taken_of
 from saeray.cluster.options import options_of
 from saeray.cluster.pack_gauges import PackMeter
-from saeray.cluster.preemption import NodeTakenAway, node_is_taken_away
+from saeray.cluster.preemption import NodeTakenAway, Notice, own_node
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
 from saeray.cluster.start import started
@@ -133,6 +133,8 @@ class Pack:
             device=self.device,
             wait_limit_s=self.limit,
         )
+        nodes = {*self.ranks.gathered(own_node())}
+        notice = Notice(nodes if self.ranks.is_first else set())
         self.started = time.perf_counter()
         try:
             for step, x in enumerate(reader, start=first + 1):
@@ -153,7 +155,7 @@ class Pack:
                 leaves = False
                 if wants:
                     gone, leaves = self.ranks.first_says(
-                        (self.report(due, metrics, step, reader, x), node_is_taken_away())
+                        (self.report(due, metrics, step, reader, x), notice.given)
                         if self.ranks.is_first
                         else None
                     )
@@ -168,6 +170,7 @@ class Pack:
             self.wait_until_settled()
             self.writer.wait()
         finally:
+            notice.close()
             reader.close()
 
     def leave(self) -> None:

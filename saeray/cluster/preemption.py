@@ -1,22 +1,52 @@
 """The notice that a node is about to be taken away: a spot machine's, or an autoscaler's.
 
 A pack then saves its SAEs at its next log step and ends its workers, which Ray Train starts again
-on nodes that stay. Harvesters there are moved by the buffer: `stream.harvester_pool`.
+on nodes that stay. Harvesters there are moved by the buffer: `stream.harvester_pool`. Ray Train
+could say it, too, by a process more for each pack; it asks what is asked here.
 """
 
 from __future__ import annotations
 
-from ray import train
+import logging
+import threading
+from collections.abc import Set
+
+import ray
+
+from saeray.actors.environment import in_own_ray
+from saeray.actors.nodes import leaving_nodes
+
+LOOK_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class NodeTakenAway(RuntimeError):
     """Why a pack's workers have ended."""
 
 
-def node_is_taken_away() -> bool:
-    """Whether a node of this pack's workers is about to be.
+class Notice:
+    """Whether one of some nodes is about to be taken away, by a thread that looks."""
 
-    As Ray Train's watcher says, where there is one: `launcher.fit_pack`.
-    """
-    told = getattr(train, "get_preemption_info", None)  # older Rays have none
-    return told is not None and told() is not None
+    def __init__(self, nodes: Set[str]) -> None:
+        """nodes: ids; none: nobody looks."""
+        self.nodes = nodes
+        self.closing = threading.Event()
+        self.given = False
+        if nodes and not in_own_ray():
+            threading.Thread(target=self.look, name="preemption", daemon=True).start()
+
+    def look(self) -> None:
+        while not self.given and not self.closing.wait(LOOK_SECONDS):
+            try:
+                self.given = bool(self.nodes & leaving_nodes())
+            except Exception:  # Ray's GCS is not there for a moment
+                logger.exception("looking for nodes that are taken away")
+
+    def close(self) -> None:
+        self.closing.set()
+
+
+def own_node() -> str:
+    """The id of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())

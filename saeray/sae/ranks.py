@@ -51,6 +51,14 @@ class Ranks:
         self.sum_((each,))
         return torch.cat([row[:n] for row, n in zip(each, lengths.tolist(), strict=True)])
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank has for `value`, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def first_says(self, value: Any) -> Any:
         """What the first rank has for `value`, on all ranks."""
         if self.size == 1:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import ray
 
-from saeray.actors.environment import in_own_ray
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
 from saeray.spec.messages import CacheKey, Gauges, RowsWanted
@@ -113,8 +112,7 @@ class ActivationBuffer:
             self.do(self.watch_users())
         if about is not None:
             self.do(keep_telling(self.gauges, about.name))
-            if not in_own_ray():
-                self.do(self.pool.watch_nodes())
+            self.do(self.pool.watch_nodes())
 
     # --- what readers and the roster call ---------------------------------------------------
 

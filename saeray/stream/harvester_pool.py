@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
+from saeray.actors.environment import in_own_ray
 from saeray.actors.nodes import leaving_nodes
 from saeray.actors.waiting import NotYet
 from saeray.errors import SaerayError
@@ -183,8 +184,8 @@ class HarvesterPool:
         return str(await self.harvesters[at].node.options(max_task_retries=0).remote())
 
     async def watch_nodes(self) -> None:
-        """Gives no more blocks to harvesters whose node is about to be taken away; without end."""
-        while True:
+        """Gives no more blocks to harvesters whose node is about to be taken away."""
+        while not in_own_ray():
             await asyncio.sleep(LOOK_AT_NODES_SECONDS)
             leaving = await asyncio.to_thread(leaving_nodes)
             up = [i for i in range(len(self.harvesters)) if i not in self.down]
