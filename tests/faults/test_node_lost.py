@@ -98,7 +98,7 @@ def saved_and_logged(running):
     """By SAE, the steps of its newest checkpoint (0: none) and of its last log line."""
     found = {}
     for trial in (running.folder / running.name / "trials").iterdir():
-        saved = [int(c.parent.name) for c in trial.glob("checkpoints/*/config.json")]
+        saved = [int(c.parent.name) for c in trial.glob("checkpoints/*/train_state.json")]
         lines = (trial / "metrics.jsonl").read_text().splitlines()
         found[trial.name] = (max(saved, default=0) // 1024, json.loads(lines[-1])["step"])
     return found
@@ -120,8 +120,8 @@ def test_a_node_that_is_to_be_taken_away_is_left_in_time(cluster, undisturbed, t
     wait_until(lambda: nodes_of("RayTrainWorker") == nodes_of("Harvester") == {second.node_id})
     with capsys.disabled():
         print(f"\nsaved, logged: {moved}; elsewhere {time.monotonic() - told:.1f} s after notice")
-    assert any(n["Alive"] and n["NodeID"] == first.node_id for n in ray.nodes())  # still there
-    cluster.remove_node(first, allow_graceful=False)
+    # Ray ends a node that is drained as soon as nothing runs there: long before the notice is over.
+    wait_until(lambda: not any(n["Alive"] and n["NodeID"] == first.node_id for n in ray.nodes()))
     result = running.end()
     assert_same(running, undisturbed)
     said = " ".join(result.status.warnings)
