@@ -7,11 +7,9 @@ here, `driver` in an actor on a cluster.
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from saeray.client.features_at_end import left_at_end, make_at_end
 from saeray.client.result import SweepResult
 from saeray.client.speed import Times
 from saeray.client.status_file import StatusFile
+from saeray.client.trials import run_trials
 from saeray.cluster.cost import write_down
 from saeray.errors import ConfigError, SaerayError, bad_value, printable
 from saeray.files.seeds import add_stability
@@ -30,11 +29,9 @@ from saeray.files.wandb_runs import CLOSE_SECONDS
 from saeray.lm.hub import portable
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.grid import SAE
-from saeray.spec.memory import TRIALS_AT_ONCE
 from saeray.spec.messages import ENDS, SAERow, SweepStatus
 from saeray.spec.points import with_paths
 
-TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
 GIVEN = "given.yaml"  # in the sweep's folder: the sweep file, with its comments
 STABILITY_SECONDS = 60.0  # of a core, at a sweep's end; more is for `saeray compare --stability`
 
@@ -122,61 +119,6 @@ def forget_refused(folder: Folder) -> None:
     spent = ("checkpoints/", "final/", "metrics.jsonl")
     if not any(part in name for name, size in folder.files().items() for part in spent if size):
         folder.delete()
-
-
-def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
-    """Tune, from the first trial of these SAEs to the end of the last."""
-    if not saes:
-        return
-    from ray import tune
-
-    from saeray.cluster.stopping import scheduler_of
-    from saeray.cluster.trial import INTERNAL, SAETrial
-
-    scheduler = scheduler or scheduler_of(saes[0].config)
-    keep_keys_out_of_logs()
-
-    # A failed SAE is in the results with its reason; Tune would print its traceback too.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    points = [{"name": s.name, "config": s.config.to_dict()} for s in saes]
-    known = {
-        "sweep": name,
-        "folder": folder.uri,
-        "sae": tune.grid_search(points),
-        "decides": scheduler is not None,
-    }
-    tune.run(
-        SAETrial,
-        name=f"tune-{uuid.uuid4().hex[:6]}",
-        storage_path=(folder / ".ray").uri,
-        config={INTERNAL: known},
-        scheduler=scheduler,
-        verbose=0,
-        # Says nothing either; but the one that Tune takes in a notebook clears the cell's output,
-        # and with it the live view.
-        progress_reporter=tune.CLIReporter(),
-        max_failures=TRIAL_RESTARTS,
-        # SAEs are trained whether their trial is there or not. Where nothing is decided on what
-        # trials report, they come in turns and in the processes of those before them: one takes
-        # 120 MB, and more than two seconds of a core to start.
-        max_concurrent_trials=TRIALS_AT_ONCE if scheduler is None else None,
-        reuse_actors=scheduler is None,
-        raise_on_failed_trial=False,
-        trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
-        trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
-    )
-
-
-def keep_keys_out_of_logs() -> None:
-    """Keeps Tune from handing on AWS keys in a runtime_env, which Ray writes into its logs.
-
-    On this machine trials inherit them; a cluster's nodes need their own anyway. Nor does Tune hand
-    on anything else: a process with a runtime_env takes half a second more of a core to start.
-    """
-    from ray.tune.execution import class_cache
-
-    for handed_on in ("ENV_VARS_TO_PROPAGATE", "DEFAULT_ENV_VARS"):
-        getattr(class_cache, handed_on, set()).clear()
 
 
 def begun(

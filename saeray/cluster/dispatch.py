@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from saeray.errors import Late
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.fitted import Fitted
 from saeray.spec.grid import SAE
-from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, PackPlan
+from saeray.spec.messages import INTERRUPTED, NOTHING, TRAINING, WAITING, PackPlan, pack_name
 from saeray.spec.plan import by_stream, cut_packs
 from saeray.spec.room import shown
 from saeray.stream.launch import Stream
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0  # for packs to save what they have and end
 LAUNCHES = 4  # of a pack whose processes are killed each time before anything new is saved
+TAKE_OVER_SECONDS = 30.0  # that a buffer may be away when a roster was started again
 IDLE_SECONDS = 10.0  # that SAEs may wait though nothing runs, before they are launched
 ORPHAN_SECONDS = 20.0  # that what a killed pack has held may take to be without an owner
 
@@ -80,6 +82,12 @@ class Dispatch:
                     self.state.entries[name].state = TRAINING
             first = LanguageModelSAERunnerConfig.from_dict(next(iter(about.configs.values())))
             self.begin_following(pack, first)
+        readers = [r for pack in self.state.packs.values() for r in pack.readers]
+        for stream in found:
+            # Before any other is launched. Where it can't be, they are detached in time.
+            with suppress(RayError):
+                keep_only = partial(stream.buffer.keep_only.remote, readers, self.state.name)
+                await steadily(keep_only, TAKE_OVER_SECONDS)
         self.tidy()
 
     async def launch(self, entries: Sequence[Entry]) -> None:
@@ -164,7 +172,7 @@ class Dispatch:
             if not has_room and self.running:
                 return
             self.queue.popleft()
-            name = f"pack-{len(self.state.packs) + 1:03d}-{self.state.incarnation[:8]}"
+            name = pack_name(len(self.state.packs) + 1, self.state.incarnation)
             configs = {s.name: s.config.to_dict() for s in saes}
             about = AboutPack(name, stream, configs, fitted, tries)
             pack = self.state.packs[name] = PackState(about)

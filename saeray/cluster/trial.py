@@ -63,8 +63,9 @@ class SAETrial(tune.Trainable):
         end_at_sigterm()
         known = config.get(INTERNAL)
         if known is not None:
-            self.sae = LanguageModelSAERunnerConfig.from_dict(known["sae"]["config"])
-            self.name, sweep, folder = known["sae"]["name"], known["sweep"], known["folder"]
+            sae = strict_json.loads(known["sae"])
+            self.sae = LanguageModelSAERunnerConfig.from_dict(sae["config"])
+            self.name, sweep, folder = sae["name"], known["sweep"], known["folder"]
         else:
             self.sae = resolve(one_sae(LanguageModelSAERunnerConfig.from_dict(config)))
             self.name = derived_name(self.sae)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from saeray.spec.order import StreamOrder
 from saeray.spec.synthetic import is_synthetic
 
+PACK = "pack-"  # what the names of packs begin with
 NAMESPACE = "saeray"  # Ray's, where actors have their names, unless the user names another
 
 # The states an SAE goes through. The last four are ends.
@@ -95,6 +96,16 @@ class PackPlan:
 def reader_name(pack: str, rank: int) -> str:
     """As the buffer knows a rank of a pack."""
     return f"{pack}/{rank}" if rank else pack
+
+
+def pack_name(number: int, incarnation: str) -> str:
+    """Of a pack that a roster launches; no other incarnation of it uses the name again."""
+    return f"{PACK}{number:03d}-{incarnation[:8]}"
+
+
+def is_packs(reader: str) -> bool:
+    """Whether a reader of a buffer is a pack's."""
+    return reader.startswith(PACK)
 
 
 NOTHING = PackPlan("", {}, "", [], {}, StreamOrder(0, 0, 0, 0), None, 0)  # for a pack not wanted

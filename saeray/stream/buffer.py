@@ -27,7 +27,7 @@ import ray
 
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.errors import SaerayError
-from saeray.spec.messages import CacheKey, Gauges, RowsWanted
+from saeray.spec.messages import CacheKey, Gauges, RowsWanted, is_packs
 from saeray.spec.order import StreamOrder
 from saeray.stream.buffer_gauges import keep_telling
 from saeray.stream.harvester_pool import HarvesterPool
@@ -97,6 +97,7 @@ class ActivationBuffer:
         self.users: dict[str, float] = {}  # sweep -> when it was last heard of
         self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
         self.closing = False
+        self.shared = shared
         self.pool = HarvesterPool(
             token_server,
             harvesters,
@@ -182,6 +183,15 @@ class ActivationBuffer:
         """A reader is gone for good: what may be left of its process shall hold nothing either."""
         self.dismissed.add(reader)
         await self.leave(reader)
+
+    async def keep_only(self, readers: Iterable[str], user: str) -> None:
+        """Of a sweep whose roster was started again: its packs are these, all others are gone.
+
+        Nobody else would dismiss those: who knew of them died with them.
+        """
+        known = self.readers_of.get(user, set()) if self.shared else {*self.policy.readers}
+        for reader in {r for r in known if is_packs(r)} - {*readers}:
+            await self.dismiss(reader)
 
     async def statistic(self, hook_point: str, name: str, n_rows: int, seed: int) -> Any | NotYet:
         """`statistic_of` the first half buffer, computed once; or `NotYet`: ask again."""

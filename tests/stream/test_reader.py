@@ -1,5 +1,6 @@
 """Reader and buffer on real Ray, with a harvester whose activations say where they come from."""
 
+import asyncio
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from saeray.errors import Late
+from saeray.errors import Late, SaerayError
 from saeray.spec.order import StreamOrder
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvested
@@ -170,6 +171,33 @@ def test_who_waits_for_a_slow_reader_waits_until_that_one_is_detached():
     assert answer.progress > 0  # which is what the reader's own limit counts from
     buffer.policy.readers["slow"].detached = True
     assert buffer.not_yet(ORDER.blocks_of(3)).progress == 0
+
+
+def test_what_packs_hold_that_nobody_knows_of_any_more_is_given_back():
+    def buffer(shared):
+        made = ActivationBuffer(ORDER, 4, ["one"], None, [None])
+        made.shared = shared
+        for name in (
+            "pack-001-old",
+            "pack-002-old",
+            "pack-002-old/1",
+            "mean at one",
+            "pack-9-their",
+        ):
+            made.policy.ask(name, 0, 0.0)
+        made.readers_of = {"mine": {"pack-001-old", "pack-002-old"}, "theirs": {"pack-9-their"}}
+        return made
+
+    async def left(made):
+        await made.keep_only(["pack-001-old"], "mine")
+        with pytest.raises(SaerayError, match="pack-002-old was given up"):
+            await made.window("pack-002-old", 0)  # what may be left of its process
+        return set(made.policy.readers)
+
+    assert asyncio.run(left(buffer(shared=False))) == {"pack-001-old", "mean at one"}
+    # The rank that came by itself is nobody's: it is detached in time.
+    others = {"pack-002-old/1", "pack-9-their"}
+    assert asyncio.run(left(buffer(shared=True))) == {"pack-001-old", "mean at one"} | others
 
 
 def test_its_time_counts_from_the_first_batch_on(stream):
