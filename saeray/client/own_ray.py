@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from saeray.actors.environment import OWN_RAY, TRIED_WITH
+from saeray.errors import SaerayError
 
 NOT_NEEDED = ("start_monitor", "start_log_monitor", "start_api_server")  # methods of Ray's Node
 
@@ -32,6 +33,9 @@ def start_own_ray(**options: Any) -> None:
 
     Its processes inherit this one's environment, so there is no runtime_env: a worker with one is
     started by another, which imports Ray for that alone.
+
+    Raises:
+        SaerayError: Ray did not start.
     """
     import ray
 
@@ -41,6 +45,12 @@ def start_own_ray(**options: Any) -> None:
     try:
         with without_what_is_not_needed(), deaf_to_hang_up():
             ray.init(address="local", include_dashboard=False, **options)
+    except Exception as error:  # Ray raises a bare one, 30 s after a node that has not come up
+        raise SaerayError(
+            f"Ray did not start on this machine: {error} It may have too much else to do, too "
+            "little memory, or no room in /tmp (RAY_TMPDIR names another folder). Nothing was "
+            "spent."
+        ) from error
     finally:
         del os.environ[OWN_RAY]
 

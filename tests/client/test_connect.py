@@ -4,9 +4,11 @@ import os
 import subprocess
 
 import psutil
+import pytest
 
 from saeray.client.connect import connected
 from saeray.client.own_ray import NOT_NEEDED
+from saeray.errors import SaerayError
 
 
 def test_a_process_that_does_not_end_by_itself_is_ended_with_ray():
@@ -44,3 +46,18 @@ def test_a_ray_of_its_own_has_no_process_without_use_and_its_workers_no_runtime_
     for script in ("monitor.py", "log_monitor.py", "dashboard/dashboard.py"):
         assert not any(script in command for command in running), script
     assert {name: getattr(Node, name) for name in NOT_NEEDED} == before
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_paragraph(monkeypatch):
+    import ray
+
+    from saeray.actors.environment import OWN_RAY
+    from saeray.client.own_ray import start_own_ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SaerayError, match=r"did not start on this machine: The current node timed"):
+        start_own_ray()
+    assert OWN_RAY not in os.environ

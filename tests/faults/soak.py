@@ -44,6 +44,7 @@ from support.running import Ended, config
 
 STOP_SECONDS = 20.0
 LIMIT = 420.0  # of a run, beside its stops, or five times what it takes alone: then it hangs
+LEFT_SECONDS = 60.0  # that agents of a Ray that was killed may take to notice it
 APPEARS_SECONDS = 25.0  # that a kind of process is waited for
 FIGURES = ("trial", "status", "ce_loss_score", "l0", "explained_variance", "n_training_tokens")
 
@@ -239,7 +240,7 @@ def digest_of(folder: Path, name: str) -> dict[str, str]:
 
 
 def leftovers(sweep: Sweep) -> list[str]:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + LEFT_SECONDS
     while sweep.left() and time.monotonic() < deadline:
         time.sleep(0.5)
     found = []

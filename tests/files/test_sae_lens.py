@@ -97,7 +97,8 @@ def test_every_architecture_computes_the_same_in_sae_lens(tmp_path, python, fiel
         PackStep().step([t], x)
     save_final(Folder.at(tmp_path / "final"), config, t)
     _, theirs = in_sae_lens(python, tmp_path / "final", x, tmp_path)
-    f = t.published.encode(x)
+    f = saeray.load_sae(tmp_path / "final").encode(x)  # rows of norm 1, where the rule allows it
+    assert torch.equal(f > 0, t.published.encode(x) > 0)
     assert 0 < (f > 0).sum() < f.numel()
     torch.testing.assert_close(theirs["f"], f, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs["x_hat"], t.published(x), rtol=1e-5, atol=1e-5)
@@ -133,7 +134,8 @@ def test_transcoders_compute_the_same_in_sae_lens(tmp_path, python, fields, skip
     save_final(Folder.at(tmp_path / "final"), config, t)
     told, theirs = in_sae_lens(python, tmp_path / "final", x, tmp_path)
     assert (told["out"], told["d_out"]) == (out, 24)
-    f = t.published.encode(x)
+    f = saeray.load_sae(tmp_path / "final").encode(x)  # rows of norm 1, where the rule allows it
+    assert torch.equal(f > 0, t.published.encode(x) > 0)
     assert 0 < (f > 0).sum() < f.numel()
     torch.testing.assert_close(theirs["f"], f, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs["x_hat"], t.published(x), rtol=1e-5, atol=1e-5)
