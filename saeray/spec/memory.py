@@ -23,8 +23,10 @@ HARVESTER = 0.65e9  # torch and TransformerLens, beside the weights
 # features; of one that is larger, its own.
 SAES_AT_HARVESTER = 1 << 28
 WORKER = 0.65e9  # of a rank of a pack, beside its SAEs
-PACK = 1.2e9  # Ray Train's own processes for one pack, on the head node
-LEAN_PACK = 0.38e9  # the same, where one rank has no need of `TorchTrainer`, in a Ray of one's own
+# Ray Train's own processes for one pack, on the head node: its launcher, controller and barrier.
+# Those of several ranks import torch (`TorchTrainer`).
+PACK = 0.38e9
+PACK_OF_RANKS = 1.2e9
 TRIAL = 0.125e9  # Tune's process for one SAE, on the head node
 TRIALS_AT_ONCE = 16  # where no scheduler decides on what they report
 SWEEP = 1.1e9  # roster, driver, token server and buffer, on the head node
@@ -154,7 +156,7 @@ def memory_of(
         tuple(sorted(map(ranks, packs), reverse=True)[: fitted.packs]),
         int(TRIAL) * trials_at_once(configs),
         rank(largest),
-        int(LEAN_PACK if own_ray and fitted.num_workers == 1 else PACK),
+        int(PACK if fitted.num_workers == 1 else PACK_OF_RANKS),
         at_harvester,
         int(OWN_SWEEP if own_ray else SWEEP),
     )
