@@ -148,6 +148,11 @@ class LiveView:
         if self.watched is not None:
             self.watched(self.status)
 
+    def all_ended(self) -> bool:
+        """Whether the sweep's SAEs have, as of the last look."""
+        rows = self.status.rows
+        return bool(rows) and all(row.state in ENDS for row in rows)
+
     def take_a_look(self) -> None:
         since = self.status.training_since
         self.status = self.look()

@@ -77,7 +77,8 @@ def run(
             view.wait_for_training()
             if view.status.error is None:
                 ended = {row.name for row in view.status.rows if row.state in ENDS}
-                run_trials([s for s in saes if s.name not in ended], folder, name, scheduler)
+                left = [s for s in saes if s.name not in ended]
+                run_trials(left, folder, name, scheduler, view.all_ended)
                 view.wait_for_end(limit)
     finally:
         bad_input = view.status.error is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,13 +18,19 @@ TRIAL_RESTARTS = 5  # of an SAE's trial by Tune; the SAE itself is not disturbed
 LOGGERS_OFF = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
 
 
-def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> None:
-    """Tune, from the first trial of these SAEs to the end of the last."""
+def run_trials(
+    saes: list[SAE], folder: Folder, name: str, scheduler: Any, all_ended: Callable[[], bool]
+) -> None:
+    """Tune, from the first trial of these SAEs to the end of the last.
+
+    all_ended: whether the SAEs have. Where no scheduler decides, trials that have not had their
+    turn by then have nothing to see any more, and get none.
+    """
     if not saes:
         return
     from ray import tune
 
-    from saeray.cluster.stopping import scheduler_of
+    from saeray.cluster.stopping import Over, scheduler_of
     from saeray.cluster.trial import INTERNAL, SAETrial
 
     scheduler = scheduler or scheduler_of(saes[0].config)
@@ -47,6 +53,7 @@ def run_trials(saes: list[SAE], folder: Folder, name: str, scheduler: Any) -> No
             storage_path=(folder / ".ray").uri,
             config={INTERNAL: known},
             scheduler=scheduler,
+            stop=Over(all_ended) if scheduler is None else None,
             verbose=0,
             # Says nothing either; but the one that Tune takes in a notebook clears the cell's
             # output, and with it the live view.

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from ray.tune import schedulers
+from ray.tune import Stopper, schedulers
 from ray.tune.execution.tune_controller import TuneController
 
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.scheduler import ASHA, longest, refuse_takeover
 
 TIME = "n_training_tokens"  # counts on through restarts, as Tune's own iterations do not
+
+
+class Over(Stopper):
+    """Ends an experiment when something else says that it is over."""
+
+    def __init__(self, over: Callable[[], bool] | None = None) -> None:
+        self.over = over
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False  # a trial ends with its SAE
+
+    def stop_all(self) -> bool:
+        return self.over is not None and self.over()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune writes it down with the experiment; what it asks is this process's own."""
+        return (Over, ())
 
 
 def scheduler_of(config: LanguageModelSAERunnerConfig) -> Any:
