@@ -84,5 +84,17 @@ def placed(need: Need) -> dict[str, Any]:
     return options
 
 
+def has_ended(handle: Any) -> bool:
+    """Whether an actor is gone for good.
+
+    A call that was under way when its process ended raises `ActorDiedError` whether Ray starts the
+    actor again or not.
+    """
+    from ray._private.state import actors
+
+    found = actors(handle._actor_id.hex())
+    return not found or found["State"] == "DEAD"
+
+
 async def as_future(ref: Any) -> Any:
     return await ref

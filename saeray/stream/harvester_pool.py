@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from saeray.actors.environment import in_own_ray
+from saeray.actors.make import has_ended
 from saeray.actors.nodes import leaving_nodes
 from saeray.actors.waiting import NotYet
 from saeray.errors import SaerayError
@@ -170,10 +171,11 @@ class HarvesterPool:
             try:
                 if await self.node_of(at) != left:
                     break
-            except ActorDiedError:  # for good
-                if self.all_down:
-                    self.broken("no harvester is left")
-                return
+            except ActorDiedError:
+                if await asyncio.to_thread(has_ended, self.harvesters[at]):
+                    if self.all_down:
+                        self.broken("no harvester is left")
+                    return
             except RayActorError:
                 pass
             await asyncio.sleep(0.2)

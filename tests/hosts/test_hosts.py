@@ -345,10 +345,15 @@ def test_two_ranks_on_two_machines(cluster, undisturbed):
     assert [r["status"] for r in mine.rows] == ["done", "done"]
     for ours, theirs in zip(mine.rows, undisturbed.rows, strict=True):
         assert ours["n_training_tokens"] == theirs["n_training_tokens"]
-        # Other sums round otherwise, and 240 steps at lr 0.003 make much of it: an SAE in float64
-        # has an L0 0.5 % from this one's, one of two or three ranks up to 2 %.
-        for figure, near in (("ce_loss_score", 0.01), ("l0", 0.04), ("explained_variance", 0.01)):
-            assert ours[figure] == pytest.approx(theirs[figure], rel=near), figure
+        assert ours["ce_loss_score"] == pytest.approx(theirs["ce_loss_score"], rel=0.02)
+    # Other sums round otherwise, and where features are resampled, from step 64 on, a draw can turn
+    # out otherwise for it: then an SAE is another one.
+    theirs = undisturbed.logs()
+    for name, lines in mine.logs().items():
+        for ours, of_one in zip(lines[:12], theirs[name], strict=False):
+            assert ours["step"] == of_one["step"] <= 60
+            for figure in ("losses/overall_loss", "metrics/l0"):
+                assert ours[figure] == pytest.approx(of_one[figure], rel=0.01), (name, ours["step"])
 
 
 @pytest.mark.cluster

@@ -184,16 +184,19 @@ class Running(Ended):
 
 
 def assert_same(running, undisturbed):
-    """Byte for byte the same weights, and the same log but for its times."""
-    assert running.weights() == undisturbed.weights()
-    assert running.features() == undisturbed.features()
-    assert running.features().keys() == running.weights().keys()
+    """Byte for byte the same weights, and the same log but for its times.
+
+    Logs first: they say at which step the first difference is, and in what.
+    """
     mine, theirs = running.logs(), undisturbed.logs()
     assert mine.keys() == theirs.keys()
     for name in theirs:
         assert [r["step"] for r in mine[name]] == [r["step"] for r in theirs[name]], name
         for line, expected in zip(mine[name], theirs[name], strict=True):
             assert line == expected, f"{name}, step {expected['step']}"
+    assert running.weights() == undisturbed.weights()
+    assert running.features() == undisturbed.features()
+    assert running.features().keys() == running.weights().keys()
     assert [r["status"] for r in running.rows] == ["done", "done"]
     figures = ("ce_loss_score", "l0", "explained_variance", "n_training_tokens")
     for mine, theirs in zip(running.rows, undisturbed.rows, strict=True):
