@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys):
     # 1,048,576 tokens of the bundled text's train.parquet.
     assert re.search(r"text: about [\d,]+ tokens in [\d,]+ documents .* are \d", out)
     # d_in 128; the norms are those of the bundled model on its held-out text.
-    assert "of centred_norm ≈ 1.08, 2.7, 8.11 of sum; ≈ 0.00844, 0.0211, 0.0633 of none" in out
+    assert "of centred_norm ≈ 1.62, 4.05, 13.5 of sum; ≈ 0.0127, 0.0317, 0.106 of none" in out
     assert "!" not in out
 
 

@@ -45,7 +45,7 @@ def test_all_architectures_in_one_pack_are_what_each_is_alone(
     ray_instance, tiny, tmp_path, monkeypatch
 ):
     # Fewer trials at a time than SAEs: they take turns, and each other's processes.
-    monkeypatch.setattr("saeray.client.session.TRIALS_AT_ONCE", 3)
+    monkeypatch.setattr("saeray.client.trials.TRIALS_AT_ONCE", 3)
     points = [dict(architecture=a) for a in ARCHITECTURES] + TRANSCODERS
     together = saeray.sweep(
         tiny | FIELDS | dict(grid=points), name="together", storage_path=tmp_path, live=False
