@@ -12,9 +12,9 @@ def little_memory():
     """A node with room for three packs, as long as nobody knows how wide their SAEs are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS")
-        # 1.1 GB of the rest, 0.65 that harvest, 3 x 0.125 of trials; 1.86 for each pack: 7.7. The
-        # three SAEs, 4.2 million parameters each, take 0.2 more with their gradients: 8.3.
-        args = dict(num_cpus=2, memory=8 * 10**9, object_store_memory=300_000_000)
+        # 1.1 GB of the rest, 0.65 that harvest, 3 x 0.125 of trials; 1.04 for each pack: 5.2. The
+        # three SAEs, 4.2 million parameters each, take 0.2 more with their gradients: 5.8.
+        args = dict(num_cpus=2, memory=55 * 10**8, object_store_memory=300_000_000)
         made = Cluster(initialize_head=True, head_node_args=args | dict(include_dashboard=False))
         yield made.address
         with all_ended(made.list_all_nodes()):
