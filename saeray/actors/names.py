@@ -18,6 +18,11 @@ def roster_name(sweep: str, folder: str) -> str:
     return f"{ROSTER}{sweep}:{digest(folder, 6)}"
 
 
+def drivers_name(roster: str) -> str:
+    """The name of the actor that drives the sweep of a roster, where one does."""
+    return roster.replace(ROSTER, "driver:")
+
+
 def tags_of(actor_name: str) -> dict[str, str]:
     """Tags of an actor of a stream, by its name (`stream.launch`): sweep, stream, harvester.
 

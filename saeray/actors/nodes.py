@@ -45,11 +45,16 @@ def on_head() -> dict[str, Any]:
     return {"resources": {HEAD: HEAD_SHARE}} if has_head() else {}
 
 
+def own_node() -> str:
+    """The id of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def is_head() -> bool:
     """Whether this process runs on the head node."""
     if over_client():
         return False
-    here = ray.get_runtime_context().get_node_id()
+    here = own_node()
     return any(n["NodeID"] == here and HEAD in n["Resources"] for n in ray.nodes())
 
 

@@ -47,11 +47,11 @@ def refuse_running(place: Folder) -> None:
     """Ray is connected. Raises ConfigError: the sweep is running there, as it was begun."""
     import ray
 
-    from saeray.actors.names import roster_name
+    from saeray.actors.names import drivers_name, roster_name
     from saeray.actors.nodes import namespace
 
     roster = roster_name(place.name, place.uri)
-    for name in (roster, roster.replace("roster:", "driver:")):
+    for name in (roster, drivers_name(roster)):
         try:
             ray.get_actor(name, namespace())
         except ValueError:

@@ -21,7 +21,7 @@ import ray
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
 from saeray.actors.make import actor, passed_on
-from saeray.actors.names import ROSTER, roster_name
+from saeray.actors.names import drivers_name, roster_name
 from saeray.actors.nodes import namespace, on_head
 from saeray.actors.waiting import POLL_SECONDS, NotYet
 from saeray.client.changes import checked, refuse_running
@@ -123,7 +123,7 @@ class Driver:
 
 def driver_name(folder: str) -> str:
     name = Folder.at(folder).name
-    return roster_name(name, folder).replace(ROSTER, "driver:")
+    return drivers_name(roster_name(name, folder))
 
 
 def sweep(

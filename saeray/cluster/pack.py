@@ -17,12 +17,13 @@ from ray.exceptions import ActorUnavailableError
 
 from saeray.actors import waiting
 from saeray.actors.head_folder import seen_from_here
+from saeray.actors.nodes import own_node
 from saeray.cluster.checkpoint_writer import CheckpointWriter, ToWrite, checkpoint_steps
 from saeray.cluster.held import Decisions, Held, held_state
 from saeray.cluster.member import Member, snapshot_of, taken_of
 from saeray.cluster.options import options_of
 from saeray.cluster.pack_gauges import PackMeter
-from saeray.cluster.preemption import NodeTakenAway, Notice, own_node
+from saeray.cluster.preemption import NodeTakenAway, Notice
 from saeray.cluster.resampling import resample
 from saeray.cluster.silenced import Silenced
 from saeray.cluster.start import started

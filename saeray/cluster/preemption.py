@@ -11,8 +11,6 @@ import logging
 import threading
 from collections.abc import Set
 
-import ray
-
 from saeray.actors.environment import in_own_ray
 from saeray.actors.nodes import leaving_nodes
 
@@ -45,8 +43,3 @@ class Notice:
 
     def close(self) -> None:
         self.closing.set()
-
-
-def own_node() -> str:
-    """The id of the node that this process runs on."""
-    return str(ray.get_runtime_context().get_node_id())

@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import ray
 
 from saeray.actors.gauges import Meter
 from saeray.actors.names import own_name, tags_of
+from saeray.actors.nodes import own_node
 from saeray.spec.config import LanguageModelSAERunnerConfig
 from saeray.spec.messages import CacheKey, ModelFacts, RowsFor, Snapshot
 from saeray.spec.order import permutation
@@ -111,7 +111,7 @@ class Harvester:
 
     def node(self) -> str:
         """The id of the node it runs on."""
-        return str(ray.get_runtime_context().get_node_id())
+        return own_node()
 
     def harvest(
         self, index: int, tokens: np.ndarray, cache_key: CacheKey | None = None

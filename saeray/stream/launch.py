@@ -122,13 +122,14 @@ async def start_stream(
         memory = memory_of(
             configs, fitted, facts.d_in, facts.parameter_bytes, plan.buffer_bytes, in_own_ray()
         )
-        at_once = packs_that_fit(memory, fitted, cluster_now(), list(nodes.values()))
+        cluster, on = cluster_now(), list(nodes.values())
+        at_once = packs_that_fit(memory, fitted, cluster, on)
         most_packs = at_once if at_once < memory.packs else 0
         memory = memory.of_packs(at_once)
-        check_memory(memory, fitted, cluster_now(), list(nodes.values()))
+        check_memory(memory, fitted, cluster, on)
         of_gpus = gpu_memory_of(configs, memory, facts.d_in, facts.parameter_bytes, facts.d_vocab)
-        check_gpu_memory(of_gpus, fitted, cluster_now(), list(nodes.values()))
-        room = await store_room(plan, list(nodes.values()))
+        check_gpu_memory(of_gpus, fitted, cluster, on)
+        room = await store_room(plan, on)
         cache = None
         if config.activation_cache is not None:
             fingerprints = partial(first.fingerprints.options, **ONCE)
