@@ -33,10 +33,10 @@ from saeray.stream.buffer_gauges import keep_telling
 from saeray.stream.harvester_pool import HarvesterPool
 from saeray.stream.policy import LAG_SECONDS, Policy, ReaderState
 from saeray.stream.row_requests import RowRequests
+from saeray.stream.users import Users
 
 FREE_SECONDS = 3.0  # what Ray may take to free a block's memory once nobody refers to it
 SLOWER_READERS = "slower readers"
-USER_LEASE_SECONDS = 180.0  # without a sign of a sweep that shares the stream: it is gone
 
 
 class WindowBlocks(NamedTuple):
@@ -94,10 +94,7 @@ class ActivationBuffer:
         self.detached: list[str] = []
         self.dismissed: set[str] = set()
         self.warnings: list[str] = []
-        self.users: dict[str, float] = {}  # sweep -> when it was last heard of
-        self.readers_of: dict[str, set[str]] = {}  # sweep -> its readers
-        self.closing = False
-        self.shared = shared
+        self.users = Users(give_up=self.let_go, close=self.close) if shared else None
         self.pool = HarvesterPool(
             token_server,
             harvesters,
@@ -109,8 +106,8 @@ class ActivationBuffer:
             up_again=self.pump,
         )
         self.row_requests = RowRequests(self.pool)
-        if shared:
-            self.do(self.watch_users())
+        if self.users is not None:
+            self.do(self.users.watch())
         if about is not None:
             self.do(keep_telling(self.gauges, about.name))
             self.do(self.pool.watch_nodes())
@@ -129,20 +126,18 @@ class ActivationBuffer:
         """
         if reader not in self.policy.readers:
             self.policy.welcome(reader, window)
-        self.readers_of.setdefault(user, set()).add(reader)
+        if self.users is not None:
+            self.users.reads(user, reader)
         self.pump()
 
     async def join(self, user: str) -> bool:
         """A sweep uses this stream, or still does; False when it is just being closed."""
-        if not self.closing:
-            self.users[user] = time.monotonic()
-        return not self.closing
+        return self.users is None or self.users.join(user)
 
     async def part(self, user: str) -> None:
         """A sweep has done with this stream; the last one to go closes it."""
-        self.forget_user(user)
-        if not self.users:
-            self.close()
+        if self.users is not None:
+            self.users.part(user)
 
     async def window(
         self, reader: str, window: int, lost: Iterable[str] = (), have: int = 0
@@ -189,7 +184,7 @@ class ActivationBuffer:
 
         Nobody else would dismiss those: who knew of them died with them.
         """
-        known = self.readers_of.get(user, set()) if self.shared else {*self.policy.readers}
+        known = {*self.policy.readers} if self.users is None else self.users.readers_of(user)
         for reader in {r for r in known if is_packs(r)} - {*readers}:
             await self.dismiss(reader)
 
@@ -220,29 +215,14 @@ class ActivationBuffer:
     async def sampled(self, name: str, n_rows: int, seed: int, refs: list[Any]) -> Any:
         return await self.harvesters[0].statistic.remote(name, n_rows, seed, *refs)
 
-    def forget_user(self, user: str) -> None:
-        self.users.pop(user, None)
-        for reader in self.readers_of.pop(user, set()):
+    def let_go(self, readers: Iterable[str]) -> None:
+        """What these needed is needed no more."""
+        for reader in readers:
             self.policy.readers.pop(reader, None)
         self.pump()
 
-    async def watch_users(self) -> None:
-        """Forgets sweeps that are gone without a word, and closes when there is none left."""
-        alone_since = time.monotonic()
-        while not self.closing:
-            await asyncio.sleep(USER_LEASE_SECONDS / 10)
-            now = time.monotonic()
-            for user, seen in list(self.users.items()):
-                if now - seen > USER_LEASE_SECONDS:
-                    self.forget_user(user)
-            if self.users:
-                alone_since = now
-            elif now - alone_since > USER_LEASE_SECONDS:
-                self.close()
-
     def close(self) -> None:
         """Ends the stream's actors, this one last."""
-        self.closing = True
         for a in (*self.harvesters, self.token_server, ray.get_runtime_context().current_actor):
             ray.kill(a)
 

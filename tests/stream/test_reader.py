@@ -13,6 +13,7 @@ from saeray.spec.order import StreamOrder
 from saeray.stream.buffer import ActivationBuffer
 from saeray.stream.harvester import Harvested
 from saeray.stream.reader import AHEAD, Place, Reader
+from saeray.stream.users import Users
 
 # Workers can't import a test module: its classes travel whole.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -176,7 +177,11 @@ def test_who_waits_for_a_slow_reader_waits_until_that_one_is_detached():
 def test_what_packs_hold_that_nobody_knows_of_any_more_is_given_back():
     def buffer(shared):
         made = ActivationBuffer(ORDER, 4, ["one"], None, [None])
-        made.shared = shared
+        if shared:
+            made.users = Users(give_up=made.let_go, close=made.close)
+            for reader in ("pack-001-old", "pack-002-old"):
+                made.users.reads("mine", reader)
+            made.users.reads("theirs", "pack-9-their")
         for name in (
             "pack-001-old",
             "pack-002-old",
@@ -185,7 +190,6 @@ def test_what_packs_hold_that_nobody_knows_of_any_more_is_given_back():
             "pack-9-their",
         ):
             made.policy.ask(name, 0, 0.0)
-        made.readers_of = {"mine": {"pack-001-old", "pack-002-old"}, "theirs": {"pack-9-their"}}
         return made
 
     async def left(made):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 import psutil
+import ray
 import yaml
 from support.bundled import fields
 
@@ -221,3 +222,9 @@ def left_alone(folder):
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     return Ended(folder, "undisturbed")
+
+
+def rosters(sweep):
+    """Rosters of a sweep that are still there."""
+    names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
+    return [n for n in names if n.startswith(f"roster:{sweep}:")]

@@ -11,12 +11,11 @@ import pytest
 import ray
 import torch
 import yaml
-from support.bundled import MODEL, grid
-from support.running import weights_of
+from support.bundled import grid
+from support.running import rosters, weights_of
 from support.wandb_files import read_run
 
 import saeray
-from saeray.errors import ConfigError
 from saeray.files.account import read_sessions
 from saeray.files.checkpoint import load_sae
 from saeray.files.results import COLUMNS
@@ -44,14 +43,6 @@ def until_all_is_free(ray):
     while free(ray) != everything(ray) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert free(ray) == everything(ray)
-
-
-def rosters(sweep):
-    """Rosters of a sweep that are still there."""
-    import ray
-
-    names = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True)]
-    return [n for n in names if n.startswith(f"roster:{sweep}:")]
 
 
 def test_every_sae_of_the_grid_is_trained(six):
@@ -385,42 +376,3 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     assert told == {
         str(tmp_path / "asha" / r["path"]): int(float(r["n_training_tokens"])) for r in rows
     }
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        # Of two streams the second, which would be started when the first is through.
-        (
-            dict(dataset_path=[str(MODEL / "text" / "train.parquet"), "/no/such/file.parquet"]),
-            "no such file",
-        ),
-        pytest.param(dict(context_size=[64, 4096]), "context_size = 4096", marks=pytest.mark.slow),
-        # These in `make test` by test_cli, without a cluster.
-        pytest.param(
-            dict(hook_point="blocks.2.hook_resid_prr"), "did you mean", marks=pytest.mark.slow
-        ),
-        pytest.param(dict(d_in=64), "d_in = 64", marks=pytest.mark.slow),
-        pytest.param(
-            dict(dataset_path="/no/such/file.parquet"), "no such file", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            dict(n_batches_in_buffer=2000, store_batch_size=256, training_tokens=10**9),
-            "buffer",
-            marks=pytest.mark.slow,  # the same by numbers alone, in test_plan
-        ),
-    ],
-)
-def test_what_only_the_cluster_can_see_is_refused_before_training(tiny, tmp_path, changes, words):
-    with pytest.raises(ConfigError, match=words):
-        saeray.sweep(tiny | changes, name="bad", storage_path=tmp_path, live=False)
-    assert rosters("bad") == []
-    assert list((tmp_path / "bad").glob("trials/*/checkpoints/*")) == []
-
-
-def test_a_folder_that_is_there_is_not_written_over(tiny, tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "results.csv").write_text("precious")
-    with pytest.raises(ConfigError, match="name = 'taken'"):
-        saeray.sweep(tiny, name="taken", storage_path=tmp_path)
-    assert (tmp_path / "taken" / "results.csv").read_text() == "precious"
