@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ import yaml
 from saeray.actors.environment import in_own_ray
 from saeray.spec.messages import NAMESPACE
 from saeray.spec.room import HEAD, Cluster, Node
+
+logger = logging.getLogger(__name__)
 
 HEAD_SHARE = 0.0001  # of HEAD, per process that must be there: the least Ray takes, so 10,000 fit
 
@@ -61,13 +64,20 @@ def is_head() -> bool:
 def leaving_nodes() -> set[str]:
     """The ids of nodes that are about to be taken away: preempted, or drained by an autoscaler.
 
-    What runs there goes on until it is; nothing new is started there.
+    What runs there goes on until it is; nothing new is started there. None while the GCS can't be
+    asked: those who look do so every second, and shall go on looking.
     """
     if in_own_ray() or over_client():
         return set()  # there is but one; whoever places anything runs in the cluster
     from ray._private.state import state
 
-    return set(state.get_draining_nodes())
+    try:
+        return set(state.get_draining_nodes())
+    except Exception:  # of many types, all of them for a GCS that does not answer
+        logger.warning(
+            "can't ask which nodes are about to be taken away", exc_info=True
+        )
+        return set()
 
 
 def cluster_now(taken: Mapping[str, Mapping[str, float]] | None = None) -> Cluster:

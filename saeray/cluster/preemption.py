@@ -7,7 +7,6 @@ could say it, too, by a process more for each pack; it asks what is asked here.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Set
 
@@ -15,8 +14,6 @@ from saeray.actors.environment import in_own_ray
 from saeray.actors.nodes import leaving_nodes
 
 LOOK_SECONDS = 1.0
-
-logger = logging.getLogger(__name__)
 
 
 class NodeTakenAway(RuntimeError):
@@ -36,10 +33,7 @@ class Notice:
 
     def look(self) -> None:
         while not self.given and not self.closing.wait(LOOK_SECONDS):
-            try:
-                self.given = bool(self.nodes & leaving_nodes())
-            except Exception:  # Ray's GCS is not there for a moment
-                logger.exception("looking for nodes that are taken away")
+            self.given = bool(self.nodes & leaving_nodes())
 
     def close(self) -> None:
         self.closing.set()

@@ -2,6 +2,8 @@
 
 import time
 
+from ray._private.state import state
+
 from saeray.actors.environment import OWN_RAY
 from saeray.cluster import preemption
 from saeray.cluster.preemption import Notice
@@ -15,10 +17,10 @@ def given(notice, within=5.0):
 
 
 def test_it_is_of_ones_own_nodes_and_survives_a_look_that_fails(monkeypatch):
-    answers = [set(), {"another"}, ConnectionError("the GCS is away"), {"another", "b"}]
+    answers = [{}, {"another": 0}, ConnectionError("the GCS is away"), {"another": 0, "b": 0}]
     looked = []
 
-    def leaving_nodes():
+    def get_draining_nodes():
         looked.append(answers[min(len(looked), 3)])
         if isinstance(looked[-1], Exception):
             raise looked[-1]
@@ -26,7 +28,7 @@ def test_it_is_of_ones_own_nodes_and_survives_a_look_that_fails(monkeypatch):
 
     monkeypatch.delenv(OWN_RAY, raising=False)
     monkeypatch.setattr(preemption, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(preemption, "leaving_nodes", leaving_nodes)
+    monkeypatch.setattr(state, "get_draining_nodes", get_draining_nodes)
     notice = Notice({"a", "b"})
     assert given(notice)
     assert looked == answers  # not before it was one of its own, and not once more after
