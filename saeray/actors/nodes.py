@@ -74,9 +74,7 @@ def leaving_nodes() -> set[str]:
     try:
         return set(state.get_draining_nodes())
     except Exception:  # of many types, all of them for a GCS that does not answer
-        logger.warning(
-            "can't ask which nodes are about to be taken away", exc_info=True
-        )
+        logger.warning("can't ask which nodes are about to be taken away", exc_info=True)
         return set()
 
 

@@ -13,136 +13,13 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
-# Sums may be reordered to fill vector registers, but NaN and infinity stay what they are: a loss
-# that is not finite has to be seen.
-REORDERED = {"reassoc", "contract", "nsz"}
-GROUP = 8  # pre-activations looked at together
-
-
-def compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba.njit without the interpreter's lock; cached on disk where there is a place for it."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's can be written to
-            return numba.njit(nogil=True, **options)(function)
-
-    return decorate
-
-
-@compiled()
-def select_active(bits, floor, first, offsets, feature, n):
-    """Appends the features of a block of pre-activations above 0 to n others: (rows done, n then).
-
-    bits [R, L]: the block's bits as signed whole numbers, floor those of minus infinity. In that
-    order negative numbers lie below it, and above it 0, positive numbers and NaN: an SAE with a
-    weight that is not a number must not look like one that is silent.
-
-    offsets[first + r + 1] becomes the end of row r. Ends before a row that might not fit.
-    """
-    n_rows, n_features = bits.shape
-    in_groups = n_features - n_features % GROUP
-    room = len(feature)
-    for r in range(n_rows):
-        if n + n_features > room:
-            return r, n
-        row = bits[r]
-        for a in range(0, in_groups, GROUP):
-            some = False  # most groups have no active feature
-            for k in range(GROUP):
-                some = some | (row[a + k] > floor)
-            if some:
-                for j in range(a, a + GROUP):  # without a branch: the next one overwrites it
-                    feature[n] = j
-                    n += (row[j] > floor) & (row[j] != 0)
-        for j in range(in_groups, n_features):
-            feature[n] = j
-            n += (row[j] > floor) & (row[j] != 0)
-        offsets[first + r + 1] = n
-    return n_rows, n
-
-
-@compiled()
-def sift(key, which, at, n):
-    """Restores the order of a heap of n keys, smallest first, below place `at`."""
-    while True:
-        child = 2 * at + 1
-        if child >= n:
-            return
-        if child + 1 < n and key[child + 1] < key[child]:
-            child += 1
-        if key[at] <= key[child]:
-            return
-        key[at], key[child] = key[child], key[at]
-        which[at], which[child] = which[child], which[at]
-        at = child
-
-
-@compiled()
-def select_largest(bits, k, floor, first, offsets, feature, n):
-    """`select_active` of each row's k largest alone; of equal ones, those that come first.
-
-    The largest so far are kept in a heap of their bits, which are in the order of the numbers. What
-    is not a number counts as larger than all, so that it is seen.
-    """
-    n_rows, n_features = bits.shape
-    room = len(feature)
-    key, which = np.empty(k, bits.dtype), np.empty(k, np.int32)
-    largest = np.iinfo(bits.dtype).max
-    for r in range(n_rows):
-        if n + k > room:
-            return r, n
-        row = bits[r]
-        held = 0
-        bar = bits.dtype.type(0)  # below or at it nothing is among the largest
-        for a in range(0, n_features, GROUP):
-            b = min(a + GROUP, n_features)
-            some = False
-            if b - a == GROUP:
-                for i in range(GROUP):
-                    v = row[a + i]
-                    some = some | (v > bar) | ((v > floor) & (v < 0))
-            else:
-                some = True
-            if not some:
-                continue
-            for j in range(a, b):
-                v = row[j]
-                if v < 0 and v > floor:
-                    v = largest
-                if v <= bar:
-                    continue
-                if held < k:
-                    key[held], which[held] = v, j
-                    held += 1
-                    if held == k:
-                        for at in range(k // 2, -1, -1):
-                            sift(key, which, at, k)
-                        bar = key[0]
-                else:
-                    key[0], which[0] = v, j
-                    sift(key, which, 0, k)
-                    bar = key[0]
-        feature[n : n + held] = np.sort(which[:held])
-        n += held
-        offsets[first + r + 1] = n
-    return n_rows, n
-
-
-@compiled()
-def take_values(h, first, n_rows, offsets, feature, value):
-    """The values of a block's entries, out of its first n_rows pre-activations h [R, L]."""
-    for r in range(n_rows):
-        for i in range(offsets[first + r], offsets[first + r + 1]):
-            value[i] = h[r, feature[i]]
+from saeray.sae import numba_screening
+from saeray.sae.numba_compiled import REORDERED, compiled
 
 
 @compiled(fastmath=REORDERED)
@@ -362,17 +239,14 @@ def warm_up() -> None:
     lock = Path(tempfile.gettempdir()) / f"saeray-kernels-{os.getuid()}.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        for compute_dtype in (np.int32, np.int16):
-            one_entry(np.float32, compute_dtype)
+        one_entry(np.float32)
+        numba_screening.warm_up(np.float32)
 
 
-def one_entry(dtype: Any, bits: Any) -> None:
+def one_entry(dtype: Any) -> None:
     """Through every kernel."""
     unit, n = np.ones((1, 1), dtype), np.zeros(1, dtype)
     offsets, feature = np.zeros(2, np.int64), np.zeros(2, np.int32)
-    select_active(np.ones((1, 1), bits), bits(-1), 0, offsets, feature, 0)
-    select_largest(np.ones((1, 1), bits), 1, bits(-1), 0, offsets, feature, 0)
-    take_values(unit, 0, 1, offsets, feature, n)
     exact_values(offsets, feature, n, unit, unit, unit[0], n.copy())
     decode_rows(offsets, feature, n, unit, unit[0], unit, unit[0], unit.copy(), unit.copy(), n)
     levels = unit.reshape(1, 1, 1).copy()

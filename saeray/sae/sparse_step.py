@@ -1,9 +1,10 @@
-"""The gradient of one SAE from its active entries alone: one dense product, the encoder's, is left.
+"""The gradient of one SAE from its active entries alone, found by a product in eight bits.
 
 The dense step is five products of B·D·L. Where a row has few active features, four of them touch
 only those: x̂ and ⟨dx̂, W_dec[j]⟩ row after row, dW_dec[j] = Σ f dx̂ and dW_enc[j] = Σ dh (x - b_dec)
-feature after feature. The same sums as `gradients.lane_gradients`, in another order; nothing is
-approximated and nothing of [B, L] is kept: pre-activations live in the cache, a block at a time.
+feature after feature. The fifth, the encoder's, only has to tell which those are: `screening`. The
+same sums as `gradients.lane_gradients`, in another order; nothing is approximated and nothing of
+[B, L] is kept: the product lives in the cache, a block at a time.
 
 Rows of a lane and features are independent of each other, so no number of threads changes a bit.
 """
@@ -26,7 +27,6 @@ from saeray.sae.batch_selection import bounds, smallest_of
 from saeray.sae.entries import Entries, Selection, keep_at_least
 from saeray.sae.gradients import (
     Batch,
-    Factor,
     Factors,
     Gradients,
     Lane,
@@ -36,6 +36,7 @@ from saeray.sae.gradients import (
     without_skip,
 )
 from saeray.sae.ranks import Ranks
+from saeray.sae.screening import Screen
 
 FEATURES_PER_TASK = 512
 
@@ -62,15 +63,13 @@ class SparseSpace:
     """What one SAE needs while it makes a step: some [B, D], and its entries."""
 
     def __init__(self, sae: SAE, rule: Rule, n_rows: int, bfloat16: bool) -> None:
-        self.bfloat16 = bfloat16
         self.x_centred = sae.W_dec.new_empty(n_rows, sae.d_in)
         self.dx_hat = sae.W_dec.new_zeros(len(rule.widths), n_rows, sae.d_out)
         # Of what the gate's latents reconstruct.
         self.dx_gate = sae.W_dec.new_empty((n_rows, sae.d_out) if rule.has_gate else (0, 0))
         self.factors = Factors(sae, bfloat16) if sae.W_skip is not None else None
         self.target = sae.W_dec.new_empty((n_rows, sae.d_out) if self.factors else (0, 0))
-        self.x_factor = Factor(self.x_centred, bfloat16)
-        self.W_enc_factor = Factor(sae.W_enc, bfloat16)
+        self.screen = Screen(sae, n_rows)
         self.lanes: dict[Lane, Entries] = {}
         self.starts = np.zeros(sae.d_sae + 1, np.int64)
         self.row = np.empty(0, np.int32)
@@ -78,7 +77,7 @@ class SparseSpace:
 
     def entries(self, sae: SAE, lane: Lane) -> Entries:
         if lane not in self.lanes:
-            self.lanes[lane] = Entries(sae, lane[1] - lane[0], self.bfloat16)
+            self.lanes[lane] = Entries(sae, lane[1] - lane[0], self.screen)
         return self.lanes[lane]
 
     def make_room(self, n: int) -> None:
@@ -105,7 +104,7 @@ def sparse_gradients(
 
     torch.sub(batch.x, sae.b_dec, out=space.x_centred)
     lanes = list(ranks.own(lanes_of(len(batch.x), batch.x.device, ranks.size)))
-    step = SparseStep(sae, rule, batch, errors, space, want_l1)
+    step = SparseStep(sae, rule, batch, errors, space, run, want_l1)
     wanted = rule.n_of_batch(len(batch.x))
     if wanted is not None:
         step.choose_of_batch(wanted, lanes, run, ranks)
@@ -195,7 +194,14 @@ class SparseStep:
     """One step of one SAE, lane by lane."""
 
     def __init__(
-        self, sae: SAE, rule: Rule, batch: Batch, errors: Tensor, space: SparseSpace, want_l1: bool
+        self,
+        sae: SAE,
+        rule: Rule,
+        batch: Batch,
+        errors: Tensor,
+        space: SparseSpace,
+        run: RunLanes,
+        want_l1: bool,
     ) -> None:
         self.sae, self.rule, self.space, self.want_l1 = sae, rule, space, want_l1
         self.chosen = False
@@ -210,13 +216,12 @@ class SparseStep:
         self.batch, self.errors = batch, errors.numpy()
         # What features and bias are to make: y, or what a skip connection leaves of it.
         self.target = (batch.y if space.factors is None else space.target).numpy()
-        self.x_factor = space.x_factor.of(space.x_centred)
-        self.W_enc = space.W_enc_factor.of(sae.W_enc)
+        space.screen.set(sae, space.x_centred, run)
         self.selection = self.select(rule.floor())
 
     def select(self, floor: Tensor | None) -> Selection:
         return Selection(
-            self.sae, self.x_factor, self.W_enc, self.space.x_centred,
+            self.sae, self.space.screen, self.space.x_centred,
             floor=floor, k=self.rule.k, by=self.rule.selected_by(),
         )  # fmt: skip
 

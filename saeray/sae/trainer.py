@@ -35,7 +35,7 @@ from saeray.sae.steering import Steering
 # Which of the two ways a step is computed is decided anew every so many steps, by the share of
 # features active in the step before. Part of what a run is a function of.
 STEPS_PER_DECISION = 10
-SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 8, "tf32": 1 / 8, "bfloat16": 1 / 16}
+SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 5, "tf32": 1 / 5, "bfloat16": 1 / 10}
 SPARSE_BELOW_ON_GPU = 1 / 100
 
 

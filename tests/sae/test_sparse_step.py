@@ -95,39 +95,11 @@ def test_neither_threads_nor_packing_change_a_bit(compute_dtype):
     assert trained(5, together=False) == alone
 
 
-def test_bfloat16_finds_the_features_and_float32_their_values():
-    """Weights may differ by what a feature near 0 does that bfloat16 sees on the other side."""
+def test_bfloat16_rounds_nothing_here():
     exact, narrow = trainer(torch.float32), trainer(torch.float32, compute_dtype="bfloat16")
     for t in (exact, narrow):
-        (metrics,) = PackStep().step([t], batch(dtype=torch.float32), want_metrics=True)
-        t.metrics = metrics
-    # bfloat16 has 8 bits: of 163 features per row some are within 1/256 of their bias.
-    assert abs(float(narrow.metrics.l0 - exact.metrics.l0)) < 0.01 * float(exact.metrics.l0)
-    torch.testing.assert_close(narrow.metrics.mse, exact.metrics.mse, rtol=2e-4, atol=0)
-    torch.testing.assert_close(narrow.metrics.l1, exact.metrics.l1, rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "whole", "nan"),
-    [(torch.float32, torch.int32, 0x7FC00000), (torch.bfloat16, torch.int16, 0x7FC0)],
-)
-def test_entries_are_what_is_above_zero_or_not_a_number(dtype, whole, nan):
-    """Each in a group of eight that has nothing else, and in what is left of the row."""
-    from saeray.sae.numba_kernels import select_active
-
-    inf = torch.inf
-    h = torch.full((2, 5 * 8 + 3), -1.0)
-    h[0, [21, 30, 38]] = torch.tensor([1e-30, inf, -inf])
-    h[1, [0, 1, 42]] = torch.tensor([0.0, -0.0, 2.0])
-    h = h.to(dtype)
-    lowest = torch.iinfo(whole).min  # the sign bit
-    h.view(whole)[0, [3, 9, 41]] = torch.tensor([nan, nan + lowest, nan + lowest], dtype=whole)
-    assert h.isnan().sum() == 3
-    floor = torch.tensor([-inf], dtype=dtype).view(whole).numpy()[0]
-    offsets, feature = np.zeros(3, np.int64), np.empty(100, np.int32)
-    done, n = select_active(h.view(whole).numpy(), floor, 0, offsets, feature, 0)
-    assert (done, n, offsets.tolist()) == (2, 6, [0, 5, 6])
-    assert feature[:6].tolist() == [3, 9, 21, 30, 41, 42]
+        PackStep().step([t], batch(dtype=torch.float32))
+    assert bits(narrow) == bits(exact)
 
 
 def test_a_candidate_that_is_not_above_zero_after_all_is_none():
