@@ -199,6 +199,7 @@ def trainer_memory(
         gradients += max(2 * whole, spread and spread + 1) * one
         block = max(BLOCK_BYTES, 64 * d_sae * number)
         activations += max(whole, 1) * errors + max(whole, min(threads, spread)) * 3 * block
+        activations += max(whole, 1) * (one // 2) // number  # W_enc in eight bits
     c = members[0]
     read = {hook for member in members for hook in member.hooks_read}
     row = sum(widths[hook] for hook in read) * DTYPE_BYTES[c.activation_dtype]
