@@ -257,6 +257,8 @@ class FakeTrials:
 class SimulatedRoster(Roster):
     """The roster, which starts fakes instead of language models, text and trainers."""
 
+    trainers = FakeTrainers
+
     def __init__(self, sweep: str, folder: str, environment: dict[str, str], size: Size) -> None:
         self.hosts: dict[str, Any] = {}  # pack -> the actor that trains it
         self.size = size
@@ -272,7 +274,7 @@ class SimulatedRoster(Roster):
         n = len(self.hosts)
         if n < self.size.reader_processes:
             host = launch.actor(
-                FakeTrainers, name, max_restarts=0, max_concurrency=64,
+                self.trainers, name, max_restarts=0, max_concurrency=64,
                 scheduling_strategy="SPREAD",
             ).remote()  # fmt: skip
         else:
@@ -470,7 +472,9 @@ def config_of(size: Size, folder: str) -> LanguageModelSAERunnerConfig:
     )
 
 
-def run(size: Size, folder: str) -> tuple[Watch, list[dict[str, Any]]]:
+def run(
+    size: Size, folder: str, kind: type[SimulatedRoster] = SimulatedRoster
+) -> tuple[Watch, list[dict[str, Any]]]:
     """One sweep of this size on the cluster that is there; its results, row by row."""
     import saeray
     from saeray.files.sweep_folder import SweepFolder
@@ -478,7 +482,7 @@ def run(size: Size, folder: str) -> tuple[Watch, list[dict[str, Any]]]:
     config = config_of(size, folder)
     place = Folder.at(folder) / size.name
     handle = launch.actor(
-        SimulatedRoster,
+        kind,
         roster_name(size.name, place.uri),
         max_concurrency=1000,
         **launch.on_head(),
