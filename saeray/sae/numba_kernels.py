@@ -22,6 +22,14 @@ from saeray.sae import numba_screening
 from saeray.sae.numba_compiled import REORDERED, compiled
 
 
+@compiled()
+def keep_active(feature, value, n, j, h, floor):
+    """Writes entry n, feature j at h; returns how many there are then: one more if it is active."""
+    feature[n] = j
+    value[n] = h
+    return n + (not (h <= floor[j]))
+
+
 @compiled(fastmath=REORDERED)
 def exact_values(offsets, feature, value, x_centred, W_enc, b_enc, floor):
     """Values of candidates in full precision; those not above their floor after all are dropped.
@@ -29,20 +37,32 @@ def exact_values(offsets, feature, value, x_centred, W_enc, b_enc, floor):
     x_centred [R, D], W_enc a row per feature [L, D], floor [L]. Returns how many entries are left.
     """
     n_rows, d_in = x_centred.shape
+    zero = b_enc.dtype.type(0)
     n = 0
     begin = offsets[0]
     for r in range(n_rows):
         end = offsets[r + 1]
         x = x_centred[r]
-        for i in range(begin, end):
-            j = feature[i]
-            w = W_enc[j]
-            total = b_enc[j]
+        for i in range(begin, end, 4):
+            # Four at a time: the row is read a quarter as often. Always four, so that a value does
+            # not depend on which others are looked at beside it.
+            j0, last = feature[i], end - 1
+            j1, j2 = feature[min(i + 1, last)], feature[min(i + 2, last)]
+            j3 = feature[min(i + 3, last)]
+            w0, w1, w2, w3 = W_enc[j0], W_enc[j1], W_enc[j2], W_enc[j3]
+            t0, t1, t2, t3 = zero, zero, zero, zero
             for d in range(d_in):
-                total += x[d] * w[d]
-            feature[n] = j
-            value[n] = total
-            n += not (total <= floor[j])
+                t0 += x[d] * w0[d]
+                t1 += x[d] * w1[d]
+                t2 += x[d] * w2[d]
+                t3 += x[d] * w3[d]
+            n = keep_active(feature, value, n, j0, t0 + b_enc[j0], floor)
+            if i + 1 < end:
+                n = keep_active(feature, value, n, j1, t1 + b_enc[j1], floor)
+            if i + 2 < end:
+                n = keep_active(feature, value, n, j2, t2 + b_enc[j2], floor)
+            if i + 3 < end:
+                n = keep_active(feature, value, n, j3, t3 + b_enc[j3], floor)
         begin = end
         offsets[r + 1] = n
     return n
@@ -81,12 +101,29 @@ def decode_rows(offsets, feature, value, W_dec, b_dec, x, scale, errors, dx_hat,
         dx = dx_hat[r]
         for d in range(d_in):
             dx[d] = error[d] * scale[r]
-        for i in range(begin, end):
+        i = begin
+        while i + 4 <= end:
+            w0, w1, w2, w3 = (
+                W_dec[feature[i]],
+                W_dec[feature[i + 1]],
+                W_dec[feature[i + 2]],
+                W_dec[feature[i + 3]],
+            )
+            t0, t1, t2, t3 = zero, zero, zero, zero
+            for d in range(d_in):
+                t0 += dx[d] * w0[d]
+                t1 += dx[d] * w1[d]
+                t2 += dx[d] * w2[d]
+                t3 += dx[d] * w3[d]
+            df[i], df[i + 1], df[i + 2], df[i + 3] = t0, t1, t2, t3
+            i += 4
+        while i < end:
             w = W_dec[feature[i]]
             total = zero
             for d in range(d_in):
                 total += dx[d] * w[d]
             df[i] = total
+            i += 1
 
 
 @compiled(fastmath=REORDERED)
