@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saeray.sae.architectures.base import SAE
 from saeray.sae.gradients import RunLanes, block_rows
 
+AT_ONCE = 512
 SAMPLE = 256  # features whose weights tell how large each dimension's are
 
 
@@ -39,9 +39,9 @@ def has_fast_int8() -> bool:
         return False
 
 
-def tasks_of(n: int, at_once: int = 512) -> list[tuple[int, int]]:
-    """Rows from, to that a thread takes at once; they are independent of each other."""
-    return [(a, min(a + at_once, n)) for a in range(0, n, at_once)]
+def cuts(n: int) -> list[tuple[int, int]]:
+    """From, to: what a thread takes at once of n rows or features that are independent."""
+    return [(a, min(a + AT_ONCE, n)) for a in range(0, n, AT_ONCE)]
 
 
 class Quantized:
@@ -65,7 +65,7 @@ class Quantized:
                 self.norm_whole.numpy(), self.norm_left.numpy(), self.norm.numpy(),
             )  # fmt: skip
 
-        for _ in run(some, tasks_of(len(rows))):
+        for _ in run(some, cuts(len(rows))):
             pass
 
 
@@ -130,7 +130,3 @@ def sizes(x: Tensor, weights: Tensor) -> Tensor:
     of_w = some.square().mean(dim=0).sqrt()
     m = torch.exp2(torch.log2(of_x / of_w).mul(0.5).round())
     return torch.where((m > 1e-6) & (m < 1e6), m, 1.0)  # neither of nothing nor of NaN
-
-
-def as_numpy(*tensors: Tensor) -> tuple[np.ndarray, ...]:
-    return tuple(t.detach().numpy() for t in tensors)

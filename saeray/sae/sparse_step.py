@@ -36,9 +36,7 @@ from saeray.sae.gradients import (
     without_skip,
 )
 from saeray.sae.ranks import Ranks
-from saeray.sae.screening import Screen
-
-FEATURES_PER_TASK = 512
+from saeray.sae.screening import Screen, cuts
 
 
 @functools.cache
@@ -352,7 +350,7 @@ def tasks_of(levels: Sequence[Lane]) -> list[tuple[int, int, int]]:
     Features are independent of each other, so no bit depends on it.
     """
     return [
-        (a, min(a + FEATURES_PER_TASK, to), level)
+        (from_ + a, from_ + b, level)
         for level, (from_, to) in enumerate(levels)
-        for a in range(from_, to, FEATURES_PER_TASK)
+        for a, b in cuts(to - from_)
     ]
