@@ -7,12 +7,17 @@ those that are active stay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from saeray.sae.architectures.base import SAE
+from saeray.sae.gradients import LANE_ROWS, Lane
 from saeray.sae.screening import Screen
+
+LEAST_TILE_ROWS = 128
 
 
 class Entries:
@@ -126,3 +131,57 @@ def keep_at_least(entries: Entries, smallest: float, by: Tensor | None) -> None:
     entries.offsets[:] = before[entries.offsets]
     n_left = int(before[-1])
     feature[:n_left], value[:n_left] = feature[kept], value[kept]
+
+
+class ByFeature:
+    """The entries of all lanes in the order of features, a tile of rows at a time."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.d_sae = sae.d_sae
+        self.dtype = sae.W_enc.detach().numpy().dtype
+        self.sorted = np.empty((0, 3), self.dtype)  # row, value, dh
+        self.starts = np.zeros(1, np.int64)  # [tiles * L + 1]
+
+    def count(self, lanes: Sequence[Lane], parts: Sequence[Entries]) -> None:
+        """Where entries of these lanes shall lie."""
+        from saeray.sae import numba_kernels as kernels
+
+        n, n_rows = sum(map(len, parts)), sum(b - a for a, b in lanes)
+        self.lanes, self.parts = lanes, parts
+        self.tile_rows = tile_rows(n, n_rows, self.d_sae)
+        self.tiles = np.cumsum([0, *(-(-(b - a) // self.tile_rows) for a, b in lanes)])
+        if n > len(self.sorted):
+            self.sorted = np.empty((n + n // 4, 3), self.dtype)
+        size = int(self.tiles[-1]) * self.d_sae + 1
+        if len(self.starts) != size:
+            self.starts = np.empty(size, np.int64)
+        self.starts[:] = 0
+        for tile, entries in zip(self.tiles, parts, strict=False):
+            kernels.count_by_feature(
+                entries.offsets, entries.feature, self.tile_rows, tile, self.d_sae, self.starts
+            )
+        np.cumsum(self.starts, out=self.starts)
+
+    def place(self, values: Sequence[np.ndarray]) -> None:
+        """Sorts them, each lane's with these values [n] and the dh that it has."""
+        from saeray.sae import numba_kernels as kernels
+
+        places = self.starts[:-1].copy()
+        for lane, tile, entries, value in zip(
+            self.lanes, self.tiles, self.parts, values, strict=False
+        ):
+            kernels.place_by_feature(
+                entries.offsets, entries.feature, value, entries.dh,
+                self.tile_rows, tile, self.d_sae, lane[0], places, self.sorted,
+            )  # fmt: skip
+
+
+def tile_rows(n: int, n_rows: int, d_sae: int) -> int:
+    """Rows of a tile, a power of two: a feature shall have eight entries there, if a lane has them.
+
+    A function of the run, since it decides where sums are cut.
+    """
+    rows = LEAST_TILE_ROWS
+    while rows < LANE_ROWS and n * rows < 8 * d_sae * n_rows:
+        rows *= 2
+    return rows

@@ -21,6 +21,8 @@ import numpy as np
 from saeray.sae import numba_screening
 from saeray.sae.numba_compiled import REORDERED, compiled
 
+FEATURES_AT_ONCE = 128  # whose gradients stay in the cache while tiles of rows pass by
+
 
 @compiled()
 def keep_active(feature, value, n, j, h, floor):
@@ -174,84 +176,104 @@ def decode_levels(offsets, feature, value, widths, W_dec, b_dec, x, scale, error
 
 
 @compiled()
-def count_features(feature, n, starts):
-    """Adds to starts [L + 1] how often each feature occurs among the first n, one place up."""
-    for i in range(n):
-        starts[feature[i] + 1] += 1
+def count_by_feature(offsets, feature, tile_rows, first_tile, n_features, starts):
+    """Adds to starts [tiles * L + 1] how often each feature occurs in each tile, one place up.
+
+    Of one lane; a tile are so many of its rows.
+    """
+    for r in range(len(offsets) - 1):
+        at = (first_tile + r // tile_rows) * n_features + 1
+        for i in range(offsets[r], offsets[r + 1]):
+            starts[at + feature[i]] += 1
 
 
 @compiled()
-def place_by_feature(offsets, feature, value, dh, first, places, by_row, by_value, by_dh):
-    """Copies a lane's entries to where their feature's lie; places [L] moves on."""
+def place_by_feature(
+    offsets, feature, value, dh, tile_rows, first_tile, n_features, first, places, sorted_
+):
+    """Copies a lane's entries to where their tile's and feature's lie; places [tiles * L] moves on.
+
+    sorted_ [n, 3]: row, from `first` on, value, dh; together, as places are written at random.
+    """
     for r in range(len(offsets) - 1):
+        at = (first_tile + r // tile_rows) * n_features
         for i in range(offsets[r], offsets[r + 1]):
-            p = places[feature[i]]
-            places[feature[i]] = p + 1
-            by_row[p] = first + r
-            by_value[p] = value[i]
-            by_dh[p] = dh[i]
+            p = places[at + feature[i]]
+            places[at + feature[i]] = p + 1
+            sorted_[p, 0] = first + r
+            sorted_[p, 1] = value[i]
+            sorted_[p, 2] = dh[i]
 
 
 @compiled(fastmath=REORDERED)
 def weight_gradients(
-    first, last, starts, row, value, dh, x_centred, dx_hat, dW_enc, dW_dec, db_enc, fired, f
+    first, last, starts, sorted_, x_centred, dx_hat, dW_enc, dW_dec, db_enc, fired, f
 ):
     """Of features first to last: dW_enc [L, D], dW_dec [L, O]; db_enc = Σ dh, fired, f = Σ f [L].
 
-    Entries feature after feature (starts [L + 1]), each feature's in the order of its rows.
-    x_centred [B, D], dx_hat [B, O].
+    Entries tile after tile, in it feature after feature (starts [tiles * L + 1]), each feature's in
+    the order of its rows. x_centred [B, D], dx_hat [B, O]. Some features at a time and a tile of
+    rows at a time: then what is read and what is written are in the cache.
     """
     d_in, d_out = x_centred.shape[1], dx_hat.shape[1]
+    n_features = len(db_enc)
+    n_tiles = (len(starts) - 1) // n_features
     zero = f.dtype.type(0)
-    for j in range(first, last):
-        to_enc, to_dec = dW_enc[j], dW_dec[j]
-        for d in range(d_in):
-            to_enc[d] = 0
-        for d in range(d_out):
-            to_dec[d] = 0
-        begin, end = starts[j], starts[j + 1]
-        sum_dh, sum_f = zero, zero
-        n_fired = 0
-        i = begin
-        while i + 2 <= end:
-            x0, x1, e0, e1 = (
-                x_centred[row[i]],
-                x_centred[row[i + 1]],
-                dx_hat[row[i]],
-                dx_hat[row[i + 1]],
-            )
-            f0, f1, h0, h1 = value[i], value[i + 1], dh[i], dh[i + 1]
-            for d in range(d_out):
-                to_dec[d] += f0 * e0[d] + f1 * e1[d]
-            for d in range(d_in):
-                to_enc[d] += h0 * x0[d] + h1 * x1[d]
-            sum_dh += h0 + h1
-            sum_f += f0 + f1
-            n_fired += (not (f0 <= 0)) + (not (f1 <= 0))
-            i += 2
-        if i < end:
-            x0, e0 = x_centred[row[i]], dx_hat[row[i]]
-            for d in range(d_out):
-                to_dec[d] += value[i] * e0[d]
-            for d in range(d_in):
-                to_enc[d] += dh[i] * x0[d]
-            sum_dh += dh[i]
-            sum_f += value[i]
-            n_fired += not (value[i] <= 0)
-        db_enc[j] = sum_dh
-        f[j] = sum_f
-        fired[j] = n_fired
+    for some in range(first, last, FEATURES_AT_ONCE):
+        end_of_some = min(some + FEATURES_AT_ONCE, last)
+        for j in range(some, end_of_some):
+            dW_enc[j] = 0
+            dW_dec[j] = 0
+            db_enc[j], f[j], fired[j] = 0, 0, 0
+        for tile in range(n_tiles):
+            for j in range(some, end_of_some):
+                i, end = starts[tile * n_features + j], starts[tile * n_features + j + 1]
+                to_enc, to_dec = dW_enc[j], dW_dec[j]
+                sum_dh, sum_f = zero, zero
+                n_fired = 0
+                while i + 2 <= end:
+                    r0, r1 = int(sorted_[i, 0]), int(sorted_[i + 1, 0])
+                    x0, x1, e0, e1 = x_centred[r0], x_centred[r1], dx_hat[r0], dx_hat[r1]
+                    f0, f1, h0, h1 = (
+                        sorted_[i, 1],
+                        sorted_[i + 1, 1],
+                        sorted_[i, 2],
+                        sorted_[i + 1, 2],
+                    )
+                    for d in range(d_out):
+                        to_dec[d] += f0 * e0[d] + f1 * e1[d]
+                    for d in range(d_in):
+                        to_enc[d] += h0 * x0[d] + h1 * x1[d]
+                    sum_dh += h0 + h1
+                    sum_f += f0 + f1
+                    n_fired += (not (f0 <= 0)) + (not (f1 <= 0))
+                    i += 2
+                if i < end:
+                    x0, e0 = x_centred[int(sorted_[i, 0])], dx_hat[int(sorted_[i, 0])]
+                    f0, h0 = sorted_[i, 1], sorted_[i, 2]
+                    for d in range(d_out):
+                        to_dec[d] += f0 * e0[d]
+                    for d in range(d_in):
+                        to_enc[d] += h0 * x0[d]
+                    sum_dh += h0
+                    sum_f += f0
+                    n_fired += not (f0 <= 0)
+                db_enc[j] += sum_dh
+                f[j] += sum_f
+                fired[j] += n_fired
 
 
 @compiled(fastmath=REORDERED)
-def add_decoder_gradient(first, last, starts, row, value, dx_hat, dW_dec):
+def add_decoder_gradient(first, last, starts, sorted_, dx_hat, dW_dec):
     """Adds Σ value dx_hat to rows first to last of dW_dec; as in `weight_gradients`."""
-    for j in range(first, last):
-        to_dec = dW_dec[j]
-        for i in range(starts[j], starts[j + 1]):
-            e = dx_hat[row[i]]
-            for d in range(dx_hat.shape[1]):
-                to_dec[d] += value[i] * e[d]
+    n_features = len(dW_dec)
+    for tile in range((len(starts) - 1) // n_features):
+        for j in range(first, last):
+            to_dec = dW_dec[j]
+            for i in range(starts[tile * n_features + j], starts[tile * n_features + j + 1]):
+                e, value = dx_hat[int(sorted_[i, 0])], sorted_[i, 1]
+                for d in range(dx_hat.shape[1]):
+                    to_dec[d] += value * e[d]
 
 
 @compiled(fastmath=REORDERED)
@@ -289,13 +311,12 @@ def one_entry(dtype: Any) -> None:
     levels = unit.reshape(1, 1, 1).copy()
     widths = np.ones(1, np.int64)
     decode_levels(offsets, feature, n, widths, unit, unit[0], unit, unit[0], unit.copy(), levels, n)
-    starts = np.zeros(2, np.int64)
-    count_features(feature, 1, starts)
-    row, places = np.zeros(1, np.int32), np.zeros(1, np.int64)
-    place_by_feature(offsets, feature, n, n, 0, places, row, n.copy(), n.copy())
+    starts, sorted_ = np.zeros(2, np.int64), np.zeros((1, 3), dtype)
+    count_by_feature(offsets, feature, 1, 0, 1, starts)
+    place_by_feature(offsets, feature, n, n, 1, 0, 1, 0, np.zeros(1, np.int64), sorted_)
     fired = np.zeros(1, np.float32)
     weight_gradients(
-        0, 1, starts, row, n, n, unit, unit, unit.copy(), unit.copy(), n.copy(), fired, n.copy()
+        0, 1, starts, sorted_, unit, unit, unit.copy(), unit.copy(), n.copy(), fired, n.copy()
     )
-    add_decoder_gradient(0, 1, starts, row, n, unit, unit.copy())
+    add_decoder_gradient(0, 1, starts, sorted_, unit, unit.copy())
     remove_parallel(0, 1, unit.copy(), unit)

@@ -24,7 +24,7 @@ from torch import Tensor
 from saeray.sae.architectures.base import SAE
 from saeray.sae.architectures.rule import Active, Rule
 from saeray.sae.batch_selection import bounds, smallest_of
-from saeray.sae.entries import Entries, Selection, keep_at_least
+from saeray.sae.entries import ByFeature, Entries, Selection, keep_at_least
 from saeray.sae.gradients import (
     Batch,
     Factors,
@@ -69,20 +69,12 @@ class SparseSpace:
         self.target = sae.W_dec.new_empty((n_rows, sae.d_out) if self.factors else (0, 0))
         self.screen = Screen(sae, n_rows)
         self.lanes: dict[Lane, Entries] = {}
-        self.starts = np.zeros(sae.d_sae + 1, np.int64)
-        self.row = np.empty(0, np.int32)
-        self.value = self.dh = np.empty(0, sae.W_enc.detach().numpy().dtype)
+        self.by_feature = ByFeature(sae)
 
     def entries(self, sae: SAE, lane: Lane) -> Entries:
         if lane not in self.lanes:
             self.lanes[lane] = Entries(sae, lane[1] - lane[0], self.screen)
         return self.lanes[lane]
-
-    def make_room(self, n: int) -> None:
-        if n > len(self.row):
-            room = n + n // 4
-            self.row = np.empty(room, np.int32)
-            self.value, self.dh = np.empty(room, self.value.dtype), np.empty(room, self.dh.dtype)
 
 
 def sparse_gradients(
@@ -108,28 +100,14 @@ def sparse_gradients(
         step.choose_of_batch(wanted, lanes, run, ranks)
     done = list(run(step.of_lane, lanes))
     parts = [d.entries for d in done]
-    space.make_room(sum(map(len, parts)))
-    space.starts[:] = 0
-    for entries in parts:
-        kernels.count_features(entries.feature, len(entries), space.starts)
-    np.cumsum(space.starts, out=space.starts)
-
-    def place(values: Sequence[np.ndarray]) -> None:
-        """Entries, with these values, in the order of features."""
-        places = space.starts[:-1].copy()
-        for (first, _), entries, value in zip(lanes, parts, values, strict=True):
-            kernels.place_by_feature(
-                entries.offsets, entries.feature, value, entries.dh, first, places,
-                space.row, space.value, space.dh,
-            )  # fmt: skip
-
-    place([entries.value for entries in parts])
+    space.by_feature.count(lanes, parts)
+    space.by_feature.place([entries.value for entries in parts])
+    starts, entries = space.by_feature.starts, space.by_feature.sorted
 
     def features(task: tuple[int, int, int]) -> None:
         first, last, level = task
         kernels.weight_gradients(
-            first, last, space.starts, space.row, space.value, space.dh,
-            space.x_centred.numpy(), space.dx_hat[level].numpy(),
+            first, last, starts, entries, space.x_centred.numpy(), space.dx_hat[level].numpy(),
             out.W_enc.t().numpy(), out.W_dec.numpy(), out.b_enc.numpy(), out.fired.numpy(),
             out.f.numpy(),
         )  # fmt: skip
@@ -144,12 +122,11 @@ def sparse_gradients(
         if rule.gate_teaches_decoder:
             skip_gradient(batch.x[own], space.dx_gate[own], space, out.W_skip, first=False)
     if rule.gate_teaches_decoder:
-        place([d.gate for d in done])
+        space.by_feature.place([d.gate for d in done])
 
         def decoder(task: tuple[int, int, int]) -> None:
             kernels.add_decoder_gradient(
-                *task[:2], space.starts, space.row, space.value, space.dx_gate.numpy(),
-                out.W_dec.numpy(),
+                *task[:2], starts, entries, space.dx_gate.numpy(), out.W_dec.numpy()
             )  # fmt: skip
 
         for _ in run(decoder, tasks_of(levels_of(rule))):
@@ -207,7 +184,7 @@ class SparseStep:
         if isinstance(rule.penalty, Tensor):
             self.penalty = rule.penalty.numpy()
         elif rule.penalty is not None:
-            self.penalty = np.full(sae.d_sae, rule.penalty, space.dh.dtype)
+            self.penalty = np.full(sae.d_sae, rule.penalty, space.by_feature.dtype)
         self.widths = np.array(rule.widths)
         self.scale = batch.scale.squeeze(1).numpy()
         self.W_dec, self.b_out = sae.W_dec.detach().numpy(), sae.b_out.detach().numpy()
