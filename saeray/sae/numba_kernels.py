@@ -231,24 +231,32 @@ def weight_gradients(
                 to_enc, to_dec = dW_enc[j], dW_dec[j]
                 sum_dh, sum_f = zero, zero
                 n_fired = 0
-                while i + 2 <= end:
+                while i + 4 <= end:
                     r0, r1 = int(sorted_[i, 0]), int(sorted_[i + 1, 0])
-                    x0, x1, e0, e1 = x_centred[r0], x_centred[r1], dx_hat[r0], dx_hat[r1]
-                    f0, f1, h0, h1 = (
+                    r2, r3 = int(sorted_[i + 2, 0]), int(sorted_[i + 3, 0])
+                    x0, x1, x2, x3 = x_centred[r0], x_centred[r1], x_centred[r2], x_centred[r3]
+                    e0, e1, e2, e3 = dx_hat[r0], dx_hat[r1], dx_hat[r2], dx_hat[r3]
+                    f0, f1, f2, f3 = (
                         sorted_[i, 1],
                         sorted_[i + 1, 1],
+                        sorted_[i + 2, 1],
+                        sorted_[i + 3, 1],
+                    )
+                    h0, h1, h2, h3 = (
                         sorted_[i, 2],
                         sorted_[i + 1, 2],
+                        sorted_[i + 2, 2],
+                        sorted_[i + 3, 2],
                     )
                     for d in range(d_out):
-                        to_dec[d] += f0 * e0[d] + f1 * e1[d]
+                        to_dec[d] += f0 * e0[d] + f1 * e1[d] + f2 * e2[d] + f3 * e3[d]
                     for d in range(d_in):
-                        to_enc[d] += h0 * x0[d] + h1 * x1[d]
-                    sum_dh += h0 + h1
-                    sum_f += f0 + f1
-                    n_fired += (not (f0 <= 0)) + (not (f1 <= 0))
-                    i += 2
-                if i < end:
+                        to_enc[d] += h0 * x0[d] + h1 * x1[d] + h2 * x2[d] + h3 * x3[d]
+                    sum_dh += h0 + h1 + h2 + h3
+                    sum_f += f0 + f1 + f2 + f3
+                    n_fired += (not (f0 <= 0)) + (not (f1 <= 0)) + (not (f2 <= 0)) + (not (f3 <= 0))
+                    i += 4
+                while i < end:
                     x0, e0 = x_centred[int(sorted_[i, 0])], dx_hat[int(sorted_[i, 0])]
                     f0, h0 = sorted_[i, 1], sorted_[i, 2]
                     for d in range(d_out):
@@ -258,6 +266,7 @@ def weight_gradients(
                     sum_dh += h0
                     sum_f += f0
                     n_fired += not (f0 <= 0)
+                    i += 1
                 db_enc[j] += sum_dh
                 f[j] += sum_f
                 fired[j] += n_fired
