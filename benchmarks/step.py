@@ -64,6 +64,27 @@ def measure(d_in: int, d_sae: int, l0: float, rounds: int) -> dict[tuple[str, bo
     return {way: min(t) for way, t in times.items()}
 
 
+def products(d_in: int, d_sae: int) -> list[float]:
+    """Milliseconds of the encoder's product: in float32, bfloat16 and whole numbers of 8 bits."""
+    x, w = torch.randn(ROWS, d_in), torch.randn(d_in, d_sae)
+    narrow_x, narrow_w = x.bfloat16(), w.bfloat16()
+    q, p = ((30 * t).clamp(-127, 127).to(torch.int8) for t in (x, w.t()))
+    ways = (
+        lambda: x @ w,
+        lambda: narrow_x @ narrow_w,
+        lambda: torch._int_mm(q, p.t()),
+    )
+    found = []
+    for way in ways:
+        times = []
+        for _ in range(20):
+            began = time.perf_counter()
+            way()
+            times.append((time.perf_counter() - began) * 1e3)
+        found.append(min(times))
+    return found
+
+
 def named(d_in: int, d_sae: int, l0: float) -> float:
     """Features that might be active, by the product in eight bits, for each that is."""
     x = torch.randn(ROWS, d_in, generator=torch.Generator().manual_seed(1))
@@ -82,6 +103,12 @@ def main() -> None:
     parser.add_argument("--l0", nargs="+", type=float, default=L0)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for shape in arguments.shapes:
+        ms = [f"{x:.2f}" for x in products(*map(int, shape.split("x")))]
+        print(
+            f"encoder's product, {shape}: float32 {ms[0]} ms, bfloat16 {ms[1]}, eight bits {ms[2]}"
+        )
     columns = ["float32 dense", "bfloat16 dense", "sparse", "float32 dense / sparse",
                "bfloat16 dense / sparse", "named / active"]  # fmt: skip
     print("| d_in, d_sae | L0 | " + " | ".join(columns) + " |")
