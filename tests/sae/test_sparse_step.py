@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeray.sae import sparse_step
+from saeray.sae import entries, sparse_step
 from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.initial import initial_sae
@@ -93,6 +93,29 @@ def test_neither_threads_nor_packing_change_a_bit(compute_dtype):
     alone = trained(1, together=False)
     assert trained(2, together=True) == alone
     assert trained(5, together=False) == alone
+
+
+@pytest.mark.parametrize("least", [16, 1024])
+def test_tiles_of_rows_cut_sums_and_leave_nothing_out(monkeypatch, least):
+    """162 of 203 features are active: tiles are as small as they may be."""
+    monkeypatch.setattr(entries, "LEAST_TILE_ROWS", least)
+    dense, sparse = trainer(sparse=False, bias=1.0), trainer(bias=1.0)
+    for t in (dense, sparse):
+        PackStep().step([t], batch())
+    assert entries.tile_rows(162 * ROWS, ROWS, L) == least
+    for name in PARAMETERS:
+        theirs = getattr(dense.sae, name)
+        torch.testing.assert_close(getattr(sparse.sae, name), theirs, rtol=1e-8, atol=1e-10)
+    assert torch.equal(sparse.fired_in_window, dense.fired_in_window)
+
+
+def test_a_tile_has_eight_entries_of_a_feature_where_a_lane_has_them():
+    # L0 32 of 4,096: one in 128 rows; 8 of them are 1,024 rows. L0 256: 8 in 128.
+    assert entries.tile_rows(32 * 4096, 4096, 4096) == 1024
+    assert entries.tile_rows(64 * 4096, 4096, 4096) == 512
+    assert entries.tile_rows(256 * 4096, 4096, 4096) == 128
+    assert entries.tile_rows(4000 * 4096, 4096, 4096) == 128
+    assert entries.tile_rows(0, 4096, 4096) == 1024
 
 
 def test_bfloat16_rounds_nothing_here():

@@ -37,8 +37,10 @@ def rows(n, times):
 
 
 def rank(n_saes, threads=2, gradients=4, batch=4096):
-    """A process, its SAEs (six numbers a parameter), gradients, and what a step has beside them."""
-    steps = threads * (BLOCKS + IN_EIGHT_BITS + rows(batch, 1)) + rows(batch, 4)  # and of the stream
+    """A process, its SAEs (six numbers a parameter), gradients, and what a step and the stream have."""
+    steps = threads * (BLOCKS + IN_EIGHT_BITS + rows(batch, 1)) + rows(
+        batch, 4
+    )  # and of the stream
     return WORKER + n_saes * 16_009_000 * 24 + gradients * GRADIENT + steps
 
 
