@@ -37,7 +37,7 @@ def rows(n, times):
 
 
 def rank(n_saes, threads=2, gradients=4, batch=4096):
-    """A process, its SAEs (six numbers a parameter), gradients, and what a step and the stream have."""
+    """A process, its SAEs (six numbers a parameter), gradients, and what step and stream have."""
     steps = threads * (BLOCKS + IN_EIGHT_BITS + rows(batch, 1)) + rows(
         batch, 4
     )  # and of the stream
