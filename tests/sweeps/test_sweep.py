@@ -332,8 +332,9 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
         Spy,
         param_space=tiny
         | {
-            # Long enough for Tune to decide while the pack trains.
+            # Long enough for Tune, whose trials start meanwhile, to decide while the pack trains.
             "training_tokens": ASHA_STEPS * 1024,
+            "expansion_factor": 8,
             "wandb_log_frequency": 5,
             "eval_every": 20,
             "lr": tune.grid_search([1e-5, 1e-3, 2e-3, 4e-3]),
@@ -370,7 +371,7 @@ def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     (session,) = read_sessions(Folder.at(tmp_path / "asha"))
     assert session.trained_tokens == sum(int(r["n_training_tokens"]) for r in rows)
     for r in rows:  # stopped ones are kept and evaluated too
-        assert load_sae(str(tmp_path / "asha" / r["path"])).d_sae == 256
+        assert load_sae(str(tmp_path / "asha" / r["path"])).d_sae == 1024
         assert float(r["ce_loss_score"]) < 1
     told = {r.metrics["path"]: r.metrics["n_training_tokens"] for r in results}
     assert told == {
