@@ -71,20 +71,18 @@ def main() -> None:
     parser.add_argument("--reports", type=int, default=100, help="of an SAE")
     args = parser.parse_args()
     saes = args.packs * args.saes
-    size = scale.Size("reports", 1, 1, args.packs, 8, saes, False, 1, args.reports)
+    size = scale.Size("reports", 8, 8, args.packs, 8, saes, False, 1, args.reports)
     with tempfile.TemporaryDirectory() as folder, scale.cluster():
-        watch, rows = scale.run(size, folder, ReportedTo)
+        _, rows = scale.run(size, folder, ReportedTo)
         logs = [read_lines(scale.Folder.at(folder) / "reports/trials" / r["trial"]) for r in rows]
         files = sum(f.stat().st_size for f in Path(folder).rglob("metrics.jsonl"))
     done = Counter(r["status"] for r in rows)[DONE]
     n = sum(map(len, logs))
     began = min(log[0]["reports/began"] for log in logs)
     ended = max(log[-1]["reports/sent"] for log in logs)
-    inside = [s for s in watch.samples if s.cpu]
-    spent = inside[-1].cpu.get("roster", 0.0) - inside[0].cpu.get("roster", 0.0)
     print(f"{args.packs} packs of {args.saes} SAEs, {args.reports} reports of each: {done} done")
     print(f"{n:,} reports, {files / 1e6:.0f} MB of logs, in {ended - began:.0f} s")
-    print(f"{n / (ended - began):,.0f} reports a second; roster: {1e3 * spent / n:.2f} CPU ms each")
+    print(f"{n / (ended - began):,.0f} reports a second")
 
 
 if __name__ == "__main__":
