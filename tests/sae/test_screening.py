@@ -94,6 +94,27 @@ def test_what_is_active_is_found_and_nothing_else(kind, dtype):
         assert len(one[1]) <= candidates
 
 
+@pytest.mark.parametrize("rounded", ["x", "W_enc"])
+def test_what_rounding_leaves_over_may_all_point_one_way(rounded):
+    """Where one side is whole numbers, and each of the other's loses 0.49 in the first's direction.
+
+    Of ⟨x, w⟩ = Σ 127 (k + 0.49) the whole numbers have Σ 127 k: 0.49 · 127 · 36 = 2,240 less.
+    """
+    generator = torch.Generator().manual_seed(5)
+    whole = 127.0 * (2 * torch.randint(0, 2, (L, D), generator=generator) - 1).float()
+    other = whole.sign() * 90.49  # near 127: dimensions need no scaling
+    other[:, 0] = whole[:, 0].sign() * 127.0  # so that a step is 1
+    x, weights = (other, whole) if rounded == "x" else (whole, other)
+    sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
+    sae.W_enc.copy_(weights.t())
+    sae.b_enc.copy_(1.0 - (x * weights).sum(dim=1))  # row j is one of feature j's, just so
+    everything = all_of_them(sae, x)
+    assert len(everything[1]) >= L
+    for k in (None, 1):
+        wanted = everything if k is None else largest_of(everything, k, np.ones(L, np.float32))
+        assert same(found(sae, x, int8=True, k=k)[0], wanted)
+
+
 @pytest.mark.parametrize("kind", ["plain", "outliers"])
 def test_few_are_looked_at_that_are_not_active(kind):
     """Of 211 features 5 are active in a row; the steps of eight bits make it twice as many."""
