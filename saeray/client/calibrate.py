@@ -32,7 +32,11 @@ MOST_SAES = 8  # of a pack, that are trained for it
 SAMPLED_BATCHES = 8  # of activations
 # What a start and an end come to, in multiples of what importing torch takes there, in two
 # processes at once: sweeps/tiny.yaml on two cores. Most of both is the start of processes.
-START_UP, TRIAL, END = 3.5, 0.2, 2.0
+START_UP, END = 6.5, 3.4
+TRIAL = 0.9  # the same of a trial's process, which has one core while the others train
+# Cores that the rest of a sweep takes while it trains: roster, token server, buffer, Ray's own
+# processes (13.5 CPU seconds of 57; harvesters, trainers and the trials' starts not counted).
+REST_CORES = 0.24
 
 
 class Calibration(NamedTuple):
@@ -162,21 +166,25 @@ def measured(
     forward = harvester.does("evaluate", config=some[0].to_dict())["forward_s"]
     gpu_bytes = trainer.does("memory")["gpu_bytes"]
     imports = opened["imported"] - harvester.began
+    cores = os.cpu_count() or 1
     speeds = speeds_of(
         rehearsal["at"], prepared, some[0].train_batch_size, 1 / alone, when_dense, when_sparse
     )._replace(
         dense_share=rehearsal["dense"],
         forward=forward,
         start_up=START_UP * imports + opened["load_s"] + opened["text_s"],
-        trials=TRIAL * imports,
+        trials=TRIAL * imports / cores,
         end=END * imports,
     )
     said = said_of(alone, speeds, rehearsal, when_sparse)
     two = None
     waits_for_model = 1 / alone > speeds.sparse.step * len(pack)
-    if waits_for_model and not (apart or fitted.harvester_gpus) and (os.cpu_count() or 1) > 1:
+    if waits_for_model and not (apart or fitted.harvester_gpus) and cores > 1:
         two = gain_of_two(harvester, configs[0], hooks, alone, short)
         said.append(f"two harvesters at once {two:.2f} times as many tokens/s as one")
+    if not (apart or fitted.trainer_gpus):
+        left = max(0.5, 1 - REST_CORES / cores)
+        speeds = speeds.with_stretches(step=1 / left, harvest=1 / left)
     return Calibration(speeds, said, time.time() - began, gpu_bytes, two)
 
 
