@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import ray._private.auto_init_hook as auto_init
-from support.bundled import fields, grid
+from support.bundled import grid, tiny_fields
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # not whatever else runs on this machine
@@ -26,23 +26,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def tiny():
-    """The fields of a small sweep on the bundled model; a copy for each test."""
+    """`tiny_fields`; a copy for each test."""
     return tiny_fields()
-
-
-def tiny_fields():
-    return fields(
-        expansion_factor=2,
-        lr=1e-3,
-        l1_coefficient=1e-3,
-        lr_warm_up_steps=4,
-        training_tokens=16 * 1024,
-        train_batch_size=1024,
-        n_batches_in_buffer=4,
-        b_dec_init_rows=256,
-        eval_every=0,
-        wandb_log_frequency=4,
-    )
 
 
 @pytest.fixture(scope="session")

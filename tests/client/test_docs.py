@@ -212,6 +212,8 @@ def test_the_blocks_of(page, here, monkeypatch):
             assert block.language in ("mermaid", "json"), block
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_cells_of_the_notebook(here, monkeypatch):
     def chosen_by_tune(*_, **__):
         raise AssertionError("of a notebook it would clear the cell's output, and the live view")

@@ -97,7 +97,7 @@ def test_a_sweep_from_a_laptop_comes_home_and_is_the_same(cluster, undisturbed, 
         saeray.sweep(config(), name="away", storage_path="results", address=cluster.client)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_a_killed_laptop_disturbs_nothing_and_results_are_fetched(cluster, undisturbed, laptop):
     there = Ended(cluster.home / "kept", "killed")
     process = command(
@@ -154,7 +154,7 @@ class Terminal:
         return self.process.returncode
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_ctrl_c_leaves_it_running_or_stops_it_as_one_says(cluster, undisturbed, laptop):
     there = Ended(cluster.home / "kept", "asked")
     address = ("--address", cluster.client)
@@ -213,7 +213,7 @@ def test_tune_run_over_the_client_needs_no_more_than_the_runtime_env(cluster, un
     assert status(cluster)["bare"]["namespace"] == "team-a"
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_nothing_is_left_on_the_cluster(cluster):
     import ray
     from ray._private.state import actors
@@ -238,7 +238,7 @@ sys.exit(main(["status", "--address", sys.argv[1]]))
 """
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_another_version_of_ray_is_told_what_to_set(cluster):
     done = subprocess.run(
         [sys.executable, "-c", MISMATCH, cluster.client], capture_output=True, text=True, timeout=60

@@ -95,7 +95,7 @@ def test_a_calibration_measures_the_model_and_the_step_here():
     # One SAE of 32 features and whole batches: the language model takes some nine times as long as
     # its step, so that two of it are measured, too.
     found = calibrated(
-        *small(l1_coefficient=3e-3, training_tokens=65536, train_batch_size=512), seconds=1.0
+        *small(l1_coefficient=3e-3, training_tokens=32768, train_batch_size=512), seconds=1.0
     )
     speeds = found.speeds
     assert 0 <= speeds.dense_share <= 1

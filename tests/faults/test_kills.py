@@ -67,6 +67,8 @@ def test_nothing_is_left_of_all_this(undisturbed, ray_instance):
     pytest.fail(f"left: {alive}, {groups}, {free[0]} of {free[1]} CPUs free")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_then_a_killed_driver_then_a_damaged_checkpoint(undisturbed, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(config() | dict(n_checkpoints=8, checkpoint_every_s=None)))

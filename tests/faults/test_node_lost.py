@@ -69,6 +69,8 @@ def cluster():
         cluster.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_node_is_lost_with_blocks_harvester_and_trainer(cluster, undisturbed, tmp_path, capsys):
     first = cluster.add_node(num_cpus=2, object_store_memory=200_000_000)
     running = Running(tmp_path, "lost")

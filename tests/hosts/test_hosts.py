@@ -234,14 +234,14 @@ def cluster(request):
         yield cluster
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_the_dashboard_listens_on_the_heads_loopback_only(cluster):
     assert listens(cluster.head.pid, DASHBOARD)
     refused = cluster.laptop.run(f"curl -sS http://{cluster.head.ip}:{DASHBOARD}", check=False)
     assert refused.returncode == 7, refused.stdout
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_a_job_without_the_token_is_refused(cluster):
     command = f"ray job submit --address http://127.0.0.1:{DASHBOARD} -- hostname"
     refused = cluster.laptop.run(command, env={"RAY_AUTH_MODE": "disabled"}, check=False)
@@ -249,7 +249,7 @@ def test_a_job_without_the_token_is_refused(cluster):
     assert "uthenticat" in refused.stdout
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_ray_status_by_ray_exec(cluster):
     """The autoscaler takes some seconds more to see that the nodes it has set up are there."""
 
@@ -260,7 +260,7 @@ def test_ray_status_by_ray_exec(cluster):
     wait_for(all_there, "three nodes in `ray status`", 60)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_a_token_that_is_not_the_clusters_is_told_what_to_set(cluster):
     refused = cluster.saeray(
         f"status --address {cluster.client}", env={"RAY_AUTH_TOKEN": "0" * 32}, check=False
@@ -285,7 +285,7 @@ def test_a_script_by_ray_submit_with_its_results_on_s3(cluster, undisturbed):
     assert_same(cluster.fetched("a"), undisturbed)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_tune_run_over_ray_client(cluster, undisturbed):
     """(b)"""
     cluster.write_sweep("~/sweep.yaml")
@@ -294,7 +294,7 @@ def test_tune_run_over_ray_client(cluster, undisturbed):
     assert set(cluster.fetched("b").weights().values()) == set(undisturbed.weights().values())
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_the_job_server_and_ctrl_c_which_saves_what_is_trained(cluster, undisturbed):
     """(c) Harvesters on one machine, trainers on the other. It goes on by its name."""
     cluster.write_sweep("~/sweep.yaml", LABELLED, checkpoint_every_s=0.2)
@@ -356,7 +356,7 @@ def test_two_ranks_on_two_machines(cluster, undisturbed):
         assert ours["ce_loss_score"] == pytest.approx(theirs["ce_loss_score"], rel=0.1)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_the_hosts_have_the_package_that_ray_up_gave_them(cluster):
     said = cluster.submit_job("-- python -c 'import saeray; print(saeray.__file__)'")
     assert f"{hosts.HOME}/saeray/saeray/__init__.py" in said
@@ -364,7 +364,7 @@ def test_the_hosts_have_the_package_that_ray_up_gave_them(cluster):
     assert re.search(r"^c +done +2/2 +100%", said, re.MULTILINE)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_a_package_changed_on_the_laptop_travels_with_its_program(cluster):
     cluster.laptop.checkout("~/changed")
     with cluster.laptop.path("~/changed/saeray/__init__.py").open("a") as file:
@@ -397,7 +397,7 @@ def test_a_machine_is_lost_in_mid_sweep_and_the_results_are_the_same(cluster, un
     cluster.wait_for_nodes(cluster.head, *others)
 
 
-@pytest.mark.cluster
+@pytest.mark.ci
 def test_ray_down_leaves_no_process_of_ray_on_any_host(cluster, capsys):
     started = time.monotonic()
     assert any(host.ray_processes() for host in cluster.hosts.values())

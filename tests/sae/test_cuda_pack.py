@@ -19,6 +19,8 @@ B, L, D = 33, 35, 12
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreted tests")
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_pack_in_tritons_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(

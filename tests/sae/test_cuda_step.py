@@ -44,6 +44,8 @@ def python(code_or_file, **environment):
 
 
 @compiled
+@pytest.mark.slow
+@pytest.mark.ci
 def test_in_tritons_interpreter():
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     assert " passed" in python(arguments, TRITON_INTERPRET="1")

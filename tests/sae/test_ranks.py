@@ -72,7 +72,7 @@ def one_rank(rank, size, folder):
     os._exit(0)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.ci])])
 def test_ranks_make_the_steps_of_one(tmp_path, size):
     torch.multiprocessing.spawn(one_rank, (size, str(tmp_path)), nprocs=size)
     for sparse in (True, False):

@@ -1,5 +1,6 @@
 """Toy recovery: an SAE trained on a known sparse dictionary finds it."""
 
+import pytest
 import torch
 
 from saeray.sae.initial import initial_sae
@@ -19,6 +20,8 @@ def activations(n, truth, generator):
     return strengths @ truth + 0.3
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_known_dictionary_is_recovered():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(N_TRUE, D, generator=generator)

@@ -43,3 +43,19 @@ def grid(**changes):
         log_to_wandb=True,
     )
     return six | changes
+
+
+def tiny_fields():
+    """Of a small sweep, one SAE, sixteen steps."""
+    return fields(
+        expansion_factor=2,
+        lr=1e-3,
+        l1_coefficient=1e-3,
+        lr_warm_up_steps=4,
+        training_tokens=16 * 1024,
+        train_batch_size=1024,
+        n_batches_in_buffer=4,
+        b_dec_init_rows=256,
+        eval_every=0,
+        wandb_log_frequency=4,
+    )

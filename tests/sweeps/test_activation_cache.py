@@ -30,6 +30,8 @@ def activation_cache_of(result):
     return config.activation_cache
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_is_missing_or_damaged_is_harvested_again(alone, tiny, tmp_path):
     cache = activation_cache_of(alone)
     (digest,) = Folder.at(cache).names()

@@ -41,6 +41,8 @@ def weights(result):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_all_architectures_in_one_pack_are_what_each_is_alone(
     ray_instance, tiny, tmp_path, monkeypatch
 ):

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import pytest
 from ray._private import state
 from ray.core.generated import gcs_pb2
 from support.scraped import scraping
@@ -16,6 +17,8 @@ def called(ray):
     return {gcs_pb2.ActorTableData.FromString(of).repr_name for of in table}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_prometheus_sees_a_sweep_while_it_runs(ray_instance, tiny, tmp_path):
     # 96 blocks of 16 * 64 tokens, 2 SAEs; 3 half buffers of 2 blocks.
     fields = tiny | dict(

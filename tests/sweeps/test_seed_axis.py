@@ -12,6 +12,8 @@ from saeray.report.gather import feature_pages
 from saeray.sae.stability import pw_mcc
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_saes_of_several_seeds_have_their_stability(ray_instance, tmp_path):
     config = fields(
         expansion_factor=2,

@@ -5,6 +5,7 @@ figures and files say so.
 import json
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save
 from support.running import weights_of
@@ -64,6 +65,7 @@ def trained_here(config, x):
     return with_unit_rows(trainer.published)  # as it is saved
 
 
+@pytest.mark.slow
 def test_an_sae_sees_the_rows_that_are_left_and_no_others(ray_instance, tiny, tmp_path):
     left_out = dict(exclude_special_tokens=["<|endoftext|>"], context_slice=[1, 40])
     fields = left_out | dict(b_dec_init_method="zeros", resources=dict(harvesters=2))

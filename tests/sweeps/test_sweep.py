@@ -164,6 +164,8 @@ def test_nothing_is_left_behind(six, ray_instance):
     assert rosters("six") == []
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_packing_waves_and_harvesters_do_not_change_a_bit(six, tmp_path):
     result = six[0]
     apart = grid(
@@ -190,7 +192,6 @@ def test_packing_waves_and_harvesters_do_not_change_a_bit(six, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_streams_that_do_not_fit_beside_each_other_come_one_after_the_other(
     tiny, tmp_path, ray_instance, alone
 ):
@@ -325,6 +326,8 @@ def test_plain_tune_run(tiny, tmp_path):
 ASHA_STEPS = 600
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_asha_stops_some_and_the_others_of_the_pack_go_on(tiny, tmp_path):
     from ray import tune
 

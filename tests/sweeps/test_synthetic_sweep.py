@@ -61,6 +61,7 @@ def test_results_have_the_ground_truth(swept):
     assert (folder / "pareto.png").exists()
 
 
+@pytest.mark.slow
 def test_two_harvesters_change_no_byte(swept, tmp_path):
     two = dict(harvesters=2, harvester_cpus=0.25, trainer_cpus=1)
     again = saeray.sweep(
