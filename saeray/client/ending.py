@@ -6,13 +6,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from saeray.files.storage import Folder
 from saeray.files.sweep_folder import SweepFolder
 from saeray.spec.messages import ENDS, INTERRUPTED
+
+TELL_SECONDS = 2.0
 
 
 class Ended(KeyboardInterrupt):
@@ -23,6 +25,8 @@ class Ended(KeyboardInterrupt):
 in_command = False
 driven: Folder | None = None  # the folder of the sweep that this process drives
 said = False  # that it is being ended
+# Ends what is drawn on the terminal: above a table as high as that nobody sees what is said.
+undrawn: Callable[[], None] | None = None
 
 
 def end_signals() -> None:
@@ -86,13 +90,22 @@ def say_ending(why: str) -> None:
     if driven is None or said:
         return
     said = True
-    with suppress(OSError):  # the terminal may be what has gone
-        print(
-            f"\nsaeray: {why}: stopping. What is trained so far is being saved in {driven.uri}, up "
-            "to a minute; once more, and it stops at once, with the checkpoints there are.",
-            file=sys.stderr,
-            flush=True,
-        )
+    text = (
+        f"\nsaeray: {why}: stopping. What is trained so far is being saved in {driven.uri}, up "
+        "to a minute; once more, and it stops at once, with the checkpoints there are."
+    )
+
+    def tell() -> None:
+        with suppress(OSError):  # the terminal may be what has gone
+            if undrawn is not None:
+                undrawn()
+            print(text, file=sys.stderr, flush=True)
+
+    # This may be a signal's handler, in the middle of a line that this thread prints: what draws
+    # might then wait for that line, and this thread for what draws.
+    teller = threading.Thread(target=tell, name="the end is said", daemon=True)
+    teller.start()
+    teller.join(TELL_SECONDS)
 
 
 @contextmanager

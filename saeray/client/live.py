@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 from rich.text import Text
 
+from saeray.client import ending
 from saeray.client.live_table import lines_of
 from saeray.client.notebook import Output
 from saeray.client.speed import bottleneck, duration, human
@@ -164,9 +165,13 @@ class LiveView:
             self.run_in_notebook(self.output)
         elif self.live and self.console.is_terminal:
             with self.on_screen() as live:
-                while not self.stop.wait(LOOK_SECONDS):
+                ending.undrawn = live.stop
+                try:
+                    while not self.stop.wait(LOOK_SECONDS):
+                        self.refresh(live)
                     self.refresh(live)
-                self.refresh(live)
+                finally:
+                    ending.undrawn = None
         else:
             self.run_in_lines()
 
@@ -215,7 +220,7 @@ class LiveView:
         return lines_of(self.status, said, left, now - self.started, width, height)
 
     def refresh(self, live: Live) -> None:
-        if not self.updated():
+        if not self.updated() or not live.is_started:  # its end was said: see `ending`
             return
         size = self.console.size
         if self.size not in (None, size):

@@ -22,6 +22,7 @@ from saeray.spec.messages import ENDS, FAILED, INTERRUPTED, TRAINING, SAERow, Sw
 STYLES = {"failed": "red", "interrupted": "red", "done": "green"}
 NARROW, WIDE = 60, 100  # columns
 BAR = 20
+SHORTEST_FIELD = 3  # cells of a field's name that is cut
 MARK = "●"
 
 
@@ -87,7 +88,7 @@ def fitted_names(names: Sequence[str], width: int) -> tuple[str, list[str]]:
         telling = [i for i in range(len(parts[0])) if len({of[i][2] for of in parts}) > 1] or list(
             range(len(parts[0]))
         )
-        head = " ".join(parts[0][i][0] for i in telling)
+        head = fitted_head([parts[0][i][0] for i in telling], width)
         wide = {i: max(cell_len(of[i][2]) for of in parts) for i in telling}
         short = [" ".join(f"{of[i][2]:<{wide[i]}}" for i in telling).rstrip() for of in parts]
         if max(map(cell_len, short)) > width:
@@ -102,6 +103,14 @@ def fitted_names(names: Sequence[str], width: int) -> tuple[str, list[str]]:
         room = width - digits - 2
         cut = [f"#{i:<{digits}} {in_the_middle(n, room)}" for i, n in enumerate(short, start=1)]
     return in_the_middle(head, width), cut
+
+
+def fitted_head(fields: Sequence[str], width: int) -> str:
+    """The fields' names in `width` cells, if they fit: the longest lose their ends."""
+    wide = max(map(cell_len, fields))
+    while wide > SHORTEST_FIELD and sum(min(wide, cell_len(f)) + 1 for f in fields) - 1 > width:
+        wide -= 1
+    return " ".join(in_the_end(field, wide) for field in fields)
 
 
 def in_the_middle(text: str, width: int) -> str:

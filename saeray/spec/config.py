@@ -27,7 +27,10 @@ from saeray.spec.resources import Resources, resources_from
 from saeray.spec.scheduler import Scheduler, check_scheduler, scheduler_from
 from saeray.spec.stream import block_rows, in_lists, stream_values
 
-TRAINED_PER_EVALUATED = 200  # tokens; docs/metrics.md: what evaluation costs
+# Tokens; docs/metrics.md: what evaluation costs. Of a grid it is at most one whole forward for 25
+# tokens that are harvested, where each SAE's evaluation takes two: with it in place, and without.
+TRAINED_PER_EVALUATED = 200
+HARVESTED_PER_EVALUATED = 2 * 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,8 @@ class LanguageModelSAERunnerConfig:
     # saeray: evaluation on held-out windows
     eval_windows: int = 64  # contexts set aside; no SAE ever trains on them
     # Optimizer steps; 0: at the end only; None: 10 x wandb_log_frequency, or so many that 200
-    # tokens are trained on for each that is evaluated on, whichever is more.
+    # tokens are trained on for each that is evaluated on (of more than four SAEs: 50 for each of
+    # them), whichever is more.
     eval_every: int | None = None
 
     # saeray: points beside those of the lists in fields, and what stops SAEs early
@@ -235,9 +239,12 @@ class LanguageModelSAERunnerConfig:
     @property
     def resolved_eval_every(self) -> int:
         """Optimizer steps between evaluations during training; 0: only at the end."""
-        if self.eval_every is not None:
-            return self.eval_every
-        tokens = TRAINED_PER_EVALUATED * self.eval_windows * self.context_size
+        return self.eval_every if self.eval_every is not None else self.eval_every_among(1)
+
+    def eval_every_among(self, saes: int) -> int:
+        """The same where it is not given, for one of so many that share a pass over the text."""
+        each = max(TRAINED_PER_EVALUATED, HARVESTED_PER_EVALUATED * saes)
+        tokens = each * self.eval_windows * self.context_size
         often = self.wandb_log_frequency
         return max(10 * often, often * -(-tokens // (self.train_batch_size * often)))
 

@@ -28,6 +28,9 @@ class SAE(NamedTuple):
 def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
     """The Cartesian product over every field that holds a list, for each entry of `grid`.
 
+    `eval_every` is filled where it is not given: the more SAEs, the less often. (With a scheduler
+    that stops SAEs it stays as it is for one: it decides by evaluations.)
+
     Raises:
         ConfigError: a value of the product is bad, or two points of it are the same SAE.
     """
@@ -59,6 +62,8 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
         for name in order
         if (along := [values[name] for values in named if name in values])
     }
+    if len(points) > 1 and config.scheduler is None:
+        points = [p.replace(eval_every=eval_every_of(p, len(points))) for p in points]
     saes = [
         SAE(joined(list(values), [labels[name][repr(v)] for name, v in values.items()]), point)
         for values, point in zip(named, points, strict=True)
@@ -67,6 +72,10 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
     if config.grid is not None:
         refuse_equals(saes)
     return saes
+
+
+def eval_every_of(point: LanguageModelSAERunnerConfig, saes: int) -> int:
+    return point.eval_every_among(saes) if point.eval_every is None else point.eval_every
 
 
 def foreign_fields(this: str, others: Iterable[str]) -> list[str]:

@@ -1,11 +1,16 @@
 """The live view on a terminal of a certain size, as an emulator shows it; in a notebook."""
 
+import sys
+import time
+
 import pyte
 import pytest
 from rich.console import Console, ConsoleDimensions
 
+from saeray.client import ending
 from saeray.client.live import LiveView
 from saeray.client.notebook import Output
+from saeray.files.storage import Folder
 from saeray.spec.messages import DONE, FAILED, TRAINING, SAERow, SweepStatus
 
 
@@ -64,6 +69,23 @@ def seen(terminal, status):
         for _ in range(3):
             view.refresh(live)
     return terminal.shown
+
+
+def test_that_it_is_being_ended_stands_below_a_table_as_high_as_the_terminal(monkeypatch, tmp_path):
+    terminal = Terminal(80, 24)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(ending, "driven", Folder.at(tmp_path))
+    monkeypatch.setattr(ending, "said", False)
+    with LiveView(lambda: grid(30), live=True, console=terminal.console):
+        deadline = time.monotonic() + 20
+        while not any("╌ 5" in line for line in terminal.shown):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ending.say_ending("SIGINT")
+        time.sleep(1.5)  # a look later
+        below = "".join(terminal.shown[-5:])
+    assert "saeray: SIGINT: stopping." in below and "it stops at once" in terminal.shown[-1]
+    assert ending.undrawn is None
 
 
 @pytest.mark.parametrize("columns", [80, 200])

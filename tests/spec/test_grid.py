@@ -33,6 +33,22 @@ def test_a_grid_is_the_product_of_its_lists_and_shares_one_stream():
     assert {s.config.stream_tokens for s in lengths} == {16384}
 
 
+def test_the_more_saes_the_less_often_each_is_evaluated():
+    def every(n, **of):
+        rates = [1e-3 * (i + 1) for i in range(n)]
+        saes = expand(config(lr=rates, training_tokens=300_000_000, **of))
+        return {s.config.eval_every for s in saes}
+
+    # On 64 windows of 128 tokens, 8,192; 200 times as many are 400 batches of 4,096.
+    assert every(4) == {400}
+    # Of twelve an evaluation is 2 x 12 x 8,192 tokens of whole forwards, a 25th of 1,200 batches.
+    assert every(12) == {1200}
+    assert 2 * 12 * 8192 * 25 == 1200 * 4096
+    assert every(12, eval_every=7) == {7}
+    asha = {"name": "asha", "metric": "CE_loss_score"}
+    assert every(12, scheduler=asha) == {None}  # it decides by them
+
+
 def names(**axes):
     return [s.name for s in expand(config(**axes))]
 
