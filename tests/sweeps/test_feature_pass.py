@@ -65,7 +65,7 @@ def test_a_pass_by_two_harvesters_is_as_one_by_hand(alone, monkeypatch, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", [pytest.param("gather", marks=pytest.mark.ci), "join"])
+@pytest.mark.parametrize("phase", ["gather", "join"])
 def test_a_harvester_that_is_killed_changes_no_byte(tmp_path, ray_instance, monkeypatch, phase):
     folder = of.sweep_of(tmp_path / "sweep", a=of.sparse_sae(0), b=of.sparse_sae(1))
     wanted = Wanted(("a", "b"), tokens=40_000, harvesters=2)

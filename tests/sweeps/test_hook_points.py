@@ -15,8 +15,7 @@ def four(ray_instance, tmp_path_factory):
     return saeray.sweep(grid, name="four", storage_path=tmp_path_factory.mktemp("four"), live=False)
 
 
-@pytest.mark.slow
-@pytest.mark.ci
+@pytest.mark.slow  # in CI test_architectures_together.py has a pack at several hook points
 def test_one_pass_serves_all_hook_points_and_batch_sizes(four, alone):
     assert [row["status"] for row in four.rows] == ["done"] * 4
     assert [len(pack) for pack in four.status.packs] == [2, 2]  # one for each batch size

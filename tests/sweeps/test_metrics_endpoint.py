@@ -18,7 +18,6 @@ def called(ray):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_prometheus_sees_a_sweep_while_it_runs(ray_instance, tiny, tmp_path):
     # 96 blocks of 16 * 64 tokens, 2 SAEs; 3 half buffers of 2 blocks.
     fields = tiny | dict(
