@@ -239,10 +239,12 @@ class LanguageModelSAERunnerConfig:
     @property
     def resolved_eval_every(self) -> int:
         """Optimizer steps between evaluations during training; 0: only at the end."""
-        return self.eval_every if self.eval_every is not None else self.eval_every_among(1)
+        return self.eval_every_among(1)
 
     def eval_every_among(self, saes: int) -> int:
-        """The same where it is not given, for one of so many that share a pass over the text."""
+        """The same for one of so many SAEs that share a pass over the text."""
+        if self.eval_every is not None:
+            return self.eval_every
         each = max(TRAINED_PER_EVALUATED, HARVESTED_PER_EVALUATED * saes)
         tokens = each * self.eval_windows * self.context_size
         often = self.wandb_log_frequency

@@ -63,7 +63,7 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
         if (along := [values[name] for values in named if name in values])
     }
     if len(points) > 1 and config.scheduler is None:
-        points = [p.replace(eval_every=eval_every_of(p, len(points))) for p in points]
+        points = [p.replace(eval_every=p.eval_every_among(len(points))) for p in points]
     saes = [
         SAE(joined(list(values), [labels[name][repr(v)] for name, v in values.items()]), point)
         for values, point in zip(named, points, strict=True)
@@ -72,10 +72,6 @@ def expand(config: LanguageModelSAERunnerConfig) -> list[SAE]:
     if config.grid is not None:
         refuse_equals(saes)
     return saes
-
-
-def eval_every_of(point: LanguageModelSAERunnerConfig, saes: int) -> int:
-    return point.eval_every_among(saes) if point.eval_every is None else point.eval_every
 
 
 def foreign_fields(this: str, others: Iterable[str]) -> list[str]:

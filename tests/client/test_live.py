@@ -121,8 +121,9 @@ def test_names_stay_different_however_narrow_it_is():
     assert fitted_names(grid, 20)[0] == "lr seed"
     assert fitted_names(grid, 20)[1][0] == "0.001 0"
     # Every field is among what heads them, the longest without their ends.
-    wide = [f"expansion_factor={i},lr=0.001,l1_coefficient={i}" for i in (2, 4)]
-    wide = [name.replace("lr=0.001", f"lr={i}") for name in wide for i in (1e-3, 2e-3)]
+    wide = [
+        f"expansion_factor={i},lr={lr},l1_coefficient={i}" for i in (2, 4) for lr in (1e-3, 2e-3)
+    ]
     assert fitted_names(wide, 24)[0] == "expansion… lr l1_coeffi…"
     mixed = ["lr=0.001,l1_coefficient=0.0004", "lr=0.001,architecture=topk,k=16"]
     assert fitted_names(mixed, 22)[1] == ["l1_coefficient=0.0004", "architecture=topk,k=16"]
