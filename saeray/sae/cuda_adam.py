@@ -74,15 +74,19 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     kernel[grid](*args, enable_fp_fusion=True, **constants)
 
 
+def adam_rates(lr: float, beta1: float, beta2: float, step: int) -> tuple[float, float]:
+    """What changes from step to step, of which 1 is the first."""
+    return lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+
+
 def fused_adam_rows(
     sae: SAE,
     grad: Gradients,
     moments: Mapping[str, tuple[Tensor, Tensor]],
+    rates: Tensor,
     *,
-    lr: float,
     beta1: float,
     beta2: float,
-    step: int,
     unit: bool,
     gradient_clip: float = 0.0,
     half: HalfWeights | None = None,
@@ -91,9 +95,11 @@ def fused_adam_rows(
 
     The same as, one after another: removing the component of W_dec's gradient along the row,
     clipping the norm of the whole gradient, `torch.optim.Adam`, scaling W_dec's rows to norm 1
-    (the first and the last where `unit`). The gradients are left as they are.
+    (the first and the last where `unit`). The gradients are left as they are. Where they are not
+    valid, so is everything else.
 
-    moments: exp_avg and exp_avg_sq of each parameter, laid out as it. step: 1 for the first.
+    moments: exp_avg and exp_avg_sq of each parameter, laid out as it. rates [2]: `adam_rates`, in
+    the GPU's memory, so that a CUDA graph of this step serves for all.
     """
     from saeray.sae.triton_gradients import adam_rows
 
@@ -114,12 +120,17 @@ def fused_adam_rows(
             run(
                 adam_rows, (-(-n // D),),
                 weight, gradient, mean, square, weight if copy is None else copy,
-                weight if scale is None else scale, n, D, lr / (1 - beta1**step),
-                math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2, ADAM_EPSILON,
+                weight if scale is None else scale, rates, grad.valid, n, D, 1 - beta1, beta2,
+                1 - beta2, ADAM_EPSILON,
                 UNIT=is_unit, SCALED=scale is not None, HALF=copy is not None, **of_rows(D, 256),
             )  # fmt: skip
+    say_changed(sae, half)
+
+
+def say_changed(sae: SAE, half: HalfWeights | None) -> None:
+    """What Triton's kernel has written to, and torch has not noticed; `half` is up to date."""
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
-        torch.autograd.graph.increment_version(parameter)  # Triton does not tell torch
+        torch.autograd.graph.increment_version(parameter)
     if half is not None:
         half.versions = _versions(sae)
 

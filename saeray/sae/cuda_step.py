@@ -32,11 +32,13 @@ from saeray.sae.cuda_adam import HalfWeights, of_rows, power_of_two, rows_of, ru
 from saeray.sae.gradients import Batch, Gradients
 
 # The first two decide how sums are made, so they are constants, and not tuned while a run runs.
-HOT_ENTRIES = 256  # a feature with more of them in a batch is summed in chunks of as many
+HOT_ENTRIES = 128  # a feature with more of them in a batch is summed in chunks of as many
 CHUNK_BYTES = 96 << 20  # of h, a chunk of rows at a time
 FIRST_ENTRIES_PER_ROW = 64  # room at the start; more is made where it is needed
-N_WORKERS = 1024  # programs that share the chunks of hot features
+N_WORKERS = 2048  # programs that share the chunks of hot features
 GROUPS_AT_ONCE, WORDS_AT_ONCE = 128, 512  # of the bits
+NOMINATE_TILE = dict(ROWS=16, WORDS=8, num_warps=4)
+FUSED_TILE = dict(ROWS=128, COLS=256, BAND=8, num_warps=8, num_stages=3)
 LOW = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 # How far the product may be off, relative to h: what is rounded is x and W_enc (sums of D such
 # errors, of all signs) and h itself, to 2^-9 in bfloat16. Costs some entries that turn out silent.
@@ -103,6 +105,8 @@ class CudaSpace:
         D, L, device = sae.d_in, sae.d_sae, sae.W_enc.device
         self.n_rows, self.compute_dtype, self.low = n_rows, compute_dtype, LOW[compute_dtype]
         self.fused_encoder, self.hot = fused_encoder, hot
+        # Elements of gathered rows that a program holds, and those of one row to a warp.
+        self.evaluate_at_once, self.gradients_at_once = (4096, 512), (4096, 256)
         self.n_groups, self.n_words = -(-n_rows // 32), -(-L // 32)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -114,6 +118,7 @@ class CudaSpace:
         # One longer than what they are sums of: the first is 0, the last the total.
         self.start, self.chunk_start = (ints(L + 1, dtype=torch.int64) for _ in range(2))
         self.row_start = ints(n_rows + 1, dtype=torch.int64)
+        self.fits = torch.ones(1, dtype=torch.bool, device=device)
         self.total = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.counted = torch.cuda.Event() if device.type == "cuda" else None
         self.x_exact = torch.empty(n_rows, D, device=device)  # x - b_dec
@@ -153,15 +158,14 @@ class CudaSpace:
 
 def at_once(D: int, elements: int) -> int:
     """How many gathered rows a program holds: it is in flight with as many loads."""
-    return min(16, max(4, elements // power_of_two(D)))
+    return min(16, max(1, elements // power_of_two(D)))
 
 
 def sparse_gradients(
     sae: SAE,
     batch: Batch,
     *,
-    penalty: float | Tensor,
-    weighted: bool,
+    penalty: Tensor,
     want_l1: bool,
     errors: Tensor,
     out: Gradients,
@@ -170,8 +174,8 @@ def sparse_gradients(
 ) -> None:
     """As `lane_gradients` over the whole batch: writes all of `out`, and x̂ - x into errors [B, D].
 
-    penalty: of an active feature in one row, as it enters the gradient; [L] where it is weighted.
-    half: used where the compute dtype is bfloat16.
+    penalty: of an active feature in one row, as it enters the gradient; 0-d, or [L] where features
+    differ in it. half: used where the compute dtype is bfloat16.
 
     Raises:
         ValueError: a batch of another size than `space`'s, or a tensor not laid out in rows.
@@ -183,16 +187,27 @@ def sparse_gradients(
     with torch.cuda.device_of(batch.x):
         with product_precision(space.compute_dtype):
             select(sae, batch, space, half)
-        _read_later(space)
-        differentiate(sae, batch, penalty, errors, out, space, half)
-        if space.counted is not None:
-            space.counted.synchronize()
-        if int(space.total) > space.capacity:
-            space.make_room(sae, int(space.total) * 5 // 4)
+        if not recording():
+            _read_later(space)
             differentiate(sae, batch, penalty, errors, out, space, half)
+            if space.counted is not None:
+                space.counted.synchronize()
+            if int(space.total) > space.capacity:
+                space.make_room(sae, int(space.total) * 5 // 4)
+                differentiate(sae, batch, penalty, errors, out, space, half)
+        else:  # a graph can't wait for the host, which looks at `valid` when it has been replayed
+            differentiate(sae, batch, penalty, errors, out, space, half)
+        torch.le(space.start[-1:], space.capacity, out=space.fits)
+        out.valid.copy_(space.fits)
+        out.inner.zero_()
         out.l1.zero_()
-        if want_l1 and not weighted:
+        if want_l1 and penalty.dim() == 0:
             torch.sum(out.f, dim=0, out=out.l1)
+
+
+def recording() -> bool:
+    """Whether kernels are recorded for a CUDA graph, and not run."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _read_later(space: CudaSpace) -> None:
@@ -218,14 +233,13 @@ def select(sae: SAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -
             space.W_enc = torch.empty_like(W_enc, dtype=space.low)
         W_enc = space.W_enc.copy_(W_enc)
     space.mark("cast")
-    bits = (SLACK[space.compute_dtype], space.by_feature, space.by_row)
+    slack = SLACK[space.compute_dtype]
     if space.fused_encoder:
-        tile = dict(ROWS=128, COLS=128, DEPTH=64 if space.low != torch.float32 else 32, BAND=8)
+        tile = FUSED_TILE | dict(DEPTH=64 if space.low != torch.float32 else 32)
         run(
             kernels.encode_and_nominate, (-(-B // tile["ROWS"]) * -(-L // tile["COLS"]),),
-            space.x_centred, W_enc, sae.b_enc, *bits, B, L, D, N,
-            PRECISION="ieee" if space.compute_dtype == "float32" else "tf32",
-            num_warps=8, num_stages=3, **tile,
+            space.x_centred, W_enc, sae.b_enc, slack, space.by_row, B, L, D, N,
+            PRECISION="ieee" if space.compute_dtype == "float32" else "tf32", **tile,
         )  # fmt: skip
         space.mark("encoder")
     else:
@@ -234,10 +248,15 @@ def select(sae: SAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -
             h = torch.mm(space.x_centred[a:b], W_enc.t(), out=space.h[: b - a])
             space.mark("encoder")
             run(
-                kernels.nominate, (-(-(b - a) // 32), -(-L // 128)),
-                h, sae.b_enc, *bits, a, b, B, L, N, COLS=128, num_warps=4,
+                kernels.nominate,
+                (-(-(b - a) // NOMINATE_TILE["ROWS"]), -(-N // NOMINATE_TILE["WORDS"])),
+                h, sae.b_enc, slack, space.by_row, a, b, L, N, **NOMINATE_TILE,
             )  # fmt: skip
             space.mark("select")
+    run(
+        kernels.transpose_bits, (G, -(-N // 8)),
+        space.by_row, space.by_feature, B, L, N, WORDS=8, num_warps=4,
+    )  # fmt: skip
     run(
         kernels.count_by_feature, (-(-L // 32),),
         space.by_feature, space.before, space.count, space.n_chunks, G, L,
@@ -257,7 +276,7 @@ def select(sae: SAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -
 def differentiate(
     sae: SAE,
     batch: Batch,
-    penalty: float | Tensor,
+    penalty: Tensor,
     errors: Tensor,
     out: Gradients,
     space: CudaSpace,
@@ -289,7 +308,8 @@ def differentiate(
     run(
         kernels.evaluate, (workers + L,),
         s.x_exact, rows_of(sae.W_enc), sae.b_enc, s.start, *chunks, *entries, L, D, room,
-        chunk_room, workers, HOT=hot, AT_ONCE=at_once(D, 4096), **of_rows(D, 1024),
+        chunk_room, workers, HOT=hot, AT_ONCE=at_once(D, s.evaluate_at_once[0]),
+        **of_rows(D, s.evaluate_at_once[1]),
     )  # fmt: skip
     s.mark("evaluate")
     W_dec = half.W_dec if half is not None and s.low == torch.bfloat16 else sae.W_dec
@@ -300,18 +320,18 @@ def differentiate(
     )  # fmt: skip
     torch.sum(errors * batch.scale, dim=0, out=out.b_dec)
     s.mark("decode")
-    cost = (0.0, penalty) if isinstance(penalty, Tensor) else (penalty, sae.b_enc)
     form = dict(
-        WEIGHTED=isinstance(penalty, Tensor), HOT=hot, AT_ONCE=at_once(D, 4096), **of_rows(D, 512)
-    )
+        WEIGHTED=penalty.dim() == 1, HOT=hot, AT_ONCE=at_once(D, s.gradients_at_once[0]),
+        **of_rows(D, s.gradients_at_once[1]),
+    )  # fmt: skip
     run(
         triton_gradients.sums_of_chunks, (workers,),
-        sae.W_dec, s.dx_hat, s.x_centred, s.start, *chunks, *entries, *cost, s.part_rows,
+        sae.W_dec, s.dx_hat, s.x_centred, s.start, *chunks, *entries, penalty, s.part_rows,
         s.part_sums, L, D, room, chunk_room, workers, **form,
     )  # fmt: skip
     run(
         triton_gradients.gradients, (L,),
-        sae.W_dec, s.dx_hat, s.x_centred, s.start, s.chunk_start, *entries, *cost, s.part_rows,
+        sae.W_dec, s.dx_hat, s.x_centred, s.start, s.chunk_start, *entries, penalty, s.part_rows,
         s.part_sums, out.W_dec, rows_of(out.W_enc), out.b_enc, out.f, out.fired, D, room,
         chunk_room, **form,
     )  # fmt: skip

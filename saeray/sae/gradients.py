@@ -85,6 +85,9 @@ class Gradients:
         # What else is in the loss: the squared errors of inner widths, or of the gate's.
         self.inner = torch.empty_like(self.l1)
         self.extra = {name: torch.empty_like(sae.b_enc) for name in sums}
+        # [1], on a GPU: 0 where the lists of entries had no room, and all of this is to be made
+        # again. (The CPU knows before it goes on.)
+        self.valid = torch.ones(1, dtype=torch.int32, device=sae.W_enc.device)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, contiguous."""
@@ -103,7 +106,7 @@ class Gradients:
         for mine in self.tensors():
             mine.zero_()
 
-    def add_weighted_l1_(self, W_dec: Tensor, norms: Tensor, per_row: float) -> None:
+    def add_weighted_l1_(self, W_dec: Tensor, norms: Tensor, per_row: float | Tensor) -> None:
         """What the norms' own gradient adds to W_dec, and Σ f n; norms [L] of its rows."""
         along = (self.f * per_row) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         self.W_dec.addcmul_(along.unsqueeze(1), W_dec)

@@ -13,6 +13,8 @@ from torch import Tensor
 from saeray.sae import cuda_step
 from saeray.sae.auxk import auxk_gradients
 from saeray.sae.batch_selection import choose_densely
+from saeray.sae.cuda_dense import DenseSpace, dense_gradients
+from saeray.sae.cuda_graphs import Made, RecordedSteps
 from saeray.sae.cuda_step import CudaSpace
 from saeray.sae.decoder_norm import remove_parallel_component
 from saeray.sae.ghost import ghost_gradients
@@ -91,15 +93,21 @@ class PackStep:
     """
 
     def __init__(
-        self, threads: int = 1, ranks: Ranks | None = None, *, sparse: bool = True
+        self,
+        threads: int = 1,
+        ranks: Ranks | None = None,
+        *,
+        sparse: bool = True,
+        graphs: bool = True,
     ) -> None:
         """ranks: with others that step the same SAEs on the same batches; None: alone.
 
         sparse: an SAE with few active features is stepped by those alone, where Numba is installed,
-        or Triton for a GPU.
+        or Triton for a GPU. graphs: on a GPU, steps are recorded and replayed (`cuda_graphs`).
         """
         self.ranks = ranks or Ranks()
-        self.sparse = sparse
+        self.sparse, self.graphs = sparse, graphs
+        self.recorded = RecordedSteps(self.sums_to_record, self.room_on_gpu)
         if threads < 1:
             raise ValueError(f"threads = {threads}: at least 1")
         self.threads = threads
@@ -140,12 +148,8 @@ class PackStep:
             return self.advance(t, of[t], run_lanes, want_metrics)
 
         device = each[0][0].device.type
-        if device == "cuda":
-            results = []
-            for t in trainers:
-                with cuda_step.product_precision(t.options.compute_dtype):
-                    results.append(advance(t, map))
-            return results
+        if device == "cuda" or trainers[0].on_gpu:
+            return self.step_on_gpu(trainers, of, want_metrics)
         if device != "cpu" or self.threads == 1:
             return [advance(t, map) for t in trainers]
         if self.ranks.size > 1:  # in the same order on every rank, or they wait for each other
@@ -153,6 +157,22 @@ class PackStep:
         whole = len(trainers) - len(trainers) % self.threads
         first = list(self.pool.map(lambda t: advance(t, map), trainers[:whole]))
         return first + [advance(t, self.pool.map) for t in trainers[whole:]]
+
+    def step_on_gpu(
+        self, trainers: Sequence[SAETrainer], of: dict[SAETrainer, Batch], want_metrics: bool
+    ) -> list[StepMetrics | None]:
+        """One SAE after another; those whose step is recorded, from their CUDA graph."""
+        found: dict[SAETrainer, StepMetrics | None] = {}
+        record = self.graphs and not want_metrics and self.ranks.size == 1
+        for t in trainers:
+            with cuda_step.product_precision(t.options.compute_dtype):
+                if record and self.recorded.enqueue(t, of[t], self.sparse):
+                    continue
+                found[t] = self.advance(t, of[t], map, want_metrics)
+        for t in self.recorded.finish():
+            with cuda_step.product_precision(t.options.compute_dtype):
+                found[t] = self.advance(t, of[t], map, want_metrics)
+        return [found.get(t) for t in trainers]
 
     def advance(
         self, t: SAETrainer, batch: Batch, run_lanes: RunLanes, want_metrics: bool
@@ -168,8 +188,8 @@ class PackStep:
             errors.zero_()
         wanted = self.sparse and t.sparse
         sparse = wanted and not t.on_gpu and batch.x.device.type == "cpu" and available()
-        if wanted and t.on_gpu:
-            total = self.sum_on_gpu(t, batch, grads, errors, want_metrics)
+        if t.on_gpu:
+            total = self.sum_on_gpu(t, batch, grads, errors, wanted, want_metrics)
         elif sparse:
             total = self.sum_of_entries(t, batch, run_lanes, grads, errors, want_metrics)
         else:
@@ -279,10 +299,12 @@ class PackStep:
         batch: Batch,
         grads: FreeList,
         errors: Tensor,
+        sparse: bool,
         want_l1: bool,
     ) -> Gradients:
-        """The same on a GPU: this rank's rows at once."""
-        assert t.rule.penalty is not None
+        """The same on a GPU: this rank's rows at once, from active entries alone or densely."""
+        penalty = t.rule.penalty
+        assert isinstance(penalty, Tensor)
         total = grads.take()
         lanes = self.ranks.own(lanes_of(len(batch.x), batch.x.device, self.ranks.size))
         if not lanes:
@@ -292,14 +314,13 @@ class PackStep:
         mine = batch._replace(
             x=batch.x[rows], normaliser=batch.normaliser[rows], scale=batch.scale[rows]
         )
-        make = lambda: CudaSpace(t.sae, len(mine.x), t.options.compute_dtype)  # noqa: E731
-        spaces = self.free("entries " + t.options.compute_dtype, t, mine, make)
+        spaces = self.spaces_on_gpu(t, mine, sparse)
         space = spaces.take()
-        cuda_step.sparse_gradients(
+        gradients: Any = cuda_step.sparse_gradients if sparse else dense_gradients
+        gradients(
             t.sae,
             mine,
-            penalty=t.rule.penalty,
-            weighted=not t.unit,
+            penalty=penalty,
             want_l1=want_l1,
             errors=errors[rows],
             out=total,
@@ -308,6 +329,29 @@ class PackStep:
         )
         spaces.put(space)
         return total
+
+    def spaces_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> FreeList:
+        dtype, kind = t.options.compute_dtype, CudaSpace if sparse else DenseSpace
+        make = lambda: kind(t.sae, len(batch.x), dtype)  # noqa: E731
+        return self.free(f"{kind.__name__} {dtype}", t, batch, make)
+
+    def room_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> int:
+        """For how many entries there are buffers."""
+        spaces = self.spaces_on_gpu(t, batch, sparse)
+        space = spaces.take()
+        spaces.put(space)
+        return space.capacity if sparse else 0
+
+    def sums_to_record(self, t: SAETrainer, batch: Batch, sparse: bool) -> Made:
+        """In buffers that others use in between: on a GPU one step follows the other."""
+        grads = self.free("gradients", t, batch, lambda: Gradients(t.sae, t.rule.SUMS))
+        residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.y))
+        errors = residuals.take()
+        total = self.sum_on_gpu(t, batch, grads, errors, sparse, False)
+        grads.put(total)
+        residuals.put(errors)
+        spaces = self.spaces_on_gpu(t, batch, sparse)
+        return Made(total, (errors, spaces.idle[-1]), self.room_on_gpu(t, batch, sparse))
 
     def free(self, what: str, t: SAETrainer, batch: Batch, make: Callable[[], Any]) -> FreeList:
         """Buffers of one sort, for SAEs and batches like these."""

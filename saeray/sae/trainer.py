@@ -14,6 +14,7 @@ at rest with unit rows whenever anyone looks at them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from saeray.sae import cuda_step, resampling
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import PARAMETERS, SAE
 from saeray.sae.architectures.rule import StepContext
-from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
+from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
 from saeray.sae.decoder_norm import scale_rows_to_unit_norm
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
@@ -36,7 +37,9 @@ from saeray.sae.steering import Steering
 # features active in the step before. Part of what a run is a function of.
 STEPS_PER_DECISION = 10
 SPARSE_BELOW = {"float64": 1 / 8, "float32": 1 / 5, "tf32": 1 / 5, "bfloat16": 1 / 10}
-SPARSE_BELOW_ON_GPU = 1 / 100
+# There the dense step gains the more from a lower precision. docs/performance.md has the table.
+SPARSE_BELOW_ON_GPU = {"float32": 1 / 20, "tf32": 1 / 75, "bfloat16": 1 / 200}
+SPARSE_ROWS_ON_GPU = 2048  # with fewer in a batch it is never the faster one
 
 
 class SAETrainer:
@@ -74,6 +77,8 @@ class SAETrainer:
         self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
         self.on_gpu = self.on_gpu and self.rule.penalty is not None and not sae.is_transcoder
         self.half: HalfWeights | None = None
+        # On a GPU: what changes from step to step, in its memory, where a CUDA graph reads it.
+        self.numbers = torch.zeros(3, device=device)  # penalty of an active entry; `adam_rates`
         if self.on_gpu and options.compute_dtype == "bfloat16":
             self.half = HalfWeights(sae)
         self.step = 0
@@ -143,40 +148,70 @@ class SAETrainer:
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self, n_rows: int) -> None:
-        if self.steering is not None:
-            self.rule.aim(self.steering.multiplier)
-        norms = None if self.unit else torch.linalg.vector_norm(self.sae.W_dec, dim=1)
-        self.rule.begin_step(StepContext(self.coefficient, self.coefficient / n_rows, norms))
+        self.decide(n_rows)
+        if self.on_gpu:
+            # From memory that isn't pinned, so it is read before this returns.
+            self.numbers.copy_(torch.tensor(self.numbers_of_step(n_rows)), non_blocking=True)
+        self.tell_rule(n_rows)
+
+    def decide(self, n_rows: int) -> None:
+        """What depends on which step it is: how it is computed, and whose window it is in."""
         if self.step % STEPS_PER_DECISION == 0:
-            below = SPARSE_BELOW[self.options.compute_dtype]
-            self.sparse = self.active_share < (SPARSE_BELOW_ON_GPU if self.on_gpu else below)
-            self.sparse = self.sparse or self.rule.always_sparse
+            limits = SPARSE_BELOW_ON_GPU if self.on_gpu else SPARSE_BELOW
+            below = limits[self.options.compute_dtype]
+            if self.on_gpu and n_rows < SPARSE_ROWS_ON_GPU:
+                below = 0.0
+            self.sparse = self.active_share < below or self.rule.always_sparse
         window = self.options.feature_sampling_window
         if self.step and self.step % window == 0:
             self.last_frequency = self.firing_frequency
             self.fired_in_window.zero_()
             self.tokens_in_window = 0
 
+    def numbers_of_step(self, n_rows: int) -> tuple[float, float, float]:
+        """For `numbers`."""
+        o = self.options
+        rates = adam_rates(self.lr, o.adam_beta1, o.adam_beta2, self.step + 1)
+        return (self.coefficient / n_rows, *rates)
+
+    def tell_rule(self, n_rows: int) -> None:
+        if self.steering is not None:
+            self.rule.aim(self.steering.multiplier)
+        norms = None if self.unit else torch.linalg.vector_norm(self.sae.W_dec, dim=1)
+        per_row = self.numbers[0] if self.on_gpu else self.coefficient / n_rows
+        self.rule.begin_step(StepContext(self.coefficient, per_row, norms))
+
     def finish_step(self, grad: Gradients, n_rows: int) -> None:
         """Counters, then Adam on the gradient of one whole batch.
 
         Where decoder rows are unit, the gradient's component along them is gone already.
         """
-        self.fired_in_window += grad.fired.to(torch.int64)
-        self.tokens_in_window += n_rows
-        self.steps_since_fired += 1
-        if (self.step + 1) % STEPS_PER_DECISION == 0:
-            # Whole numbers, so no order of adding them matters.
-            self.active_share = float(grad.fired.sum()) / (n_rows * self.sae.d_sae)
-        self.steps_since_fired.masked_fill_(grad.fired > 0, 0)
+        self.update(grad)
+        self.close_step(n_rows, lambda: float(grad.fired.sum()))
 
+    def update(self, grad: Gradients) -> None:
+        """Of the step, all that is done on the device."""
+        if self.on_gpu:
+            grad.fired.mul_(grad.valid)
+            self.steps_since_fired += grad.valid
+        else:
+            self.steps_since_fired += 1
+        self.fired_in_window += grad.fired.to(torch.int64)
+        self.steps_since_fired.masked_fill_(grad.fired > 0, 0)
         if self.on_gpu:
             self.adam_on_gpu(grad)
         else:
             self.adam_in_torch(grad)
+
+    def close_step(self, n_rows: int, n_active: Callable[[], float]) -> None:
+        """And the rest. n_active: of all entries of the batch; asked only where it is needed."""
+        self.tokens_in_window += n_rows
+        if (self.step + 1) % STEPS_PER_DECISION == 0:
+            # Whole numbers, so no order of adding them matters.
+            self.active_share = n_active() / (n_rows * self.sae.d_sae)
         self.rule.after_step()
         if self.steering is not None:
-            self.rule.steer(self.steering.see(self.step, float(grad.fired.sum()) / n_rows))
+            self.rule.steer(self.steering.see(self.step, n_active() / n_rows))
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:
@@ -207,10 +242,9 @@ class SAETrainer:
             self.sae,
             grad,
             moments,
-            lr=self.lr,
+            self.numbers[1:],
             beta1=self.options.adam_beta1,
             beta2=self.options.adam_beta2,
-            step=self.step + 1,
             unit=self.unit,
             gradient_clip=self.options.gradient_clip,
             half=self.half,

@@ -41,16 +41,17 @@ def sums_of_range(feature, first, last, W_dec, dx_hat, x, rows, f, penalty, D,
 
 
 @triton.jit
-def penalty_of(feature, penalty, penalties, WEIGHTED: tl.constexpr):
+def penalty_of(feature, penalty, WEIGHTED: tl.constexpr):
+    """penalty: of every feature, or [L]; in the GPU's memory, so that a CUDA graph can read it."""
     if WEIGHTED:
-        return tl.load(penalties + feature)
+        return tl.load(penalty + feature)
     else:  # noqa: RET505  (Triton compiles one branch only, so it needs the two)
-        return penalty
+        return tl.load(penalty)
 
 
 @triton.jit
 def sums_of_chunks(W_dec, dx_hat, x, start, chunk_start, chunk_feature, rows, f, penalty,
-                   penalties, part_rows, part_sums, L, D, capacity, chunk_capacity, n_workers,
+                   part_rows, part_sums, L, D, capacity, chunk_capacity, n_workers,
                    WEIGHTED: tl.constexpr, HOT: tl.constexpr, WIDTH: tl.constexpr,
                    AT_ONCE: tl.constexpr):  # fmt: skip
     """part_rows [chunks, 2, D] and part_sums [chunks, 3] of the hot features' chunks."""
@@ -58,7 +59,7 @@ def sums_of_chunks(W_dec, dx_hat, x, start, chunk_start, chunk_feature, rows, f,
     n = tl.minimum(tl.load(chunk_start + L), chunk_capacity)
     for i in range(tl.program_id(0), n, n_workers):
         feature, first, last = chunk(i, start, chunk_start, chunk_feature, capacity, HOT)
-        cost = penalty_of(feature, penalty, penalties, WEIGHTED)
+        cost = penalty_of(feature, penalty, WEIGHTED)
         dW_dec, dW_enc, dh, total, fired = sums_of_range(
             feature, first, last, W_dec, dx_hat, x, rows, f, cost, D, WIDTH, AT_ONCE
         )
@@ -71,7 +72,7 @@ def sums_of_chunks(W_dec, dx_hat, x, start, chunk_start, chunk_feature, rows, f,
 
 
 @triton.jit
-def gradients(W_dec, dx_hat, x, start, chunk_start, rows, f, penalty, penalties, part_rows,
+def gradients(W_dec, dx_hat, x, start, chunk_start, rows, f, penalty, part_rows,
               part_sums, dW_dec_out, dW_enc_out, db_enc_out, f_out, fired_out, D, capacity,
               chunk_capacity, WEIGHTED: tl.constexpr, HOT: tl.constexpr, WIDTH: tl.constexpr,
               AT_ONCE: tl.constexpr):  # fmt: skip
@@ -81,7 +82,7 @@ def gradients(W_dec, dx_hat, x, start, chunk_start, rows, f, penalty, penalties,
     first = tl.load(start + feature)
     last = tl.load(start + feature + 1)
     if last - first <= HOT:
-        cost = penalty_of(feature, penalty, penalties, WEIGHTED)
+        cost = penalty_of(feature, penalty, WEIGHTED)
         last = tl.minimum(last, capacity)
         dW_dec, dW_enc, dh, total, fired = sums_of_range(
             feature, first, last, W_dec, dx_hat, x, rows, f, cost, D, WIDTH, AT_ONCE
@@ -127,17 +128,20 @@ def square_norms(gradient, weight, out, D, UNIT: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
-def adam_rows(weight, gradient, mean, square, half, scale, n, D, step_size, root, rest1, beta2,
-              rest2, epsilon, UNIT: tl.constexpr, SCALED: tl.constexpr, HALF: tl.constexpr,
+def adam_rows(weight, gradient, mean, square, half, scale, rates, go, n, D, rest1, beta2, rest2,
+              epsilon, UNIT: tl.constexpr, SCALED: tl.constexpr, HALF: tl.constexpr,
               WIDTH: tl.constexpr):  # fmt: skip
     """Adam on one row [D] of n elements in all; UNIT: of a row that has norm 1 before and after.
 
-    step_size = lr / (1 - beta1^t), root = sqrt(1 - beta2^t), rest = 1 - beta, rounded once.
+    rates [2] = lr / (1 - beta1^t), sqrt(1 - beta2^t); rest = 1 - beta; all rounded once.
     SCALED: the gradient times *scale. HALF: the new row is written to half as well, in its dtype.
+    go: where it is 0, nothing is written.
     """
     d = tl.arange(0, WIDTH)
     at = tl.program_id(0).to(tl.int64) * D + d
     inside = (d < D) & (at < n)
+    step_size = tl.load(rates)
+    root = tl.load(rates + 1)
     w = tl.load(weight + at, mask=inside, other=0)
     g = across(tl.load(gradient + at, mask=inside, other=0), w, UNIT)
     if SCALED:
@@ -149,6 +153,7 @@ def adam_rows(weight, gradient, mean, square, half, scale, n, D, step_size, root
     w -= step_size * (m / (tl.sqrt(v) / root + epsilon))
     if UNIT:
         w /= tl.sqrt(tl.sum(w * w, axis=0))
+    inside = inside & (tl.load(go) != 0)
     tl.store(mean + at, m, mask=inside)
     tl.store(square + at, v, mask=inside)
     tl.store(weight + at, w, mask=inside)

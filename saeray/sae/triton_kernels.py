@@ -58,42 +58,41 @@ def load_words(pointers, mask):
 
 
 @triton.jit
-def write_bits(active, by_feature, by_row, row0, col0, B, L, N,
-               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """active [ROWS, COLS], whose corner is (row0, col0), as bits in both orders."""
-    col = tl.arange(0, COLS)
-    bits = active.to(tl.uint32)
+def nominate(h, b_enc, slack, by_row, first, last, L, N,
+             ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """h [last - first, L] of the rows from first, without the bias: their words of by_row."""
+    row = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     lane = tl.arange(0, 32)
-    by_group = tl.reshape(bits, [ROWS // 32, 32, COLS]) << lane[None, :, None]
-    group = row0 // 32 + tl.arange(0, ROWS // 32)
-    word = tl.sum(by_group, axis=1).to(tl.int32, bitcast=True)
-    inside = (group * 32 < B)[:, None] & (col0 + col < L)[None, :]
-    at = group[:, None].to(tl.int64) * L + col0 + col[None, :]
-    tl.store(by_feature + at, word, mask=inside)
-    along_row = tl.reshape(bits, [ROWS, COLS // 32, 32]) << lane[None, None, :]
-    word = tl.sum(along_row, axis=2).to(tl.int32, bitcast=True)
-    row = row0 + tl.arange(0, ROWS)
-    n = col0 // 32 + tl.arange(0, COLS // 32)
-    inside = (row < B)[:, None] & (n < N)[None, :]
-    tl.store(by_row + row[:, None].to(tl.int64) * N + n[None, :], word, mask=inside)
-
-
-@triton.jit
-def nominate(h, b_enc, slack, by_feature, by_row, first, last, B, L, N, COLS: tl.constexpr):
-    """h [last - first, L] of the rows from first (a multiple of 32), without the bias."""
-    row = first + tl.program_id(0) * 32 + tl.arange(0, 32)
-    col0 = tl.program_id(1) * COLS
-    col = col0 + tl.arange(0, COLS)
-    inside = (row < last)[:, None] & (col < L)[None, :]
-    at = (row - first)[:, None].to(tl.int64) * L + col[None, :]
+    col = n[:, None] * 32 + lane[None, :]
+    at = (row - first)[:, None, None].to(tl.int64) * L + col[None, :, :]
+    inside = (row < last)[:, None, None] & (col < L)[None, :, :]
     value = tl.load(h + at, mask=inside, other=0).to(tl.float32)
-    bias = tl.load(b_enc + col, mask=col < L, other=0)[None, :]
-    active = nominates(value, bias, slack) & inside
-    write_bits(active, by_feature, by_row, first + tl.program_id(0) * 32, col0, B, L, N, 32, COLS)
+    bias = tl.load(b_enc + col, mask=col < L, other=0)
+    active = nominates(value, bias[None, :, :], slack) & inside
+    word = tl.sum(active.to(tl.uint32) << lane[None, None, :], axis=2).to(tl.int32, bitcast=True)
+    inside_words = (row < last)[:, None] & (n < N)[None, :]
+    tl.store(by_row + row[:, None].to(tl.int64) * N + n[None, :], word, mask=inside_words)
 
 
 @triton.jit
-def encode_and_nominate(x, W_enc, b_enc, slack, by_feature, by_row, B, L, D, N,
+def transpose_bits(by_row, by_feature, B, L, N, WORDS: tl.constexpr):
+    """by_feature from by_row: 32 rows and WORDS words of them a program."""
+    group = tl.program_id(0)
+    n = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    lane = tl.arange(0, 32)
+    turned = tl.zeros([WORDS, 32], tl.uint32)
+    for r in tl.static_range(32):  # no sum over threads: each turns its own bits
+        row = group * 32 + r
+        word = load_words(by_row + row.to(tl.int64) * N + n, (n < N) & (row < B))
+        turned = turned | (((word[:, None] >> lane[None, :]) & 1) << r)
+    col = n[:, None] * 32 + lane[None, :]
+    at = group.to(tl.int64) * L + col
+    tl.store(by_feature + at, turned.to(tl.int32, bitcast=True), mask=col < L)
+
+
+@triton.jit
+def encode_and_nominate(x, W_enc, b_enc, slack, by_row, B, L, D, N,
                         ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
                         BAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The encoder's product and `nominate` in one: h never leaves the chip.
@@ -121,7 +120,12 @@ def encode_and_nominate(x, W_enc, b_enc, slack, by_feature, by_row, B, L, D, N,
         h = tl.dot(a, w, h, input_precision=PRECISION)
     bias = tl.load(b_enc + col, mask=col < L, other=0)[None, :]
     active = nominates(h, bias, slack) & (row < B)[:, None] & (col < L)[None, :]
-    write_bits(active, by_feature, by_row, row0, col0, B, L, N, ROWS, COLS)
+    lane = tl.arange(0, 32)
+    along_row = tl.reshape(active.to(tl.uint32), [ROWS, COLS // 32, 32]) << lane[None, None, :]
+    word = tl.sum(along_row, axis=2).to(tl.int32, bitcast=True)
+    n = col0 // 32 + tl.arange(0, COLS // 32)
+    inside_words = (row < B)[:, None] & (n < N)[None, :]
+    tl.store(by_row + row[:, None].to(tl.int64) * N + n[None, :], word, mask=inside_words)
 
 
 @triton.jit

@@ -39,6 +39,9 @@ COPIED = 3
 EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
 LANE_ROWS = 1024  # of a batch, that one thread takes at a time (`saeray.sae.gradients`)
 BLOCK_BYTES = 1 << 21  # of activations [rows, d_sae] in its cache, of which it has three
+# On a GPU, of the standard SAE's step (`saeray.sae.cuda_step`, `saeray.sae.trainer`).
+CHUNK_BYTES = 96 << 20  # of pre-activations at a time
+MOST_ACTIVE = {"float32": 1 / 20, "tf32": 1 / 75, "bfloat16": 1 / 200}  # else it is dense
 BATCHES = 4  # of rows that a rank holds: read ahead, in the step, and their errors
 
 
@@ -183,15 +186,19 @@ def trainer_memory(
     weights = [sae_bytes(c, widths, on_gpu=True) // COPIED for c in members]
     gradients = activations = 0
     shapes = {(c.hooks_read, c.d_sae(widths[c.hooks_read[0]]), c.dtype): c for c in members}
-    for (hooks, d_sae, dtype), c in shapes.items():
-        number, rows = DTYPE_BYTES[dtype], c.train_batch_size
+    for (hooks, d_sae, of_weights), c in shapes.items():
+        number, rows = DTYPE_BYTES[of_weights], c.train_batch_size
         lanes = -(-rows // LANE_ROWS)
         one = sae_bytes(c, widths, on_gpu=True) // COPIED
         errors = rows * widths[hooks[-1]] * number
         if on_gpu:
-            half = one // 2 if c.computes_in("cuda") == "bfloat16" else 0  # of weights, as read
+            dtype = c.computes_in("cuda")
             gradients += one
-            activations += 3 * rows * d_sae * number + errors + half
+            activations += errors + (one // 2 if dtype == "bfloat16" else 0)  # weights, as read
+            if (c.architecture, of_weights, len(hooks)) == ("standard", "float32", 1):
+                activations += of_kernels(rows, d_sae, widths[hooks[0]], dtype)
+            else:
+                activations += 3 * rows * d_sae * number
             continue
         # As `PackStep` spreads them: an SAE to a thread, and lanes of those that are left over.
         whole = threads if len(members) >= threads else 0
@@ -208,6 +215,18 @@ def trainer_memory(
     return TrainerMemory(
         int(WORKER), sum(weights), 2 * sum(weights), gradients, activations, copies
     )
+
+
+def of_kernels(n_rows: int, d_sae: int, d_in: int, compute_dtype: str) -> int:
+    """Buffers of the step that has kernels of its own (`saeray.sae.cuda_dense`, `cuda_step`).
+
+    Two [B, L] of the dense one. Of the other a chunk of pre-activations, bits, and lists of as many
+    entries as it is taken for, with a quarter to spare.
+    """
+    block = n_rows * d_sae * (2 if compute_dtype == "bfloat16" else 4)
+    entries = n_rows * d_sae * MOST_ACTIVE.get(compute_dtype, 0) * 5 / 4
+    bits = n_rows * d_sae * 3 / 8
+    return int(2 * block + min(CHUNK_BYTES, block) + bits + entries * (16 + d_in / 8))
 
 
 def evaluated_together(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from saeray.sae import cuda_step, trainer
+from saeray.sae import cuda_graphs, cuda_step, trainer
 from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.initial import initial_sae
 from saeray.sae.options import TrainingOptions
@@ -45,8 +45,9 @@ def test_a_pack_steps_through_the_switch_as_without_triton(monkeypatch, decoder_
         monkeypatch.setattr(cuda_step, "available", lambda device: on_gpu)
         sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
         sae.b_enc.fill_(-1.5)
-        monkeypatch.setattr(trainer, "SPARSE_BELOW_ON_GPU", 0.5)
-        t, step, seen = SAETrainer(sae, options), PackStep(sparse=on_gpu), []
+        monkeypatch.setitem(trainer.SPARSE_BELOW_ON_GPU, "float32", 0.5)
+        monkeypatch.setattr(trainer, "SPARSE_ROWS_ON_GPU", 1)
+        t, step, seen = SAETrainer(sae, options), PackStep(sparse=on_gpu, graphs=False), []
         for i in range(4):
             x = torch.randn(B, D, generator=torch.Generator().manual_seed(i))
             (metrics,) = step.step([t], x, want_metrics=True)
@@ -65,3 +66,84 @@ def test_a_pack_steps_through_the_switch_as_without_triton(monkeypatch, decoder_
     tensors, numbers = mine.state()
     resumed = SAETrainer.resumed(mine.sae, options, tensors, numbers)
     assert resumed.state()[0].keys() == tensors.keys()
+
+
+class FakeGraph:
+    """Whose kernels run when they are launched, and know that they are of a graph."""
+
+    def __init__(self, step, pool):
+        self.step = step
+
+    def __call__(self):
+        FakeGraph.running = True
+        try:
+            self.step()
+        finally:
+            FakeGraph.running = False
+        FakeGraph.launched += 1
+
+    running, launched = False, 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="by test_a_pack_in_tritons_interpreter")
+def test_recorded_steps_are_those_that_are_not(monkeypatch):
+    """What the host does around CUDA graphs; test_on_a_gpu.py has the graphs themselves."""
+    monkeypatch.setattr(cuda_step, "N_WORKERS", 2)
+    monkeypatch.setattr(cuda_step, "FIRST_ENTRIES_PER_ROW", 1)  # so there is no room at first
+    monkeypatch.setattr(cuda_step, "available", lambda device: True)
+    monkeypatch.setattr(cuda_step, "recording", lambda: FakeGraph.running)
+    monkeypatch.setattr(cuda_graphs, "record", FakeGraph)
+    monkeypatch.setattr(trainer, "STEPS_PER_DECISION", 2)
+    monkeypatch.setitem(trainer.SPARSE_BELOW_ON_GPU, "float32", 0.5)
+    monkeypatch.setattr(trainer, "SPARSE_ROWS_ON_GPU", 1)
+    fields = dict(
+        lr=1e-2, total_steps=100, lr_warm_up_steps=4, l1_warm_up_steps=4, dead_feature_window=2,
+        decoder_norm="free", feature_sampling_window=3,
+    )  # fmt: skip
+    of_each = [
+        TrainingOptions(**fields, l1_coefficient=1e-2, target_l0=3.0),
+        TrainingOptions(**fields, l1_coefficient=1e-2, use_ghost_grads=True),
+    ]
+
+    def trained(graphs):
+        FakeGraph.launched, saes = 0, []
+        for options in of_each:
+            sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
+            sae.b_enc.fill_(-1.5)
+            saes.append(SAETrainer(sae, options))
+        pack, decisions = PackStep(graphs=graphs), []
+        for i in range(9):
+            if i == 6:  # many are active all of a sudden
+                saes[0].sae.b_enc.fill_(-0.5)
+            x = torch.randn(B, D, generator=torch.Generator().manual_seed(i))
+            pack.step(saes, [(x,), (x.flip(0),)], want_metrics=i == 4)
+            decisions.append(
+                [(t.step, t.sparse, t.active_share, t.lr, t.coefficient) for t in saes]
+            )
+        return saes, decisions, FakeGraph.launched
+
+    recorded, decisions, launched = trained(graphs=True)
+    eager, expected, none = trained(graphs=False)
+    # Each SAE's first two of both ways aren't, nor is the one with metrics, nor are those in which
+    # features are dead; and one is launched that has no room.
+    assert none == 0 and 6 <= launched <= 12
+    assert decisions == expected
+    for one, two in zip(recorded, eager, strict=True):
+        mine, theirs = ({**t.sae.tensors, **t.state()[0]} for t in (one, two))
+        assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="by test_a_pack_in_tritons_interpreter")
+def test_where_graphs_cannot_be_recorded_steps_are_made_without(monkeypatch):
+    def record(step, pool):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(cuda_step, "available", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
+    t, pack = SAETrainer(sae, TrainingOptions(lr=1e-3, total_steps=9)), PackStep()
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="CUDA graphs can't be used.*out of memory"):
+        for _ in range(3):
+            pack.step([t], x)
+    assert t.step == 3

@@ -1,8 +1,8 @@
-"""The sparse step on a GPU, in Triton's interpreter: against autograd and textbook Adam in float64.
+"""The sparse step on a GPU: against autograd and textbook Adam in float64.
 
-Triton decides when it is imported whether it interprets, so these tests run in a process of their
-own, which `test_in_tritons_interpreter` starts. What the interpreter can't show, whether the
-kernels compile for a GPU, `test_the_kernels_compile_for_a_gpu_that_is_not_here` does.
+Where there is a GPU, on it. Elsewhere in Triton's interpreter, which Triton decides on when it is
+imported: in a process of its own, which `test_in_tritons_interpreter` starts. What that can't show,
+whether the kernels compile for a GPU, `test_the_kernels_compile_for_a_gpu_that_is_not_here` does.
 """
 
 import math
@@ -17,14 +17,18 @@ import torch
 
 from saeray.sae import cuda_step
 from saeray.sae.architectures.standard import StandardSAE
-from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
+from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
+from saeray.sae.cuda_dense import DenseSpace, dense_gradients
 from saeray.sae.cuda_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.losses import MSE_NORMALIZATIONS, sae_losses
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="by test_in_tritons_interpreter")
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="by test_in_tritons_interpreter"
+)
 compiled = pytest.mark.skipif(INTERPRETED, reason="starts the interpreted tests")
 
 # No size is a multiple of a block's: of 32 rows, of 32 features to a word, of a row's width.
@@ -79,26 +83,30 @@ def an_sae(threshold=-1.5):
     b_enc = torch.full((L,), threshold)
     b_enc[EVERYWHERE], b_enc[NOWHERE] = 20.0, -50.0
     b_dec = 0.1 * torch.randn(D, generator=generator)
-    return StandardSAE(rows[0].t(), rows[1], b_enc, b_dec)
+    return StandardSAE(rows[0].t(), rows[1], b_enc, b_dec).to(DEVICE)
 
 
 def rows_of_x():
-    return torch.randn(B, D, generator=torch.Generator().manual_seed(1))
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def step(sae, x, *, compute_dtype="float32", normalization="none", weighted=False, **more):
     """The gradients, x̂ - x, and the buffers."""
     room = more.pop("room", None)
     half = more.pop("half", None)
-    space = CudaSpace(sae, B, compute_dtype, hot=HOT, **more)
+    gradients = sparse_gradients
+    if more.pop("dense", False):
+        space, gradients = DenseSpace(sae, B, compute_dtype), dense_gradients
+    else:
+        space = CudaSpace(sae, B, compute_dtype, hot=HOT, **more)
     if room is not None:
         space.make_room(sae, room)
     out, errors = Gradients(sae), torch.full_like(x, math.nan)
     for tensor in out.tensors():  # whatever was there before
         tensor.fill_(math.nan)
-    penalty = 1e-2 / B
-    sparse_gradients(
-        sae, Batch.of(x, normalization), weighted=weighted, want_l1=True, errors=errors, out=out,
+    penalty = torch.tensor(1e-2 / B, device=DEVICE)
+    gradients(
+        sae, Batch.of(x, normalization), want_l1=True, errors=errors, out=out,
         penalty=penalty * sae.W_dec.norm(dim=1) if weighted else penalty, space=space, half=half,
     )  # fmt: skip
     return out, errors, space
@@ -134,17 +142,18 @@ def assert_agree(sae, x, out, errors, expected, weighted=False, tolerance=1e-5):
 
 
 @interpreted
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
     ("normalization", "weighted"), list(zip(MSE_NORMALIZATIONS, (False, True, True), strict=True))
 )
-def test_gradients_agree_with_the_float64_reference(normalization, weighted):
+def test_gradients_agree_with_the_float64_reference(normalization, weighted, dense):
     sae, x = an_sae(), rows_of_x()
     if weighted:
-        sae.W_dec *= torch.linspace(0.2, 1.7, L)[:, None]
+        sae.W_dec *= torch.linspace(0.2, 1.7, L, device=DEVICE)[:, None]
     expected = reference(sae, x, normalization, weighted)
     assert (expected.f[:, EVERYWHERE] > 0).all() and not (expected.f[:, NOWHERE] > 0).any()
     assert 2 * B < int((expected.f > 0).sum()) < B * L / 4
-    out, errors, _ = step(sae, x, normalization=normalization, weighted=weighted)
+    out, errors, _ = step(sae, x, normalization=normalization, weighted=weighted, dense=dense)
     assert_agree(sae, x, out, errors, expected, weighted)
 
 
@@ -174,6 +183,17 @@ def test_room_and_how_entries_are_found_do_not_change_a_bit(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("given", [True, False])
+def test_dense_bfloat16_agrees_with_the_reference_to_its_precision(given):
+    sae, x = an_sae(), rows_of_x()
+    expected = reference(sae, x, "none")
+    half = HalfWeights(sae) if given else None
+    out, errors, _ = step(sae, x, compute_dtype="bfloat16", half=half, dense=True)
+    # Here f itself is rounded, so who fires is not quite float32's.
+    assert_agree(sae, x, out, errors, expected, tolerance=3e-2)
+
+
+@interpreted
 def test_bfloat16_agrees_with_the_reference_to_its_precision():
     sae, x = an_sae(), rows_of_x()
     expected = reference(sae, x, "none")
@@ -186,7 +206,8 @@ def test_bfloat16_agrees_with_the_reference_to_its_precision():
 
 def unpacked(words, axis):
     """Bits [.., 32 n, ..] of int32 words [.., n, ..]."""
-    lanes = (words.unsqueeze(axis + 1) >> torch.arange(32).view((32,) + (1,) * (1 - axis))) & 1
+    bit = torch.arange(32, device=DEVICE).view((32,) + (1,) * (1 - axis))
+    lanes = (words.unsqueeze(axis + 1) >> bit) & 1
     return lanes.flatten(axis, axis + 1).bool()
 
 
@@ -195,7 +216,8 @@ def test_bits_and_counts_of_several_blocks_of_rows_and_features():
     rows, features = 140, 150  # 128 and 12, 128 and 22
     generator = torch.Generator().manual_seed(2)
     W, x = torch.randn(features, D, generator=generator), torch.randn(rows, D, generator=generator)
-    sae = StandardSAE(W.t(), W.clone(), torch.full((features,), -4.0), torch.zeros(D))
+    sae = StandardSAE(W.t(), W.clone(), torch.full((features,), -4.0), torch.zeros(D)).to(DEVICE)
+    x = x.to(DEVICE)
     h = (x @ sae.W_enc + sae.b_enc).double()
     for more in (dict(chunk_bytes=1), dict(fused_encoder=True)):
         space = CudaSpace(sae, rows, "float32", **more)
@@ -222,7 +244,7 @@ def test_what_does_not_fit_is_refused():
         CudaSpace(sae, B, "float32").make_room(sae, 1 << 31)
     with pytest.raises(ValueError, match="a batch of 32 rows, buffers for 33"):
         sparse_gradients(
-            sae, Batch.of(x[1:], "none"), penalty=0.0, weighted=False, want_l1=False,
+            sae, Batch.of(x[1:], "none"), penalty=torch.zeros(()), want_l1=False,
             errors=x[1:].clone(), out=Gradients(sae), space=CudaSpace(sae, B, "float32"),
         )  # fmt: skip
     sae.W_enc = torch.nn.Parameter(sae.W_enc.contiguous(), requires_grad=False)
@@ -231,7 +253,11 @@ def test_what_does_not_fit_is_refused():
 
 
 def bits(out, errors):
-    return b"".join(t.numpy().tobytes() for t in (*out.tensors(), errors))
+    return b"".join(t.cpu().numpy().tobytes() for t in (*out.tensors(), errors))
+
+
+def rates(lr, t):
+    return torch.tensor(adam_rates(lr, 0.9, 0.999, t), device=DEVICE)
 
 
 def adam_by_the_book(p, m, v, grads, *, lr, t, unit, clip):
@@ -256,7 +282,7 @@ def adam_by_the_book(p, m, v, grads, *, lr, t, unit, clip):
 def test_adam_agrees_with_the_float64_reference(unit, clip):
     sae, half = an_sae(), None
     if not unit:
-        sae.W_dec *= torch.linspace(0.2, 1.7, L)[:, None]
+        sae.W_dec *= torch.linspace(0.2, 1.7, L, device=DEVICE)[:, None]
     p = {k: getattr(sae, k).detach().double() for k in PARAMETERS}
     m, v = ({k: torch.zeros_like(p[k]) for k in p} for _ in range(2))
     moments = {
@@ -274,7 +300,7 @@ def test_adam_agrees_with_the_float64_reference(unit, clip):
         grads = {k: getattr(grad, k).double() for k in PARAMETERS}
         adam_by_the_book(p, m, v, grads, lr=1e-2, t=t, unit=unit, clip=clip)
         fused_adam_rows(
-            sae, grad, moments, lr=1e-2, beta1=0.9, beta2=0.999, step=t, unit=unit,
+            sae, grad, moments, rates(1e-2, t), beta1=0.9, beta2=0.999, unit=unit,
             gradient_clip=clip, half=half,
         )  # fmt: skip
     for k in PARAMETERS:
@@ -301,6 +327,7 @@ def test_half_weights_follow_what_torch_does_to_the_weights():
     grad = Gradients(sae)
     for tensor in grad.tensors():
         tensor.fill_(1.0)
-    fused_adam_rows(sae, grad, moments, lr=0.1, beta1=0.9, beta2=0.999, step=1, unit=False)
+    assert grad.valid.all()
+    fused_adam_rows(sae, grad, moments, rates(0.1, 1), beta1=0.9, beta2=0.999, unit=False)
     half.refresh(sae)
     assert torch.equal(half.W_dec, sae.W_dec.bfloat16())

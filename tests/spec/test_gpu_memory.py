@@ -5,8 +5,10 @@ from support.bundled import HOOK
 from support.configs import config
 
 from saeray.errors import ConfigError
+from saeray.sae import cuda_step
+from saeray.sae.trainer import SPARSE_BELOW_ON_GPU
 from saeray.spec.gpu_memory import CONTEXT, bytes_of_gpu, check_gpu_memory, gpu_memory_of
-from saeray.spec.memory import fit_saes, memory_of
+from saeray.spec.memory import CHUNK_BYTES, MOST_ACTIVE, fit_saes, memory_of
 from saeray.spec.room import HEAD, Cluster, Node
 
 GB = 10**9
@@ -28,11 +30,34 @@ def planned(cluster, n_saes=1, parameter_bytes=2 * GB, **changes):
 
 def test_what_a_trainer_and_a_language_model_take():
     taken, _ = planned(node(1), n_saes=2)
-    # Of two SAEs weights and two moments; one gradient, one copy of weights in bfloat16. Three
-    # [4096, 32000] of a dense step, the errors, and four batches of rows.
+    # Of two SAEs weights and two moments; one gradient, one copy of weights in bfloat16. Two
+    # [4096, 32000] of a dense step in bfloat16, a chunk of 96 MiB; three bits of every entry, and
+    # lists of one in 200 and a quarter more: 16 bytes, and 2 rows of sums for 128 of them twice.
     saes = 2 * 3 * NUMBERS * 4 + NUMBERS * 4 + NUMBERS * 2
-    activations = 3 * ROWS * D_SAE * 4 + ROWS * D_IN * 4 + 4 * ROWS * D_IN * 4
+    entries = ROWS * D_SAE / 200 * 1.25
+    sparse = ROWS * D_SAE * 3 / 8 + entries * (16 + 2 * 2 * D_IN * 4 / 128)
+    activations = 2 * ROWS * D_SAE * 2 + 96 * 2**20 + int(sparse)
+    activations += ROWS * D_IN * 4 + 4 * ROWS * D_IN * 4  # the errors, and four batches of rows
     assert taken.trainer == CONTEXT + saes + activations
+
+
+def test_the_plan_knows_the_sizes_of_the_step():
+    assert MOST_ACTIVE == SPARSE_BELOW_ON_GPU
+    assert CHUNK_BYTES == cuda_step.CHUNK_BYTES
+
+
+def test_architectures_without_kernels_of_their_own_take_three_blocks():
+    taken, _ = planned(node(1), architecture="topk", k=32)
+    threshold = D_SAE * 4
+    saes = (
+        3 * (NUMBERS * 4 + threshold) + (NUMBERS * 4 + threshold) + (NUMBERS * 4 + threshold) // 2
+    )
+    activations = 3 * ROWS * D_SAE * 4 + ROWS * D_IN * 4 + 4 * ROWS * D_IN * 4
+    assert taken.trainer == pytest.approx(CONTEXT + saes + activations, rel=1e-3)
+
+
+def test_the_language_model():
+    taken, _ = planned(node(1), n_saes=2)
     # A forward of 32 x 128 tokens at 20 numbers of d_in is more than four blocks of a window's
     # logits; two SAEs of 256 MB are more than a harvester has at a time, which is then its largest.
     at_harvester = max(NUMBERS * 4, 1 << 28)

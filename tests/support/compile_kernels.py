@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
+from saeray.sae.cuda_dense import DenseSpace, dense_gradients
 from saeray.sae.cuda_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 
@@ -44,12 +45,16 @@ moments = {k: (getattr(out, k), getattr(out, k)) for k in PARAMETERS}
 driver.set_active(MadeUpDriver())
 for fused_encoder in (False, True):
     sparse_gradients(
-        sae, Batch.of(x, "none"), penalty=torch.ones(L), weighted=True, want_l1=True,
+        sae, Batch.of(x, "none"), penalty=torch.ones(L), want_l1=True,
         errors=torch.zeros_like(x), out=out, half=half,
         space=CudaSpace(sae, B, "bfloat16", fused_encoder=fused_encoder),
     )  # fmt: skip
+dense_gradients(
+    sae, Batch.of(x, "none"), penalty=torch.ones(L), want_l1=True, errors=torch.zeros_like(x),
+    out=out, half=half, space=DenseSpace(sae, B, "bfloat16"),
+)  # fmt: skip
 fused_adam_rows(
-    sae, out, moments, lr=1e-3, beta1=0.9, beta2=0.999, step=1, unit=True, gradient_clip=1.0,
+    sae, out, moments, torch.ones(2), beta1=0.9, beta2=0.999, unit=True, gradient_clip=1.0,
     half=half,
 )  # fmt: skip
 print(*sorted(names))

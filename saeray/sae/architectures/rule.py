@@ -48,7 +48,7 @@ class StepContext(NamedTuple):
     """What the entries of one step have in common."""
 
     coefficient: float  # of the sparsity term, in this step
-    per_row: float  # the same over B: what one row adds to the loss
+    per_row: Any  # the same over B, what one row adds to the loss: a float, or 0-d on a GPU
     norms: Tensor | None  # [L] of the decoder's rows, where they are free
 
 
