@@ -35,7 +35,7 @@ from torch import Tensor
 from saeray.sae import cuda_step
 from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.architectures.standard import StandardSAE
-from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
+from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
 from saeray.sae.cuda_step import CudaSpace, product_precision, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.options import TrainingOptions
@@ -57,7 +57,7 @@ class Sizes:
     seconds: float  # of timing, for each line of the table
 
 
-FULL = Sizes(768, 4096, (24_576, 49_152), (32, 128), (1, 16), 1.0)
+FULL = Sizes(768, 4096, (24_576, 49_152), (32, 128, 512), (1, 16), 0.5)
 QUICK = Sizes(8, 16, (20,), (3,), (1, 2), 0.0)
 
 
@@ -103,7 +103,7 @@ def an_sae(sizes: Sizes, d_sae: int, l0: int, seed: int, device: str) -> Standar
 
 
 class SparseStep:
-    """What the trainer does with the sparse path."""
+    """The sparse step without a trainer's counters, told of its parts."""
 
     def __init__(self, saes: list[StandardSAE], batch: Batch, dtype: str, **more: object) -> None:
         self.saes, self.batch = saes, batch
@@ -114,12 +114,14 @@ class SparseStep:
             for sae in saes
         ]
         self.halves = [HalfWeights(sae) if dtype == "bfloat16" else None for sae in saes]
+        device = batch.x.device
+        self.penalty = torch.tensor(L1_COEFFICIENT / len(batch.x), device=device)
+        self.rates = torch.tensor(adam_rates(0.0, 0.9, 0.999, 1), device=device)
 
     def gradients(self, i: int) -> None:
         sparse_gradients(
-            self.saes[i], self.batch, penalty=L1_COEFFICIENT / len(self.batch.x), weighted=False,
-            want_l1=False, errors=self.errors, out=self.out, space=self.space,
-            half=self.halves[i],
+            self.saes[i], self.batch, penalty=self.penalty, want_l1=False, errors=self.errors,
+            out=self.out, space=self.space, half=self.halves[i],
         )  # fmt: skip
         self.out.b_dec.sub_(self.out.b_enc @ self.saes[i].W_enc.t())
         self.space.mark("b_dec")
@@ -128,24 +130,39 @@ class SparseStep:
         for i, sae in enumerate(self.saes):
             self.gradients(i)
             fused_adam_rows(
-                sae, self.out, self.moments[i], lr=0.0, beta1=0.9, beta2=0.999, step=1, unit=True,
+                sae, self.out, self.moments[i], self.rates, beta1=0.9, beta2=0.999, unit=True,
                 half=self.halves[i],
             )  # fmt: skip
             self.space.mark("adam")
 
 
 def dense_step(saes: list[StandardSAE], batch: Batch, dtype: str) -> Callable[[], object]:
-    """The repository's own, which autograd plays no part in either."""
+    """What a sweep does while many features are active."""
+    return pack_step(saes, batch, dtype, sparse=False)
+
+
+def sparse_step(saes: list[StandardSAE], batch: Batch, dtype: str) -> Callable[[], object]:
+    """What a sweep does afterwards."""
+    return pack_step(saes, batch, dtype, sparse=True)
+
+
+def pack_step(
+    saes: list[StandardSAE], batch: Batch, dtype: str, *, sparse: bool
+) -> Callable[[], object]:
+    """All that a pack does in a step, counters included; replayed from a CUDA graph."""
     options = TrainingOptions(
         lr=0.0, l1_coefficient=L1_COEFFICIENT, total_steps=1 << 30, compute_dtype=dtype,
         mse_normalization=NORMALIZATION, lr_scheduler_name="constant",
     )  # fmt: skip
     trainers = [SAETrainer(sae, options) for sae in saes]
-    pack = PackStep(sparse=False)
+    if sparse and not all(t.on_gpu for t in trainers):
+        raise RuntimeError("the sparse step can't run here: saeray.sae.cuda_step.available")
+    pack = PackStep(sparse=sparse)
 
     def step() -> None:
-        with product_precision(dtype):
-            pack.step(trainers, batch.x)
+        for trainer in trainers:
+            trainer.active_share = 0.0  # or it would be dense where that is the faster one
+        pack.step(trainers, batch.x)
 
     return step
 
@@ -223,7 +240,7 @@ def check(batch: Batch, sizes: Sizes, device: str) -> None:
     """Relative errors of the sparse gradients, and whether two runs give the same bits."""
     print("## Sparse gradients against dense ones in float32\n")
     heading("sparse step", *PARAMETERS, "active a row, of nominated", "two runs")
-    sae = an_sae(sizes, sizes.widths[0], sizes.l0[-1], 0, device)
+    sae = an_sae(sizes, sizes.widths[0], sizes.l0[0], 0, device)
     with product_precision("float32"):
         wanted = dense_gradients(sae, batch)
     for dtype, fused in (
@@ -253,7 +270,7 @@ def by_part(batch: Batch, sizes: Sizes, device: str) -> None:
     print("## The sparse step in bfloat16 by part, ms\n")
     heading("d_sae", "L0", "encoder", *MARKS, "sum")
     ways: list[tuple[str, dict[str, object]]] = [
-        (f"cuBLAS, {mib} MiB of h", dict(chunk_bytes=mib << 20)) for mib in (24, 48, 96, 1024)
+        (f"cuBLAS, {mib} MiB of h", dict(chunk_bytes=mib << 20)) for mib in (96, 1024)
     ]
     ways += [("Triton", dict(fused_encoder=True))]
     for d_sae in sizes.widths:
@@ -301,13 +318,14 @@ def table(batch: Batch, sizes: Sizes, device: str, ends: float) -> None:
     for n_saes in sizes.n_saes:
         for d_sae in sizes.widths:
             for l0 in sizes.l0:
+                sparse = SparseStep if quick else sparse_step  # the interpreter is no GPU
                 steps: list[tuple[str, Callable[..., object], str]] = [
-                    ("sparse, bfloat16", SparseStep, "bfloat16"),
-                    ("autograd, bfloat16 autocast", autograd_step, "bfloat16"),
+                    ("sparse, bfloat16", sparse, "bfloat16")
                 ]
                 if not quick:
-                    steps.insert(1, ("sparse, tf32", SparseStep, "tf32"))
-                if l0 == sizes.l0[0]:  # what a dense step costs doesn't depend on L0
+                    steps.append(("sparse, tf32", sparse, "tf32"))
+                if l0 == sizes.l0[0]:  # what the others cost doesn't depend on L0
+                    steps.append(("autograd, bfloat16 autocast", autograd_step, "bfloat16"))
                     types = ("float32",) if quick else ("bfloat16", "tf32", "float32")
                     steps += [(f"dense, {t}", dense_step, t) for t in types]
                 for name, make, dtype in steps:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 from pathlib import Path
@@ -28,6 +27,7 @@ import quality_report
 import torch
 from peers import ROOT, SETTINGS, environment
 from quality import BATCH, CONTEXT, EXPANSION, SUBJECTS, run
+from quality_report import at_equal_l0
 from safetensors.torch import save_file
 
 from saeray.cluster.options import options_of
@@ -212,15 +212,6 @@ class Benchmark:
         return found
 
 
-def at(l0: float, line: list[quality_report.Row]) -> float:
-    """FVU at this L0, linear in logarithms between its neighbours, or beyond the outermost two."""
-    points = sorted((math.log(r["l0"]), math.log(r["fvu"])) for r in line)
-    wanted = math.log(l0)
-    i = min(max(sum(x <= wanted for x, _ in points), 1), len(points) - 1)
-    (a, fa), (b, fb) = points[i - 1 : i + 1]
-    return math.exp(fa + (wanted - a) / (b - a) * (fb - fa))
-
-
 def table(by_architecture: dict[str, list[quality_report.Row]]) -> str:
     """A line for each architecture and sparsity: means over seeds, and FVU at equal L0."""
     lines = ["| | | L0 | FVU | CE score | never fired | FVU at equal L0, ours over theirs |"]
@@ -235,7 +226,7 @@ def table(by_architecture: dict[str, list[quality_report.Row]]) -> str:
             ratios = []
             for mine in pair[0]:
                 line = [r for r in rows if r["system"] == "sae_lens" and r["seed"] == mine["seed"]]
-                ratios.append(mine["fvu"] / at(mine["l0"], line))
+                ratios.append(mine["fvu"] / at_equal_l0(mine["l0"], line))
             figures = [
                 " / ".join(f"{statistics.mean(r[key] for r in of):.{digits}f}" for of in pair)
                 for key, digits in (("l0", 1), ("fvu", 4), ("ce", 4), ("never", 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -83,12 +82,19 @@ def best_at(l0: float, rows: Sequence[Row]) -> float | None:
 
 
 def at(l0: float, line: Sequence[Row]) -> float | None:
-    ordered = sorted((row["l0"], row["fvu"]) for row in line)
-    for (a, fa), (b, fb) in itertools.pairwise(ordered):
-        if a <= l0 <= b:
-            share = math.log(l0 / a) / math.log(b / a)
-            return math.exp(math.log(fa) + share * math.log(fb / fa))
-    return None
+    """FVU at this L0; None beyond the outermost."""
+    if not min(r["l0"] for r in line) <= l0 <= max(r["l0"] for r in line):
+        return None
+    return at_equal_l0(l0, line)
+
+
+def at_equal_l0(l0: float, line: Sequence[Row]) -> float:
+    """FVU at this L0, linear in logarithms between its neighbours, or beyond the outermost two."""
+    points = sorted((math.log(r["l0"]), math.log(r["fvu"])) for r in line)
+    wanted = math.log(l0)
+    i = min(max(sum(x <= wanted for x, _ in points), 1), len(points) - 1)
+    (a, fa), (b, fb) = points[i - 1 : i + 1]
+    return math.exp(fa + (wanted - a) / (b - a) * (fb - fa))
 
 
 def report(rows: list[Row], output: Path) -> str:
