@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                      # some minutes; only torch and numba are needed
     python benchmarks/step.py --shapes 128x4096 --l0 8 32
+    python benchmarks/step.py --share              # how much of a step is not inside a kernel
 
 Whole optimizer steps of `PackStep` (gradient, firing counts, Adam, unit rows) on batches of 1,024
 rows. The SAE has the L0 that is asked for: its encoder's bias is set to that quantile of its
@@ -13,9 +14,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from numba.core.dispatcher import Dispatcher
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from saeray.sae import numba_kernels, numba_screening
 from saeray.sae.architectures.standard import StandardSAE
 from saeray.sae.entries import Entries, Selection
 from saeray.sae.initial import initial_sae
@@ -97,13 +103,72 @@ def named(d_in: int, d_sae: int, l0: float) -> float:
     return might / len(entries)
 
 
+class Inside(TorchDispatchMode):
+    """Seconds that torch's operations and Numba's loops take while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        for module in (numba_kernels, numba_screening):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, Dispatcher):
+                    setattr(module, name, self.timed(function))
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **more)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        return call
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), more: Any = None
+    ) -> Any:
+        return self.timed(function)(*arguments, **(more or {}))
+
+
+def share(d_in: int, d_sae: int, n_rows: int, l0: float, inside: Inside) -> tuple[float, float]:
+    """Of a sparse and of a dense step: the part of its time that it spends inside those."""
+    x = torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(1))
+    options = TrainingOptions(lr=0.0, l1_coefficient=1e-3, total_steps=10**6)
+    found = []
+    for sparse in (True, False):
+        one, pack = SAETrainer(sae_with(d_in, d_sae, l0, x), options), PackStep(1, sparse=sparse)
+        one.active_share = 0.0
+
+        def seconds(pack: PackStep = pack, one: SAETrainer = one, n: int = 8) -> float:
+            began = time.perf_counter()
+            for _ in range(n):
+                pack.step([one], x)
+                one.step = 1  # before the next decision on how
+            return (time.perf_counter() - began) / n
+
+        seconds()
+        inside.seconds = 0.0
+        with inside:
+            timed = seconds()
+        # Taking the time takes some itself, which is what comes on top of a step that isn't timed.
+        found.append(min(1.0, inside.seconds / 8 / min(timed, *(seconds() for _ in range(3)))))
+    return found[0], found[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="d_in x d_sae")
     parser.add_argument("--l0", nargs="+", type=float, default=L0)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--share", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.share:
+        inside = Inside()
+        for n_rows in (1024, 4096):
+            for l0 in (8, 32, 128):
+                sparse, dense = share(128, 4096, n_rows, l0, inside)
+                print(f"{n_rows} rows, L0 {l0}: sparse {sparse:.0%}, dense {dense:.0%} in kernels")
+        return
     for shape in arguments.shapes:
         ms = [f"{x:.2f}" for x in products(*map(int, shape.split("x")))]
         print(
