@@ -32,11 +32,11 @@ if "--quick" in sys.argv:
 import torch
 from torch import Tensor
 
-from saeray.sae import cuda_step
 from saeray.sae.architectures.base import PARAMETERS
 from saeray.sae.architectures.standard import StandardSAE
-from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
-from saeray.sae.cuda_step import CudaSpace, product_precision, sparse_gradients
+from saeray.sae.gpu import sparse_step as gpu_step
+from saeray.sae.gpu.adam import HalfWeights, adam_rates, fused_adam_rows
+from saeray.sae.gpu.sparse_step import CudaSpace, product_precision, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes, device = (QUICK, "cpu") if arguments.quick else (FULL, "cuda")
     if arguments.quick:
-        cuda_step.N_WORKERS = 2  # each is a loop in Python
+        gpu_step.N_WORKERS = 2  # each is a loop in Python
     elif not torch.cuda.is_available():
         sys.exit("no GPU that torch can use; --quick shows whether the script runs")
     ends = time.monotonic() + arguments.budget
@@ -156,7 +156,7 @@ def pack_step(
     )  # fmt: skip
     trainers = [SAETrainer(sae, options) for sae in saes]
     if sparse and not all(t.on_gpu for t in trainers):
-        raise RuntimeError("the sparse step can't run here: saeray.sae.cuda_step.available")
+        raise RuntimeError("the sparse step can't run here: saeray.sae.gpu.sparse_step.available")
     pack = PackStep(sparse=sparse)
 
     def step() -> None:

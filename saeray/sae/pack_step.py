@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeray.sae import cuda_step
 from saeray.sae.auxk import auxk_gradients
 from saeray.sae.batch_selection import choose_densely
-from saeray.sae.cuda_dense import DenseSpace, dense_gradients
-from saeray.sae.cuda_graphs import Made, RecordedSteps
-from saeray.sae.cuda_step import CudaSpace
 from saeray.sae.decoder_norm import remove_parallel_component
 from saeray.sae.ghost import ghost_gradients
+from saeray.sae.gpu import sparse_step as gpu_step
+from saeray.sae.gpu.dense_step import DenseSpace, dense_gradients
+from saeray.sae.gpu.graphs import Made, RecordedSteps
+from saeray.sae.gpu.sparse_step import CudaSpace
 from saeray.sae.gradients import (
     Batch,
     Factors,
@@ -103,7 +103,7 @@ class PackStep:
         """ranks: with others that step the same SAEs on the same batches; None: alone.
 
         sparse: an SAE with few active features is stepped by those alone, where Numba is installed,
-        or Triton for a GPU. graphs: on a GPU, steps are recorded and replayed (`cuda_graphs`).
+        or Triton for a GPU. graphs: on a GPU, steps are recorded and replayed (`gpu.graphs`).
         """
         self.ranks = ranks or Ranks()
         self.sparse, self.graphs = sparse, graphs
@@ -165,12 +165,12 @@ class PackStep:
         found: dict[SAETrainer, StepMetrics | None] = {}
         record = self.graphs and not want_metrics and self.ranks.size == 1
         for t in trainers:
-            with cuda_step.product_precision(t.options.compute_dtype):
+            with gpu_step.product_precision(t.options.compute_dtype):
                 if record and self.recorded.enqueue(t, of[t], self.sparse):
                     continue
                 found[t] = self.advance(t, of[t], map, want_metrics)
         for t in self.recorded.finish():
-            with cuda_step.product_precision(t.options.compute_dtype):
+            with gpu_step.product_precision(t.options.compute_dtype):
                 found[t] = self.advance(t, of[t], map, want_metrics)
         return [found.get(t) for t in trainers]
 
@@ -316,7 +316,7 @@ class PackStep:
         )
         spaces = self.spaces_on_gpu(t, mine, sparse)
         space = spaces.take()
-        gradients: Any = cuda_step.sparse_gradients if sparse else dense_gradients
+        gradients: Any = gpu_step.sparse_gradients if sparse else dense_gradients
         gradients(
             t.sae,
             mine,

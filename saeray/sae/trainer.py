@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeray.sae import cuda_step, resampling
+from saeray.sae import resampling
 from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import PARAMETERS, SAE
 from saeray.sae.architectures.rule import StepContext
-from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
 from saeray.sae.decoder_norm import scale_rows_to_unit_norm
+from saeray.sae.gpu import sparse_step as gpu_step
+from saeray.sae.gpu.adam import HalfWeights, adam_rates, fused_adam_rows
 from saeray.sae.gradients import Gradients
 from saeray.sae.metrics import log10_frequency
 from saeray.sae.options import TrainingOptions
@@ -74,7 +75,7 @@ class SAETrainer:
         )
         device = sae.W_enc.device
         # On a GPU with Triton, Adam and what belongs to it are one kernel, from the first step on.
-        self.on_gpu = cuda_step.available(device) and sae.W_enc.dtype == torch.float32
+        self.on_gpu = gpu_step.available(device) and sae.W_enc.dtype == torch.float32
         self.on_gpu = self.on_gpu and self.rule.penalty is not None and not sae.is_transcoder
         self.half: HalfWeights | None = None
         # On a GPU: what changes from step to step, in its memory, where a CUDA graph reads it.

@@ -39,7 +39,7 @@ COPIED = 3
 EVALUATED_TOGETHER = 8  # SAEs: they share a harvester's forward of the model without any
 LANE_ROWS = 1024  # of a batch, that one thread takes at a time (`saeray.sae.gradients`)
 BLOCK_BYTES = 1 << 21  # of activations [rows, d_sae] in its cache, of which it has three
-# On a GPU, of the standard SAE's step (`saeray.sae.cuda_step`, `saeray.sae.trainer`).
+# On a GPU, of the standard SAE's step (`saeray.sae.gpu`, `saeray.sae.trainer`).
 CHUNK_BYTES = 96 << 20  # of pre-activations at a time
 MOST_ACTIVE = {"float32": 1 / 20, "tf32": 1 / 75, "bfloat16": 1 / 200}  # else it is dense
 BATCHES = 4  # of rows that a rank holds: read ahead, in the step, and their errors
@@ -218,7 +218,7 @@ def trainer_memory(
 
 
 def of_kernels(n_rows: int, d_sae: int, d_in: int, compute_dtype: str) -> int:
-    """Buffers of the step that has kernels of its own (`saeray.sae.cuda_dense`, `cuda_step`).
+    """Buffers of the step that has kernels of its own (`saeray.sae.gpu`).
 
     Two [B, L] of the dense one. Of the other a chunk of pre-activations, bits, and lists of as many
     entries as it is taken for, with a quarter to spare.

@@ -2,7 +2,7 @@
 
 Skipped where there is none. What a GPU runs can be tested without Ray:
 
-    python -m pytest --noconftest tests/sae/test_on_a_gpu.py tests/sae/test_cuda_step.py
+    python -m pytest --noconftest tests/sae/test_on_a_gpu.py tests/sae/test_gpu_step.py
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 import pytest
 import torch
 
-from saeray.sae import cuda_step
 from saeray.sae import trainer as trainer_module
 from saeray.sae.architectures import ARCHITECTURES
+from saeray.sae.gpu import sparse_step as gpu_step
 from saeray.sae.initial import initial_sae
 from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
@@ -196,7 +196,7 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(dtype, decoder_norm):
 
 
 def test_a_recorded_step_without_room_is_made_again(monkeypatch):
-    monkeypatch.setattr(cuda_step, "FIRST_ENTRIES_PER_ROW", 1)
+    monkeypatch.setattr(gpu_step, "FIRST_ENTRIES_PER_ROW", 1)
     chosen = options("standard", l1_coefficient=0.2)
     found = []
     for graphs in (True, False):

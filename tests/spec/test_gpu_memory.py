@@ -5,7 +5,7 @@ from support.bundled import HOOK
 from support.configs import config
 
 from saeray.errors import ConfigError
-from saeray.sae import cuda_step
+from saeray.sae.gpu import sparse_step as gpu_step
 from saeray.sae.trainer import SPARSE_BELOW_ON_GPU
 from saeray.spec.gpu_memory import CONTEXT, bytes_of_gpu, check_gpu_memory, gpu_memory_of
 from saeray.spec.memory import CHUNK_BYTES, MOST_ACTIVE, fit_saes, memory_of
@@ -43,7 +43,7 @@ def test_what_a_trainer_and_a_language_model_take():
 
 def test_the_plan_knows_the_sizes_of_the_step():
     assert MOST_ACTIVE == SPARSE_BELOW_ON_GPU
-    assert CHUNK_BYTES == cuda_step.CHUNK_BYTES
+    assert CHUNK_BYTES == gpu_step.CHUNK_BYTES
 
 
 def test_architectures_without_kernels_of_their_own_take_three_blocks():

@@ -10,9 +10,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from saeray.sae.architectures.standard import StandardSAE
-from saeray.sae.cuda_adam import HalfWeights, fused_adam_rows
-from saeray.sae.cuda_dense import DenseSpace, dense_gradients
-from saeray.sae.cuda_step import CudaSpace, sparse_gradients
+from saeray.sae.gpu.adam import HalfWeights, fused_adam_rows
+from saeray.sae.gpu.dense_step import DenseSpace, dense_gradients
+from saeray.sae.gpu.sparse_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 
 B, L, D = 64, 256, 768

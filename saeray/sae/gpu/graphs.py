@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saeray.sae.cuda_adam import say_changed
+from saeray.sae.gpu.adam import say_changed
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.trainer import SAETrainer
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from saeray.sae.architectures.base import SAE
-from saeray.sae.cuda_adam import HalfWeights, of_rows, power_of_two, rows_of, run
+from saeray.sae.gpu.adam import HalfWeights, of_rows, power_of_two, rows_of, run
 from saeray.sae.gradients import Batch, Gradients
 
 # The first two decide how sums are made, so they are constants, and not tuned while a run runs.
@@ -55,7 +55,7 @@ def available(device: torch.device) -> bool:
 @lru_cache
 def _compiles(index: int) -> bool:
     """Triton needs a C compiler, and not every GPU is new enough: tried once."""
-    from saeray.sae.triton_kernels import count_by_row
+    from saeray.sae.gpu.entry_kernels import count_by_row
 
     if torch.cuda.get_device_capability(index)[0] < 8:  # no bfloat16, no TF32
         return False
@@ -219,7 +219,7 @@ def _read_later(space: CudaSpace) -> None:
 
 def select(sae: SAE, batch: Batch, space: CudaSpace, half: HalfWeights | None) -> None:
     """Which entries may be active, as bits, and where the lists of each feature and row start."""
-    from saeray.sae import triton_kernels as kernels
+    from saeray.sae.gpu import entry_kernels as kernels
 
     (B, D), L, N, G = batch.x.shape, sae.d_sae, space.n_words, space.n_groups
     torch.sub(batch.x, sae.b_dec, out=space.x_exact)
@@ -283,8 +283,8 @@ def differentiate(
     half: HalfWeights | None,
 ) -> None:
     """From the bits to the gradients. Writes no further than there is room."""
-    from saeray.sae import triton_gradients
-    from saeray.sae import triton_kernels as kernels
+    from saeray.sae.gpu import entry_kernels as kernels
+    from saeray.sae.gpu import gradient_kernels
 
     s, (B, D), L, N = space, batch.x.shape, sae.d_sae, space.n_words
     room, chunk_room, hot = s.capacity, s.chunk_capacity, s.hot
@@ -325,12 +325,12 @@ def differentiate(
         **of_rows(D, s.gradients_at_once[1]),
     )  # fmt: skip
     run(
-        triton_gradients.sums_of_chunks, (workers,),
+        gradient_kernels.sums_of_chunks, (workers,),
         sae.W_dec, s.dx_hat, s.x_centred, s.start, *chunks, *entries, penalty, s.part_rows,
         s.part_sums, L, D, room, chunk_room, workers, **form,
     )  # fmt: skip
     run(
-        triton_gradients.gradients, (L,),
+        gradient_kernels.gradients, (L,),
         sae.W_dec, s.dx_hat, s.x_centred, s.start, s.chunk_start, *entries, penalty, s.part_rows,
         s.part_sums, out.W_dec, rows_of(out.W_enc), out.b_enc, out.f, out.fired, D, room,
         chunk_room, **form,

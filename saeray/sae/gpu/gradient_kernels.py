@@ -2,13 +2,13 @@
 
 One program makes both gradient rows of a feature: it has W_dec[j] at hand, so df = <dx̂, W_dec[j]>
 needs nothing but the rows of dx̂ that the gradient of W_dec gathers anyway. A feature with more
-than HOT entries is summed in chunks, which are added in their order.  Notation: `triton_kernels`.
+than HOT entries is summed in chunks, which are added in their order.  Notation: `entry_kernels`.
 """
 
 import triton
 import triton.language as tl
 
-from saeray.sae.triton_kernels import chunk
+from saeray.sae.gpu.entry_kernels import chunk
 
 
 @triton.jit

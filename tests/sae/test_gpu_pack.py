@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
-from saeray.sae import cuda_graphs, cuda_step, trainer
+from saeray.sae import trainer
 from saeray.sae.architectures.base import PARAMETERS
+from saeray.sae.gpu import graphs
+from saeray.sae.gpu import sparse_step as gpu_step
 from saeray.sae.initial import initial_sae
 from saeray.sae.options import TrainingOptions
 from saeray.sae.pack_step import PackStep
@@ -33,7 +35,7 @@ def test_a_pack_in_tritons_interpreter():
 @pytest.mark.skipif(not INTERPRETED, reason="by test_a_pack_in_tritons_interpreter")
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])
 def test_a_pack_steps_through_the_switch_as_without_triton(monkeypatch, decoder_norm):
-    monkeypatch.setattr(cuda_step, "N_WORKERS", 2)
+    monkeypatch.setattr(gpu_step, "N_WORKERS", 2)
     monkeypatch.setattr(trainer, "STEPS_PER_DECISION", 2)
     options = TrainingOptions(
         lr=1e-2, l1_coefficient=1e-2, total_steps=100, lr_scheduler_name="constant",
@@ -42,7 +44,7 @@ def test_a_pack_steps_through_the_switch_as_without_triton(monkeypatch, decoder_
     )  # fmt: skip
 
     def trained(on_gpu):
-        monkeypatch.setattr(cuda_step, "available", lambda device: on_gpu)
+        monkeypatch.setattr(gpu_step, "available", lambda device: on_gpu)
         sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
         sae.b_enc.fill_(-1.5)
         monkeypatch.setitem(trainer.SPARSE_BELOW_ON_GPU, "float32", 0.5)
@@ -88,11 +90,11 @@ class FakeGraph:
 @pytest.mark.skipif(not INTERPRETED, reason="by test_a_pack_in_tritons_interpreter")
 def test_recorded_steps_are_those_that_are_not(monkeypatch):
     """What the host does around CUDA graphs; test_on_a_gpu.py has the graphs themselves."""
-    monkeypatch.setattr(cuda_step, "N_WORKERS", 2)
-    monkeypatch.setattr(cuda_step, "FIRST_ENTRIES_PER_ROW", 1)  # so there is no room at first
-    monkeypatch.setattr(cuda_step, "available", lambda device: True)
-    monkeypatch.setattr(cuda_step, "recording", lambda: FakeGraph.running)
-    monkeypatch.setattr(cuda_graphs, "record", FakeGraph)
+    monkeypatch.setattr(gpu_step, "N_WORKERS", 2)
+    monkeypatch.setattr(gpu_step, "FIRST_ENTRIES_PER_ROW", 1)  # so there is no room at first
+    monkeypatch.setattr(gpu_step, "available", lambda device: True)
+    monkeypatch.setattr(gpu_step, "recording", lambda: FakeGraph.running)
+    monkeypatch.setattr(graphs, "record", FakeGraph)
     monkeypatch.setattr(trainer, "STEPS_PER_DECISION", 2)
     monkeypatch.setitem(trainer.SPARSE_BELOW_ON_GPU, "float32", 0.5)
     monkeypatch.setattr(trainer, "SPARSE_ROWS_ON_GPU", 1)
@@ -138,8 +140,8 @@ def test_where_graphs_cannot_be_recorded_steps_are_made_without(monkeypatch):
     def record(step, pool):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(cuda_step, "available", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "record", record)
+    monkeypatch.setattr(gpu_step, "available", lambda device: True)
+    monkeypatch.setattr(graphs, "record", record)
     sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
     t, pack = SAETrainer(sae, TrainingOptions(lr=1e-3, total_steps=9)), PackStep()
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0))

@@ -101,7 +101,7 @@ def fused_adam_rows(
     moments: exp_avg and exp_avg_sq of each parameter, laid out as it. rates [2]: `adam_rates`, in
     the GPU's memory, so that a CUDA graph of this step serves for all.
     """
-    from saeray.sae.triton_gradients import adam_rows
+    from saeray.sae.gpu.gradient_kernels import adam_rows
 
     parts = (
         (rows_of(sae.W_enc), rows_of(grad.W_enc), [rows_of(m) for m in moments["W_enc"]], False),
@@ -137,7 +137,7 @@ def say_changed(sae: SAE, half: HalfWeights | None) -> None:
 
 def _square_norm(weight: Tensor, gradient: Tensor, unit: bool) -> Tensor:
     """The square of the norm of what Adam will see: 0-d."""
-    from saeray.sae.triton_gradients import square_norms
+    from saeray.sae.gpu.gradient_kernels import square_norms
 
     if gradient.dim() == 1:
         return gradient.square().sum()

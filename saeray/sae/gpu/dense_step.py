@@ -4,7 +4,7 @@
     x̂ = f W_dec + b_dec, errors, dx̂      dW_dec = fᵀ dx̂      df = dx̂ W_decᵀ
     dh = (df + penalty) (f > 0), Σ dh     in place      dW_enc = (x - b_dec)ᵀ dh
 
-What `cuda_step` does while many features are active. [B, L] is kept in the compute dtype, twice;
+What `sparse_step` does while many features are active. [B, L] is kept in the compute dtype, twice;
 weights, biases, sums over rows and the weights' gradients are float32.
 
 Uses Triton, and imports it only when something is computed. B rows, D = d_in, L = d_sae.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saeray.sae.architectures.base import SAE
-from saeray.sae.cuda_adam import HalfWeights, rows_of, run
-from saeray.sae.cuda_step import LOW, product_precision
+from saeray.sae.gpu.adam import HalfWeights, rows_of, run
+from saeray.sae.gpu.sparse_step import LOW, product_precision
 from saeray.sae.gradients import Batch, Gradients
 
 CHUNK_ROWS = 128  # of one partial sum: it decides how sums are made
@@ -63,8 +63,8 @@ def dense_gradients(
     space: DenseSpace,
     half: HalfWeights | None = None,
 ) -> None:
-    """As `cuda_step.sparse_gradients`, and with its arguments."""
-    from saeray.sae import triton_dense as kernels
+    """As `sparse_step.sparse_gradients`, and with its arguments."""
+    from saeray.sae.gpu import dense_kernels as kernels
 
     (B, L), s = space.f.shape, space
     W_enc, W_dec = rows_of(sae.W_enc), sae.W_dec.data

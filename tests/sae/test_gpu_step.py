@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saeray.sae import cuda_step
 from saeray.sae.architectures.standard import StandardSAE
-from saeray.sae.cuda_adam import HalfWeights, adam_rates, fused_adam_rows
-from saeray.sae.cuda_dense import DenseSpace, dense_gradients
-from saeray.sae.cuda_step import CudaSpace, sparse_gradients
+from saeray.sae.gpu import sparse_step as gpu_step
+from saeray.sae.gpu.adam import HalfWeights, adam_rates, fused_adam_rows
+from saeray.sae.gpu.dense_step import DenseSpace, dense_gradients
+from saeray.sae.gpu.sparse_step import CudaSpace, sparse_gradients
 from saeray.sae.gradients import Batch, Gradients
 from saeray.sae.losses import MSE_NORMALIZATIONS, sae_losses
 
@@ -66,14 +66,14 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
 
 @compiled
 def test_only_a_gpu_has_the_sparse_step():
-    assert not cuda_step.available(torch.device("cpu"))
+    assert not gpu_step.available(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch):
     """So that every loop has more than one turn."""
     for name, n in dict(N_WORKERS=2, GROUPS_AT_ONCE=1, WORDS_AT_ONCE=2).items():
-        monkeypatch.setattr(cuda_step, name, n)
+        monkeypatch.setattr(gpu_step, name, n)
 
 
 def an_sae(threshold=-1.5):
@@ -176,7 +176,7 @@ def test_room_and_how_entries_are_found_do_not_change_a_bit(monkeypatch):
     out, errors, space = step(sae, x)
     assert 16 < int(space.total) <= space.capacity
     # float32: the interpreter multiplies bfloat16 as the integers that it keeps them in.
-    monkeypatch.setattr(cuda_step, "WORDS_AT_ONCE", 1)
+    monkeypatch.setattr(gpu_step, "WORDS_AT_ONCE", 1)
     again, again_errors, space = step(sae, x, room=1, fused_encoder=True)  # for 16 entries
     assert int(space.total) <= space.capacity < 2 * int(space.total)
     assert bits(again, again_errors) == bits(out, errors)
@@ -222,7 +222,7 @@ def test_bits_and_counts_of_several_blocks_of_rows_and_features():
     for more in (dict(chunk_bytes=1), dict(fused_encoder=True)):
         space = CudaSpace(sae, rows, "float32", **more)
         assert space.chunk_rows == (128 if more.get("chunk_bytes") else rows)
-        cuda_step.select(sae, Batch.of(x, "none"), space, None)
+        gpu_step.select(sae, Batch.of(x, "none"), space, None)
         active = unpacked(space.by_feature, 0)[:rows]
         assert torch.equal(active, unpacked(space.by_row, 1)[:, :features])
         assert active[h > 1e-4].all() and not active[h < -1e-4].any()
