@@ -183,9 +183,14 @@ def measured(
         two = gain_of_two(harvester, configs[0], hooks, alone, short)
         said.append(f"two harvesters at once {two:.2f} times as many tokens/s as one")
     if not (apart or fitted.trainer_gpus):
-        left = max(0.5, 1 - REST_CORES / cores)
-        speeds = speeds.with_stretches(step=1 / left, harvest=1 / left)
+        speeds = beside_the_rest(speeds, cores)
     return Calibration(speeds, said, time.time() - began, gpu_bytes, two)
+
+
+def beside_the_rest(speeds: Speeds, cores: int) -> Speeds:
+    """Where trainer and language model have the cores that the rest of the sweep leaves them."""
+    left = max(0.5, 1 - REST_CORES / cores)
+    return speeds.with_stretches(step=1 / left, harvest=1 / left)
 
 
 def gain_of_two(
