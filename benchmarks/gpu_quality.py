@@ -23,17 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # saeray need not be install
 
 import pyarrow.parquet as pq
 import torch
+from fresh_trainer import fresh_trainer
 from quality_report import at_equal_l0
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saeray.cluster.options import options_of
-from saeray.sae.architectures import ARCHITECTURES
 from saeray.sae.architectures.base import SAE
-from saeray.sae.initial import initial_sae
 from saeray.sae.metrics import ReconstructionSums
 from saeray.sae.pack_step import PackStep
-from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 
 MODEL = Path(__file__).parents[1] / "saeray" / "models" / "tiny-python"
@@ -125,23 +122,6 @@ def config_of(
     )
 
 
-def trainer_of(config: LanguageModelSAERunnerConfig, device: torch.device) -> SAETrainer:
-    options = options_of(config, device, D_IN)
-    sae = initial_sae(
-        D_IN,
-        config.d_sae(D_IN),
-        seed=config.seed,
-        b_dec=torch.zeros(D_IN),
-        dtype=torch.float32,
-        encoder_init=config.encoder_init or "",
-        encoder_init_scale=config.encoder_init_scale or 0.0,
-        decoder_init_norm=config.decoder_init_norm or 0.0,
-        architecture=ARCHITECTURES[config.architecture],
-        options=options,
-    )
-    return SAETrainer(sae.to(device), options)
-
-
 def judged(sae: SAE, subject: Subject, x: Tensor, ce: tuple[float, float]) -> dict[str, float]:
     """On held-out rows x; ce: with the activations as they are, and with zeros in their place."""
     sums, active = ReconstructionSums(x.mean(dim=0)), 0
@@ -190,7 +170,7 @@ def main() -> None:
         for dtype in arguments.dtypes:
             started = time.monotonic()
             trainers = [
-                trainer_of(config_of(architecture, value, dtype, arguments), device)
+                fresh_trainer(config_of(architecture, value, dtype, arguments), D_IN, device)
                 for value in values
             ]
             pack, sparse = PackStep(), [0] * len(trainers)

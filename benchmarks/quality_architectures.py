@@ -25,20 +25,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import quality_report
 import torch
+from fresh_trainer import fresh_trainer
 from peers import ROOT, SETTINGS, environment
 from quality import BATCH, CONTEXT, EXPANSION, SUBJECTS, run
 from quality_report import at_equal_l0
 from safetensors.torch import save_file
 
-from saeray.cluster.options import options_of
 from saeray.files.checkpoint import save_final
 from saeray.files.storage import Folder
 from saeray.lm.hub import load_tokenizer
 from saeray.lm.model import LanguageModel
-from saeray.sae.architectures import ARCHITECTURES
-from saeray.sae.initial import initial_sae
 from saeray.sae.pack_step import PackStep
-from saeray.sae.trainer import SAETrainer
 from saeray.spec.config import LanguageModelSAERunnerConfig, resolve
 from saeray.text.tokens import TokenWindows
 
@@ -137,22 +134,6 @@ class Benchmark:
     def folder(self, system: str, architecture: str, value: float, seed: int) -> Path:
         return self.arguments.output / f"{system} seed {seed}" / f"{architecture} {value:g}"
 
-    def trainer(self, config: LanguageModelSAERunnerConfig) -> SAETrainer:
-        options = options_of(config, torch.device("cpu"), SUBJECT.d_in)
-        sae = initial_sae(
-            SUBJECT.d_in,
-            D_SAE,
-            seed=config.seed,
-            b_dec=torch.zeros(SUBJECT.d_in),
-            dtype=torch.float32,
-            encoder_init=config.encoder_init or "",
-            encoder_init_scale=config.encoder_init_scale or 0.0,
-            decoder_init_norm=config.decoder_init_norm or 0.0,
-            architecture=ARCHITECTURES[config.architecture],
-            options=options,
-        )
-        return SAETrainer(sae, options)
-
     def train_ours(self, architecture: str, seed: int) -> None:
         """All of an architecture's sparsities, in one pack."""
         kind = KINDS[architecture]
@@ -163,7 +144,7 @@ class Benchmark:
                 continue
             config = self.config(seed, architecture=architecture, **{kind.knob: value}, **kind.ours)
             configs.append(config)
-            trainers.append(self.trainer(config))
+            trainers.append(fresh_trainer(config, SUBJECT.d_in))
             folders.append(folder)
         if not trainers:
             return
@@ -175,7 +156,7 @@ class Benchmark:
 
     def train_theirs(self, architecture: str, seed: int) -> None:
         kind, start = KINDS[architecture], self.arguments.output / f"start {seed}.safetensors"
-        sae = self.trainer(self.config(seed, architecture="standard")).sae
+        sae = fresh_trainer(self.config(seed, architecture="standard"), SUBJECT.d_in).sae
         save_file({n: getattr(sae, n).clone().contiguous() for n in ("W_enc", "W_dec")}, start)
         settings = {
             "activations": str(self.activations(seed)),
