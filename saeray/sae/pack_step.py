@@ -70,9 +70,9 @@ def batch_of(t: SAETrainer, x: Tensor, y: Tensor) -> Batch:
 class FreeList:
     """Buffers to use again: as many come to exist as threads ever needed at once."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
-        self.idle: list[Any] = []
+    def __init__(self, idle: list[Any], make: Callable[[], Any]) -> None:
+        """idle: shared by all free lists of such buffers, which outlive whom they were made for."""
+        self.idle, self.make = idle, make
 
     def take(self) -> Any:
         try:
@@ -107,14 +107,14 @@ class PackStep:
         """
         self.ranks = ranks or Ranks()
         self.sparse, self.graphs = sparse, graphs
-        self.recorded = RecordedSteps(self.sums_to_record, self.room_on_gpu)
+        self.recorded = RecordedSteps()
         if threads < 1:
             raise ValueError(f"threads = {threads}: at least 1")
         self.threads = threads
         # PyTorch's own threads would split matrix products differently on different machines.
         torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.buffers: dict[tuple[Any, ...], FreeList] = {}
+        self.buffers: dict[tuple[Any, ...], list[Any]] = {}
         self.lock = Lock()
 
     def step(
@@ -166,7 +166,7 @@ class PackStep:
         record = self.graphs and not want_metrics and self.ranks.size == 1
         for t in trainers:
             with gpu_step.product_precision(t.options.compute_dtype):
-                if record and self.recorded.enqueue(t, of[t], self.sparse):
+                if record and self.recorded.enqueue(t, of[t], self):
                     continue
                 found[t] = self.advance(t, of[t], map, want_metrics)
         for t in self.recorded.finish():
@@ -186,7 +186,7 @@ class PackStep:
         errors = residuals.take()
         if self.ranks.size > 1:
             errors.zero_()
-        wanted = self.sparse and t.sparse
+        wanted = self.sparse and t.is_sparse_on(len(batch.x))
         sparse = wanted and not t.on_gpu and batch.x.device.type == "cpu" and available()
         if t.on_gpu:
             total = self.sum_on_gpu(t, batch, grads, errors, wanted, want_metrics)
@@ -316,6 +316,7 @@ class PackStep:
         )
         spaces = self.spaces_on_gpu(t, mine, sparse)
         space = spaces.take()
+        spaces.put(space)  # nobody else asks for it meanwhile: one step follows the other
         gradients: Any = gpu_step.sparse_gradients if sparse else dense_gradients
         gradients(
             t.sae,
@@ -327,7 +328,6 @@ class PackStep:
             space=space,
             half=t.half,
         )
-        spaces.put(space)
         return total
 
     def spaces_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> FreeList:
@@ -347,9 +347,11 @@ class PackStep:
         grads = self.free("gradients", t, batch, lambda: Gradients(t.sae, t.rule.SUMS))
         residuals = self.free("errors", t, batch, lambda: torch.empty_like(batch.y))
         errors = residuals.take()
-        total = self.sum_on_gpu(t, batch, grads, errors, sparse, False)
+        try:
+            total = self.sum_on_gpu(t, batch, grads, errors, sparse, False)
+        finally:
+            residuals.put(errors)
         grads.put(total)
-        residuals.put(errors)
         spaces = self.spaces_on_gpu(t, batch, sparse)
         return Made(total, (errors, spaces.idle[-1]), self.room_on_gpu(t, batch, sparse))
 
@@ -360,7 +362,7 @@ class PackStep:
             len(batch.x), bfloat16(t), type(t.rule), t.rule.widths,
         )  # fmt: skip
         with self.lock:
-            return self.buffers.setdefault(kind, FreeList(make))
+            return FreeList(self.buffers.setdefault(kind, []), make)
 
 
 def bfloat16(t: SAETrainer) -> bool:

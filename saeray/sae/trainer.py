@@ -149,25 +149,27 @@ class SAETrainer:
         return self.fired_in_window.cpu().double() / self.tokens_in_window
 
     def begin_step(self, n_rows: int) -> None:
-        self.decide(n_rows)
+        self.decide()
         if self.on_gpu:
             # From memory that isn't pinned, so it is read before this returns.
             self.numbers.copy_(torch.tensor(self.numbers_of_step(n_rows)), non_blocking=True)
         self.tell_rule(n_rows)
 
-    def decide(self, n_rows: int) -> None:
+    def decide(self) -> None:
         """What depends on which step it is: how it is computed, and whose window it is in."""
         if self.step % STEPS_PER_DECISION == 0:
             limits = SPARSE_BELOW_ON_GPU if self.on_gpu else SPARSE_BELOW
-            below = limits[self.options.compute_dtype]
-            if self.on_gpu and n_rows < SPARSE_ROWS_ON_GPU:
-                below = 0.0
-            self.sparse = self.active_share < below or self.rule.always_sparse
+            self.sparse = self.active_share < limits[self.options.compute_dtype]
+            self.sparse = self.sparse or self.rule.always_sparse
         window = self.options.feature_sampling_window
         if self.step and self.step % window == 0:
             self.last_frequency = self.firing_frequency
             self.fired_in_window.zero_()
             self.tokens_in_window = 0
+
+    def is_sparse_on(self, n_rows: int) -> bool:
+        """Whether a step on so many rows is computed from active entries alone."""
+        return self.sparse and not (self.on_gpu and n_rows < SPARSE_ROWS_ON_GPU)
 
     def numbers_of_step(self, n_rows: int) -> tuple[float, float, float]:
         """For `numbers`."""
@@ -213,6 +215,7 @@ class SAETrainer:
         self.rule.after_step()
         if self.steering is not None:
             self.rule.steer(self.steering.see(self.step, n_active() / n_rows))
+        self.adam.param_groups[0]["lr"] = self.lr  # what the step was made with, for reports
         self.step += 1
 
     def adam_in_torch(self, grad: Gradients) -> None:

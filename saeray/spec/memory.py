@@ -185,8 +185,13 @@ def trainer_memory(
     """
     weights = [sae_bytes(c, widths, on_gpu=True) // COPIED for c in members]
     gradients = activations = 0
-    shapes = {(c.hooks_read, c.d_sae(widths[c.hooks_read[0]]), c.dtype): c for c in members}
-    for (hooks, d_sae, of_weights), c in shapes.items():
+
+    def kind_of(c: LanguageModelSAERunnerConfig) -> tuple[tuple[str, ...], int, str, bool]:
+        has_kernels = on_gpu and c.architecture == "standard"
+        return (c.hooks_read, c.d_sae(widths[c.hooks_read[0]]), c.dtype, has_kernels)
+
+    shapes = {kind_of(c): c for c in members}
+    for (hooks, d_sae, of_weights, has_kernels), c in shapes.items():
         number, rows = DTYPE_BYTES[of_weights], c.train_batch_size
         lanes = -(-rows // LANE_ROWS)
         one = sae_bytes(c, widths, on_gpu=True) // COPIED
@@ -194,11 +199,13 @@ def trainer_memory(
         if on_gpu:
             dtype = c.computes_in("cuda")
             gradients += one
-            activations += errors + (one // 2 if dtype == "bfloat16" else 0)  # weights, as read
-            if (c.architecture, of_weights, len(hooks)) == ("standard", "float32", 1):
+            activations += errors
+            half = one // 2 if dtype == "bfloat16" else 0  # of weights, as products read them
+            if has_kernels and of_weights == "float32" and len(hooks) == 1:
                 activations += of_kernels(rows, d_sae, widths[hooks[0]], dtype)
+                activations += half * sum(kind_of(m) == kind_of(c) for m in members)  # each has one
             else:
-                activations += 3 * rows * d_sae * number
+                activations += 3 * rows * d_sae * number + half
             continue
         # As `PackStep` spreads them: an SAE to a thread, and lanes of those that are left over.
         whole = threads if len(members) >= threads else 0

@@ -18,6 +18,7 @@ from saeray.sae.trainer import SAETrainer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 B, L, D = 33, 35, 12
+FEW = 13  # features, where many steps are made: interpreted, every row and feature costs 25 ms
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreted tests")
@@ -73,7 +74,7 @@ def test_a_pack_steps_through_the_switch_as_without_triton(monkeypatch, decoder_
 class FakeGraph:
     """Whose kernels run when they are launched, and know that they are of a graph."""
 
-    def __init__(self, step, pool):
+    def __init__(self, step, place):
         self.step = step
 
     def __call__(self):
@@ -110,17 +111,28 @@ def test_recorded_steps_are_those_that_are_not(monkeypatch):
     def trained(graphs):
         FakeGraph.launched, saes = 0, []
         for options in of_each:
-            sae = initial_sae(D, L, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
+            sae = initial_sae(D, FEW, seed=0, b_dec=torch.zeros(D), dtype=torch.float32)
             sae.b_enc.fill_(-1.5)
             saes.append(SAETrainer(sae, options))
         pack, decisions = PackStep(graphs=graphs), []
         for i in range(9):
             if i == 6:  # many are active all of a sudden
                 saes[0].sae.b_enc.fill_(-0.5)
-            x = torch.randn(B, D, generator=torch.Generator().manual_seed(i))
+            x = torch.randn(11, D, generator=torch.Generator().manual_seed(i))
+            x = x[:7] if i in (5, 8) else x  # of another size, as a calibration has them
             pack.step(saes, [(x,), (x.flip(0),)], want_metrics=i == 4)
             decisions.append(
-                [(t.step, t.sparse, t.active_share, t.lr, t.coefficient) for t in saes]
+                [
+                    (
+                        t.step,
+                        t.sparse,
+                        t.active_share,
+                        t.lr,
+                        t.coefficient,
+                        t.adam.param_groups[0]["lr"],
+                    )
+                    for t in saes
+                ]
             )
         return saes, decisions, FakeGraph.launched
 
@@ -137,7 +149,7 @@ def test_recorded_steps_are_those_that_are_not(monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="by test_a_pack_in_tritons_interpreter")
 def test_where_graphs_cannot_be_recorded_steps_are_made_without(monkeypatch):
-    def record(step, pool):
+    def record(step, place):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(gpu_step, "available", lambda device: True)

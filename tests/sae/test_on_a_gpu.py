@@ -187,6 +187,7 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(dtype, decoder_norm):
             shares.append([t.active_share for t in saes])
         found.append((saes, shares, pack))
     (recorded, shares, pack), (eager, expected, _) = found
+    assert pack.recorded.works
     assert len(pack.recorded.recorded) == len(chosen) and len(pack.recorded.batches) == 2
     assert shares == expected
     for one, two in zip(recorded, eager, strict=True):
@@ -207,6 +208,6 @@ def test_a_recorded_step_without_room_is_made_again(monkeypatch):
             if i == 5:
                 t.sae.b_enc.fill_(0.0)
             pack.step([t], batch(i, "cuda"))
-        assert t.step == 9 and t.sparse
+        assert t.step == 9 and t.sparse and pack.recorded.works
         found.append(bits(t))
     assert [n for n in found[0] if not torch.equal(found[0][n], found[1][n])] == []

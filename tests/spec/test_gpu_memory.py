@@ -30,10 +30,10 @@ def planned(cluster, n_saes=1, parameter_bytes=2 * GB, **changes):
 
 def test_what_a_trainer_and_a_language_model_take():
     taken, _ = planned(node(1), n_saes=2)
-    # Of two SAEs weights and two moments; one gradient, one copy of weights in bfloat16. Two
+    # Of two SAEs weights, two moments and a copy of the weights in bfloat16; one gradient. Two
     # [4096, 32000] of a dense step in bfloat16, a chunk of 96 MiB; three bits of every entry, and
     # lists of one in 200 and a quarter more: 16 bytes, and 2 rows of sums for 128 of them twice.
-    saes = 2 * 3 * NUMBERS * 4 + NUMBERS * 4 + NUMBERS * 2
+    saes = 2 * 3 * NUMBERS * 4 + NUMBERS * 4 + 2 * NUMBERS * 2
     entries = ROWS * D_SAE / 200 * 1.25
     sparse = ROWS * D_SAE * 3 / 8 + entries * (16 + 2 * 2 * D_IN * 4 / 128)
     activations = 2 * ROWS * D_SAE * 2 + 96 * 2**20 + int(sparse)

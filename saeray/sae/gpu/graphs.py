@@ -23,7 +23,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,7 +40,15 @@ class Made(NamedTuple):
     capacity: int  # of those; a graph is of no use any more when another one is wanted
 
 
-Sums = Callable[[SAETrainer, Batch, bool], Made]  # the last: from active entries alone
+class Steps(Protocol):
+    """Who makes steps: `pack_step.PackStep`. sparse: from active entries alone."""
+
+    sparse: bool
+
+    def sums_to_record(self, t: SAETrainer, batch: Batch, sparse: bool) -> Made: ...
+
+    def room_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> int:
+        """The capacity of what `sums_to_record` would be made in now."""
 
 
 class StaticBatch:
@@ -65,11 +73,24 @@ class StaticBatch:
         return self.batch.x.shape == batch.x.shape and self.batch.weight == batch.weight
 
 
+class Place(NamedTuple):
+    """Where the graphs of one pack are recorded; others' would free what cuBLAS works in."""
+
+    pool: Any = None
+    stream: Any = None
+
+    @classmethod
+    def on(cls, device: torch.device) -> Place:
+        if device.type != "cuda":
+            return cls()
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
 class Recorded:
     """One SAE's step, dense or from active entries."""
 
     def __init__(
-        self, t: SAETrainer, static: StaticBatch, sums: Sums, sparse: bool, pool: Any
+        self, t: SAETrainer, static: StaticBatch, steps: Steps, sparse: bool, place: Place
     ) -> None:
         self.static, self.n_rows = static, len(static.batch.x)
         device = t.sae.W_enc.device
@@ -81,12 +102,12 @@ class Recorded:
         self.made: Made | None = None
         if t.half is not None:
             t.half.refresh(t.sae)  # or that would be recorded too
-        self.launch = record(partial(self.step, t, sums, sparse), pool)
+        self.launch = record(partial(self.step, t, steps, sparse), place)
 
-    def step(self, t: SAETrainer, sums: Sums, sparse: bool) -> None:
+    def step(self, t: SAETrainer, steps: Steps, sparse: bool) -> None:
         t.numbers.copy_(self.numbers, non_blocking=True)
         t.tell_rule(self.n_rows)
-        self.made = sums(t, self.static.batch, sparse)
+        self.made = steps.sums_to_record(t, self.static.batch, sparse)
         total = self.made.total
         total.b_dec.sub_(total.b_enc @ t.sae.W_enc.t())
         t.rule.finish_gradient(total)
@@ -105,20 +126,23 @@ class Recorded:
         say_changed(t.sae, t.half)
 
 
-def record(step: Callable[[], None], pool: Any) -> Callable[[], None]:
+def record(step: Callable[[], None], place: Place) -> Callable[[], None]:
     """What launches all that `step` would; it is not done now.
 
     Raises:
         RuntimeError: it can't be, for whatever CUDA says; no memory, for one.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     collects = gc.isenabled()
     gc.disable()  # an old graph that is collected while another one is recorded ends the process
     try:
         # The reader's thread pins memory meanwhile, which is nothing to this one.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"
+        ):
             step()
     finally:
+        torch.cuda.set_stream(before)  # which a recording that fails does not
         if collects:
             gc.enable()
     return graph.replay
@@ -127,50 +151,53 @@ def record(step: Callable[[], None], pool: Any) -> Callable[[], None]:
 class RecordedSteps:
     """The steps of a pack's SAEs that are recorded."""
 
-    def __init__(self, sums: Sums, capacity: Callable[[SAETrainer, Batch, bool], int]) -> None:
-        """capacity: of the buffers that `sums` would take now."""
-        self.sums, self.capacity = sums, capacity
-        self.pool: Any = None
+    def __init__(self) -> None:
+        self.place: Place | None = None
         self.works = True
         self.batches: list[StaticBatch] = []
-        self.recorded: weakref.WeakKeyDictionary[SAETrainer, dict[bool, Recorded | None]]
-        self.recorded = weakref.WeakKeyDictionary()
+        # By whether it is sparse, and how many rows it is on.
+        self.recorded: weakref.WeakKeyDictionary[
+            SAETrainer, dict[tuple[bool, int], Recorded | None]
+        ] = weakref.WeakKeyDictionary()
         # The step before which no feature is dead, if that was the last one to be replayed.
         self.none_dead_at: weakref.WeakKeyDictionary[SAETrainer, int] = weakref.WeakKeyDictionary()
         self.underway: list[tuple[SAETrainer, Recorded]] = []
 
-    def enqueue(self, t: SAETrainer, batch: Batch, sparse: bool) -> bool:
+    def enqueue(self, t: SAETrainer, batch: Batch, steps: Steps) -> bool:
         """A step of this SAE, if it can be replayed; `finish` ends it."""
         if not (t.on_gpu and self.works):
             return False
-        t.decide(len(batch.x))
-        sparse = sparse and t.sparse
-        known = self.recorded.setdefault(t, {})
-        if sparse not in known:  # its first one compiles kernels and makes buffers
-            known[sparse] = None
+        t.decide()
+        sparse = steps.sparse and t.is_sparse_on(len(batch.x))
+        kind, known = (sparse, len(batch.x)), self.recorded.setdefault(t, {})
+        if kind not in known:  # its first one compiles kernels and makes buffers
+            known[kind] = None
             return False
         if t.rule.remedy is not None and self.none_dead_at.get(t) != t.step and bool(t.dead.any()):
             return False
-        recorded = known[sparse]
+        recorded = known[kind]
         made = None if recorded is None else recorded.made
-        if made is not None and made.capacity != self.capacity(t, batch, sparse):
-            recorded = None  # another SAE needed more
+        if made is not None and made.capacity != steps.room_on_gpu(t, batch, sparse):
+            recorded = None  # this SAE or another one needed more
         if recorded is None or not recorded.static.fill(batch):
-            recorded = known[sparse] = self.record(t, batch, sparse)
+            # The old one goes when the new one is there: a pool without a graph can't be used.
+            recorded = known[kind] = self.record(t, batch, sparse, steps)
         if recorded is None:
             return False
         recorded.replay(t)
         self.underway.append((t, recorded))
         return True
 
-    def record(self, t: SAETrainer, batch: Batch, sparse: bool) -> Recorded | None:
+    def record(self, t: SAETrainer, batch: Batch, sparse: bool, steps: Steps) -> Recorded | None:
         """None where it is not possible; then no other one is tried."""
         try:
-            if self.pool is None and t.sae.W_enc.is_cuda:
-                self.pool = torch.cuda.graph_pool_handle()
-            return Recorded(t, self.static(batch), self.sums, sparse, self.pool)
+            if self.place is None:
+                self.place = Place.on(t.sae.device)
+            return Recorded(t, self.static(batch), steps, sparse, self.place)
         except RuntimeError as error:  # torch's own and CUDA's are
             self.works = False
+            self.recorded.clear()  # those underway are held by that
+            self.batches.clear()
             warnings.warn(
                 f"CUDA graphs can't be used, so steps of small SAEs take longer: {error}",
                 stacklevel=2,
@@ -196,8 +223,7 @@ class RecordedSteps:
         again = []
         for t, recorded in self.underway:
             valid, n_active, n_dead = recorded.said.tolist()
-            if not valid:
-                self.recorded[t].clear()
+            if not valid:  # made again, with more room, it will be recorded again
                 again.append(t)
                 continue
             t.close_step(recorded.n_rows, partial(float, n_active))

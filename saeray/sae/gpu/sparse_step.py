@@ -143,7 +143,7 @@ class CudaSpace:
         if self.capacity >= 1 << 31:
             raise RuntimeError(f"{n_entries} active entries in a batch: take the dense step")
         device = sae.W_enc.device
-        self.chunk_capacity = 2 * self.capacity // self.hot + 1
+        self.chunk_capacity = (2 * self.capacity // self.hot + 1 + 15) // 16 * 16
         # The old lists are let go of before the new ones are asked for.
         self.f = self.part_rows = self.part_sums = torch.empty(0)
         self.rows = self.features = self.places = self.chunk_feature = torch.empty(0)
