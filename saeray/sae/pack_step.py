@@ -314,9 +314,6 @@ class PackStep:
         mine = batch._replace(
             x=batch.x[rows], normaliser=batch.normaliser[rows], scale=batch.scale[rows]
         )
-        spaces = self.spaces_on_gpu(t, mine, sparse)
-        space = spaces.take()
-        spaces.put(space)  # nobody else asks for it meanwhile: one step follows the other
         gradients: Any = gpu_step.sparse_gradients if sparse else dense_gradients
         gradients(
             t.sae,
@@ -325,22 +322,23 @@ class PackStep:
             want_l1=want_l1,
             errors=errors[rows],
             out=total,
-            space=space,
+            space=self.space_on_gpu(t, mine, sparse),
             half=t.half,
         )
         return total
 
-    def spaces_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> FreeList:
+    def space_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> Any:
+        """One for all: nobody else asks for it meanwhile, since one step follows the other."""
         dtype, kind = t.options.compute_dtype, CudaSpace if sparse else DenseSpace
         make = lambda: kind(t.sae, len(batch.x), dtype)  # noqa: E731
-        return self.free(f"{kind.__name__} {dtype}", t, batch, make)
+        spaces = self.free(f"{kind.__name__} {dtype}", t, batch, make)
+        space = spaces.take()
+        spaces.put(space)
+        return space
 
     def room_on_gpu(self, t: SAETrainer, batch: Batch, sparse: bool) -> int:
         """For how many entries there are buffers."""
-        spaces = self.spaces_on_gpu(t, batch, sparse)
-        space = spaces.take()
-        spaces.put(space)
-        return space.capacity if sparse else 0
+        return self.space_on_gpu(t, batch, sparse).capacity if sparse else 0
 
     def sums_to_record(self, t: SAETrainer, batch: Batch, sparse: bool) -> Made:
         """In buffers that others use in between: on a GPU one step follows the other."""
@@ -352,8 +350,8 @@ class PackStep:
         finally:
             residuals.put(errors)
         grads.put(total)
-        spaces = self.spaces_on_gpu(t, batch, sparse)
-        return Made(total, (errors, spaces.idle[-1]), self.room_on_gpu(t, batch, sparse))
+        buffers = (errors, self.space_on_gpu(t, batch, sparse))
+        return Made(total, buffers, self.room_on_gpu(t, batch, sparse))
 
     def free(self, what: str, t: SAETrainer, batch: Batch, make: Callable[[], Any]) -> FreeList:
         """Buffers of one sort, for SAEs and batches like these."""

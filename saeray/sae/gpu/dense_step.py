@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saeray.sae.architectures.base import SAE
 from saeray.sae.gpu.adam import HalfWeights, rows_of, run
-from saeray.sae.gpu.sparse_step import LOW, product_precision
+from saeray.sae.gpu.sparse_step import LOW, product_precision, sum_l1
 from saeray.sae.gradients import Batch, Gradients
 
 CHUNK_ROWS = 128  # of one partial sum: it decides how sums are made
@@ -106,7 +106,4 @@ def dense_gradients(
         torch.sum(sums_dh, dim=0, out=out.b_enc)
         product(s.dh.t(), s.x_centred, rows_of(out.W_enc))
         out.valid.fill_(1)
-        out.inner.zero_()
-        out.l1.zero_()
-        if want_l1 and penalty.dim() == 0:
-            torch.sum(out.f, dim=0, out=out.l1)
+        sum_l1(out, want_l1 and penalty.dim() == 0)

@@ -199,10 +199,15 @@ def sparse_gradients(
             differentiate(sae, batch, penalty, errors, out, space, half)
         torch.le(space.start[-1:], space.capacity, out=space.fits)
         out.valid.copy_(space.fits)
-        out.inner.zero_()
-        out.l1.zero_()
-        if want_l1 and penalty.dim() == 0:
-            torch.sum(out.f, dim=0, out=out.l1)
+        sum_l1(out, want_l1 and penalty.dim() == 0)
+
+
+def sum_l1(out: Gradients, wanted: bool) -> None:
+    """Σ f, if wanted, and no loss beside it: what is left of `out` once the features' f are in."""
+    out.inner.zero_()
+    out.l1.zero_()
+    if wanted:
+        torch.sum(out.f, dim=0, out=out.l1)
 
 
 def recording() -> bool:
